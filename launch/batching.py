@@ -1,0 +1,66 @@
+"""How a global batch is shared out: the same rows per optimiser step for any number of ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from launch.errors import ConfigError
+from launch.schema import TrainConfig
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Rows of one optimiser step: `global_batch` in all, on each rank `accumulation` batches of at most `micro_batch`."""
+
+    global_batch: int
+    world_size: int
+    micro_batch: int
+    accumulation: int
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """Optimiser steps of one pass over `rows` rows; the last one may hold fewer rows."""
+        return math.ceil(rows / self.global_batch)
+
+    def share(self, rows: list[int], rank: int) -> list[list[int]]:
+        """Return the micro-batches of `rank` for one optimiser step; some are empty in an epoch's last step.
+
+        Every rank gets the same number of micro-batches, so that collective operations stay in step.
+        """
+        per_rank = math.ceil(len(rows) / self.world_size)
+        mine = rows[rank * per_rank : (rank + 1) * per_rank]
+        size = math.ceil(len(mine) / self.accumulation)
+        return [mine[index * size : (index + 1) * size] for index in range(self.accumulation)]
+
+
+def batch_plan(train: TrainConfig, world_size: int) -> BatchPlan:
+    """Work out micro-batches and accumulation from the settings.
+
+    Raises:
+        ConfigError: a size below 1, both or neither of the two ways to say the global batch, or more ranks than rows.
+    """
+    micro, total, accumulation = train.micro_batch_size, train.global_batch_size, train.gradient_accumulation_steps
+    for key, value in (
+        ("micro_batch_size", micro),
+        ("global_batch_size", total),
+        ("gradient_accumulation_steps", accumulation),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"`train.{key}` is {value}: write a whole number from 1.")
+    if accumulation is not None and total is not None:
+        raise ConfigError(
+            f"`train.global_batch_size` is {total} and `train.gradient_accumulation_steps` is {accumulation}: "
+            f"set one and write the other as null."
+        )
+    if accumulation is not None:
+        return BatchPlan(micro * accumulation * world_size, world_size, micro, accumulation)
+    if total is None:
+        raise ConfigError("Set `train.global_batch_size` or `train.gradient_accumulation_steps`: both are null.")
+    if total < world_size:
+        raise ConfigError(
+            f"`train.global_batch_size` is {total}, less than the {world_size} ranks: each rank needs at least one row. "
+            f"Write {world_size} or more."
+        )
+    per_rank = math.ceil(total / world_size)
+    accumulation = math.ceil(per_rank / micro)
+    return BatchPlan(total, world_size, math.ceil(per_rank / accumulation), accumulation)

@@ -1,0 +1,174 @@
+"""The `tunewright` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import __version__
+from launch.errors import TunewrightError
+
+EPILOG = """\
+examples:
+  tunewright train                                          tiny model, shipped data, LoRA, one device
+  tunewright train strategy=zero2 model=qwen2_5_7b data=registry data.names=[huanhuan] train.learning_rate=1e-4
+  tunewright train experiment=demo strategy=zero3 --dry-run
+  tunewright train --multirun method.r=4,16,64              one run for each value
+  tunewright compare runs/demo/*
+  tunewright chat runs/demo/tiny-demo-lora-zero2
+
+exit codes: 0 done, 2 configuration, 3 data, 4 storage, 5 numeric, 6 peer or network, 70 a bug of ours, 75 preempted
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the argument parser of every subcommand."""
+    top = argparse.ArgumentParser(
+        prog="tunewright",
+        description="Fine-tune language models: one configuration, one GPU or a cluster.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"tunewright {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+
+    train = commands.add_parser("train", help="compose a configuration and train", **_text(_train_help()))
+    _add_overrides(train)
+    train.add_argument("--multirun", "-m", action="store_true", help="one run for each combination of a=1,2 values")
+    train.add_argument("--cfg", choices=["job"], help="print the composed configuration and stop")
+    train.add_argument("--dry-run", action="store_true", help="check everything and print what would be started")
+    train.set_defaults(run=_train)
+
+    config = commands.add_parser("config", help="show groups, choices, keys, or a composed configuration")
+    _add_overrides(config)
+    config.add_argument("--keys", action="store_true", help="every key with its type, default and meaning")
+    config.set_defaults(run=_config)
+
+    compare = commands.add_parser("compare", help="table, loss curves and HTML page of several runs")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, for example runs/demo/*")
+    compare.add_argument("--out", type=Path, default=Path("runs/comparison"), help="folder for the results")
+    compare.set_defaults(run=_compare)
+
+    evaluate = commands.add_parser("evaluate", help="held-out exact match of base and tuned model")
+    evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    evaluate.add_argument("--examples", type=int, default=None, help="at most this many held-out rows")
+    evaluate.set_defaults(run=_evaluate)
+
+    chat = commands.add_parser("chat", help="ask the base and the tuned model the same questions")
+    chat.add_argument("tuned", type=Path, metavar="RUN")
+    chat.add_argument("--prompt", action="append", help="ask this and stop; can be given several times")
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--max-new-tokens", type=int, default=256)
+    chat.set_defaults(run=_chat)
+
+    demo = commands.add_parser("demo", help="train the shipped task three ways, compare, and ask")
+    demo.add_argument("--root", type=Path, default=Path("runs/demo"), help="folder for the runs")
+    demo.set_defaults(run=_demo)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; the user's mistakes end without a traceback."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if args.command is None:
+        top.print_help()
+        return 0
+    unknown = [item for item in rest if item.startswith("-")]
+    if unknown or (rest and not hasattr(args, "overrides")):
+        top.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if hasattr(args, "overrides"):
+        args.overrides += rest
+    try:
+        return int(args.run(args))
+    except TunewrightError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0  # the reader of our output went away
+
+
+def _text(description: str) -> dict[str, object]:
+    return {"description": description, "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+def _train_help() -> str:
+    return (
+        "Settings are Hydra overrides: GROUP=CHOICE picks a file of configs/hydra, key=value sets one value.\n"
+        "`tunewright config` lists groups and choices, `tunewright config --keys` every key."
+    )
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
+    command.add_argument("--config-dir", type=Path, help="a folder with configuration groups of your own")
+
+
+def _train(args: argparse.Namespace) -> int:
+    from launch.train import sweep_jobs, train
+
+    if args.cfg:
+        return _print_configs(sweep_jobs(args.overrides, args.config_dir, multirun=args.multirun))
+    return train(
+        args.overrides, extra_dir=args.config_dir, multirun=args.multirun, dry_run=args.dry_run, say=_say
+    )
+
+
+def _config(args: argparse.Namespace) -> int:
+    from launch.describe import choices_text, keys_text
+
+    if args.keys:
+        _say(keys_text())
+    elif args.overrides:
+        from launch.train import sweep_jobs
+
+        return _print_configs(sweep_jobs(args.overrides, args.config_dir, multirun=False))
+    else:
+        _say(choices_text(args.config_dir))
+    return 0
+
+
+def _print_configs(configs: list) -> int:  # type: ignore[type-arg]
+    from launch.rundir import redacted_yaml
+
+    _say("---\n".join(redacted_yaml(config) for config in configs))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from launch.compare import compare
+
+    compare(args.runs, args.out)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from trainer.evaluate import evaluate_runs
+
+    evaluate_runs(args.runs, args.examples, _say)
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from trainer.chat import chat
+
+    return chat(args.tuned, args.prompt, args.system, args.max_new_tokens)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from launch.demo import demo
+
+    return demo(args.root, _say)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

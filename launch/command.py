@@ -1,0 +1,89 @@
+"""The `accelerate launch` command of a run: built as a list of arguments, shown to the user, then started.
+
+Nothing in it is special: a person can type it, and `--dry-run` prints it instead of running it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig
+
+from launch.batching import BatchPlan
+from launch.hardware import Devices
+from launch.legality import deepspeed_file
+from launch.rundir import RunDir
+from launch.schema import Launcher
+
+TORCH_EXTENSIONS = "~/.cache/tunewright/torch_extensions"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is started: an argument list, what it adds to the environment, and accelerate's configuration file."""
+
+    argv: list[str]
+    env: dict[str, str]
+    accelerate: dict[str, object]
+
+    def shown(self) -> str:
+        """Return the command as a person would type it."""
+        settings = [f"{key}={shlex.quote(value)}" for key, value in self.env.items()]
+        return " ".join([*settings, "accelerate", shlex.join(self.argv[3:])])
+
+
+def accelerate_config(config: DictConfig, ranks: int, devices: Devices) -> dict[str, object]:
+    """Return the accelerate configuration of a strategy on this machine."""
+    kinds = {Launcher.single: "NO", Launcher.ddp: "MULTI_GPU", Launcher.deepspeed: "DEEPSPEED"}
+    launcher = config.strategy.launcher
+    settings: dict[str, object] = {
+        "compute_environment": "LOCAL_MACHINE",
+        # Also for CPU ranks: with MULTI_CPU, or `use_cpu`, accelerate 1.15 starts one process whatever is asked for.
+        "distributed_type": kinds[launcher] if ranks > 1 or launcher is Launcher.deepspeed else "NO",
+        "num_machines": 1,
+        "num_processes": ranks,
+        "machine_rank": 0,
+        "main_process_port": 0,
+        "use_cpu": False,
+        "rdzv_backend": "static",
+    }
+    if launcher is Launcher.deepspeed:
+        settings["deepspeed_config"] = {"deepspeed_config_file": deepspeed_file(config)}
+    elif devices.gpu and ranks == 1:
+        settings["gpu_ids"] = "0" if "CUDA_VISIBLE_DEVICES" not in os.environ else "all"
+    return settings
+
+
+def build_command(config: DictConfig, run: RunDir, plan: BatchPlan, devices: Devices, checkpoint: Path | None) -> Command:
+    """Build the command that starts the ranks of a run."""
+    script = ["-m", "trainer", "--run", str(run.path)]
+    if checkpoint:
+        script += ["--checkpoint", str(checkpoint)]
+    # The module behind the `accelerate` script, so that the installation this process runs from is the one used.
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+    return Command(
+        [*accelerate, "launch", "--config_file", str(run.path / "accelerate.yaml"), *script],
+        _environment(config, plan.world_size, devices),
+        accelerate_config(config, plan.world_size, devices),
+    )
+
+
+def write_accelerate_config(command: Command, run: RunDir) -> None:
+    (run.path / "accelerate.yaml").write_text(yaml.safe_dump(command.accelerate, sort_keys=False), encoding="utf-8")
+
+
+def _environment(config: DictConfig, ranks: int, devices: Devices) -> dict[str, str]:
+    # Two ranks that each start a thread per core are several times slower than with their share of the cores.
+    threads = config.cluster.threads_per_process or max(devices.cores // ranks, 1)
+    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    if config.strategy.launcher is Launcher.deepspeed:
+        # DeepSpeed compiles its operators on first use; a stable place makes that once for each machine.
+        env["TORCH_EXTENSIONS_DIR"] = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(TORCH_EXTENSIONS).expanduser()))
+        if not devices.gpu:
+            env["DS_ACCELERATOR"] = "cpu"
+    return env

@@ -1,0 +1,176 @@
+"""The type of every setting: one data class for each Hydra group, with what each key means.
+
+The YAML files in `configs/hydra` hold the values; these classes say which keys exist, their types and their help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any, Optional, get_type_hints
+
+from omegaconf import MISSING, SI
+
+
+class Source(Enum):
+    """Where model files come from."""
+
+    embedded = "embedded"
+    hub = "hub"
+    modelscope = "modelscope"
+    folder = "folder"
+
+
+class Dtype(Enum):
+    """Number format of the base weights and of the computation."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Resume(Enum):
+    """What to do with an output folder that already holds a run."""
+
+    never = "never"
+    auto = "auto"
+    must = "must"
+
+
+class Launcher(Enum):
+    """How ranks are started and kept in step."""
+
+    single = "single"
+    ddp = "ddp"
+    deepspeed = "deepspeed"
+
+
+def option(default: Any, help: str) -> Any:
+    """A data-class field with its help text; lists get a fresh copy each time."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelConfig:
+    name: str = option(MISSING, "short name, used in run names")
+    path: str = option(MISSING, "Hub id, ModelScope id, or folder; `tiny` is built on this machine")
+    source: Source = option(Source.hub, "embedded, hub, modelscope or folder")
+    revision: Optional[str] = option(None, "Hub branch, tag or commit")
+    dtype: Dtype = option(Dtype.auto, "base weights and computation; auto: bfloat16 on a GPU, float32 on a CPU")
+    trust_remote_code: bool = option(False, "run Python code that the model's repository brings")
+
+
+@dataclass
+class DataConfig:
+    names: list[str] = option(MISSING, "entries of the registry to train on")
+    eval_names: list[str] = option([], "entries of the registry held out for evaluation")
+    dir: str = option("data", "folder that holds dataset_info.json")
+    eval_size: float = option(0.0, "held out of `names` when `eval_names` is empty: below 1 a share, from 1 a row count")
+    max_samples: Optional[int] = option(None, "use at most this many rows of each dataset, drawn under train.seed")
+    cutoff_len: int = option(1024, "longest example in tokens")
+    cache_dir: str = option(SI("${oc.env:TUNEWRIGHT_CACHE,'~/.cache/tunewright'}"), "where token caches and the embedded model are kept")
+
+
+@dataclass
+class MethodConfig:
+    name: str = MISSING
+
+
+@dataclass
+class FullConfig(MethodConfig):
+    name: str = option("full", "every weight is trained")
+
+
+@dataclass
+class LoraConfig(MethodConfig):
+    name: str = option("lora", "low-rank adapters on frozen weights")
+    r: int = option(16, "rank: higher learns more and costs more")
+    alpha: float = option(32, "scale of the adapter's output is alpha / r")
+    dropout: float = option(0.0, "share of adapter inputs dropped while training")
+    target_modules: Any = option("all-linear", "`all-linear` or a list of module names")
+
+
+@dataclass
+class QLoraConfig(LoraConfig):
+    name: str = option("qlora", "LoRA on a base quantised to 4 bits by bitsandbytes")
+    quant_type: str = option("nf4", "nf4 or fp4")
+    double_quant: bool = option(True, "quantise the quantisation constants too")
+
+
+METHODS: dict[str, type[MethodConfig]] = {"full": FullConfig, "lora": LoraConfig, "qlora": QLoraConfig}
+
+
+@dataclass
+class StrategyConfig:
+    name: str = option(MISSING, "single, ddp, or a ZeRO stage")
+    launcher: Launcher = option(MISSING, "single, ddp or deepspeed")
+    deepspeed: Optional[str] = option(None, "DeepSpeed JSON: a name in configs/deepspeed, or a path")
+
+
+@dataclass
+class TrainConfig:
+    epochs: float = option(3.0, "passes over the training rows")
+    max_steps: Optional[int] = option(None, "stop after this many optimiser steps instead of `epochs`")
+    learning_rate: float = option(2e-4, "peak learning rate")
+    scheduler: str = option("cosine", "transformers' schedule names: cosine, linear, constant_with_warmup, ...")
+    warmup_ratio: float = option(0.03, "share of the steps in which the learning rate rises")
+    global_batch_size: Optional[int] = option(16, "rows per optimiser step, over all ranks")
+    gradient_accumulation_steps: Optional[int] = option(
+        None, "instead of global_batch_size: micro-batches per rank and optimiser step"
+    )
+    micro_batch_size: int = option(4, "at most this many rows at once on a device: a memory bound, not a hyper-parameter")
+    optimizer: str = option("adamw_torch", "transformers' optimiser names")
+    weight_decay: float = option(0.0, "AdamW weight decay")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 turns it off")
+    seed: int = option(42, "seed of row order, splits, adapters and dropout")
+    logging_steps: int = option(5, "optimiser steps between two log lines")
+    eval_steps: Optional[int] = option(None, "optimiser steps between evaluations; null: once at the end")
+    save_steps: Optional[int] = option(None, "optimiser steps between checkpoints; null: none before the end")
+    save_total_limit: int = option(2, "checkpoints kept, newest first")
+    padding_free: bool = option(True, "one flat row of tokens per batch; false pads, for comparison")
+    gradient_checkpointing: bool = option(False, "trade time for memory: recompute activations")
+    timeout_minutes: float = option(10.0, "a rank that is silent this long ends the run")
+
+
+@dataclass
+class ClusterConfig:
+    num_processes: Optional[int] = option(
+        None, "ranks on this machine; null: every visible GPU, or 2 CPU ranks for a distributed strategy"
+    )
+    threads_per_process: Optional[int] = option(None, "CPU threads of each rank; null: cores / ranks")
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    # Any, because each choice of the group brings its own keys: see METHODS.
+    method: Any = MISSING
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    name: str = option(
+        SI("${model.name}-${data.names.0}-${method.name}-${strategy.name}"), "run folder under output_root"
+    )
+    output_root: str = option("runs", "folder that holds run folders")
+    resume: Resume = option(Resume.never, "auto continues this run if it was begun; must fails when there is none")
+    overwrite: bool = option(False, "throw away what the run folder holds and start anew")
+
+
+GROUPS = ("model", "data", "method", "strategy", "train", "cluster", "experiment")
+
+
+def help_of(cls: type) -> dict[str, tuple[str, str, Any]]:
+    """Return {key: (type, help, default)} of a configuration class."""
+    hints = get_type_hints(cls)
+    table = {}
+    for item in fields(cls):
+        if is_dataclass(hints[item.name]):
+            continue
+        kind = hints[item.name]
+        shown = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        table[item.name] = (shown.replace("typing.", ""), item.metadata.get("help", ""), default)
+    return table

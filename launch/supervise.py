@@ -1,0 +1,171 @@
+"""Start the ranks of a run, watch them, and say in one place what went wrong and in which rank.
+
+No rank outlives this process: Ctrl-C and SIGTERM are passed on, and Linux kills the ranks when their launcher dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.command import Command
+from launch.errors import EXIT_CODES
+from launch.rundir import RunDir
+
+GRACE_SECONDS = 10.0  # between asking the ranks to stop and killing them
+TAIL_LINES = 15
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+@dataclass(frozen=True)
+class RankError:
+    """How one rank ended."""
+
+    rank: int
+    kind: str
+    message: str
+    exit_code: int
+    log: Path
+
+
+def run_ranks(command: Command, run: RunDir, say: Callable[[str], None] = print) -> int:
+    """Run the command to its end and return the exit code that says how it went.
+
+    Success is the manifest's `done`, which the first rank writes after the result was verified: ranks have been seen
+    to die in their teardown after a good run.
+    """
+    for stale in run.logs.glob("rank*.error.json"):
+        stale.unlink()
+    log_path = run.logs / "launch.log"
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(
+            command.argv,
+            env={**os.environ, **command.env, "TUNEWRIGHT_LAUNCHER_PID": str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+        stopped = _wait(process)
+    if stopped:
+        run.update_manifest(status="stopped")
+        say(f"Stopped. Continue with the same command and resume=auto, or look at {run.logs}.")
+        return INTERRUPTED
+    if run.read_manifest().get("status") == "done":
+        return 0
+    run.update_manifest(status="failed")
+    error = first_error(run, log_path)
+    say(f"Rank {error.rank} failed with {error.kind}: {error.message}\n  log: {error.log}")
+    return error.exit_code
+
+
+def _wait(process: subprocess.Popen[bytes]) -> bool:
+    """Wait for the process; return True when a signal to this process ended it early."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        received.append(number)
+        _end(process)
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return bool(received)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask the launcher to end its ranks, and kill everything that is still there after a grace period."""
+    ranks = _descendants(process.pid)
+    for pid in (process.pid, *ranks):
+        _signal(pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline and any(_alive(pid) for pid in (*ranks, process.pid)):
+        process.poll()  # reaps it, so that it does not count as alive
+        time.sleep(0.05)
+    for pid in (*ranks, process.pid):
+        if _alive(pid):
+            _signal(pid, signal.SIGKILL)
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # it ended by itself in the meantime
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def _descendants(pid: int) -> list[int]:
+    """Return every process below `pid`; ranks are sessions of their own, so the process group does not hold them."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended while we looked
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, queue = [], [pid]
+    while queue:
+        below = children.get(queue.pop(), [])
+        found += below
+        queue += below
+    return found
+
+
+def first_error(run: RunDir, launch_log: Path) -> RankError:
+    """Return the failure that the others followed from: the earliest that is not the loss of a peer."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in run.logs.glob("rank*.error.json")]
+    own = [record for record in records if record["exit_code"] != EXIT_CODES["PeerError"]]
+    killed = _killed_rank(launch_log)
+    if own:
+        record = min(own, key=lambda record: record["time"])
+        log = run.logs / f"rank{record['rank']}.log"
+        return RankError(record["rank"], record["type"], record["message"], record["exit_code"], log)
+    if killed:
+        rank, number = killed
+        name = signal.Signals(number).name
+        hint = " (out of memory is the usual cause)" if number == signal.SIGKILL else ""
+        log = run.logs / f"rank{rank}.log"
+        return RankError(rank, name, f"ended by signal {number}{hint}. {_tail(log)}", EXIT_CODES["PeerError"], log)
+    if records:
+        record = min(records, key=lambda record: record["time"])
+        log = run.logs / f"rank{record['rank']}.log"
+        return RankError(record["rank"], record["type"], record["message"], record["exit_code"], log)
+    return RankError(0, "an unexplained exit", f"the launcher's last lines:\n{_tail(launch_log)}", 70, launch_log)
+
+
+def _killed_rank(launch_log: Path) -> tuple[int, int] | None:
+    """Return (rank, signal) of the root cause in torchrun's report, when a signal ended it."""
+    text = launch_log.read_text(encoding="utf-8", errors="replace")
+    root = text.rpartition("Root Cause (first observed failure)")[2]
+    found = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", root, flags=re.DOTALL)
+    return (int(found.group(1)), int(found.group(2))) if found else None
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:])
+
+
+def _die_with_parent() -> None:
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,124 @@
+"""`tunewright train`: compose, check, prepare the data once, start the ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from launch.batching import BatchPlan
+from launch.command import Command, build_command, write_accelerate_config
+from launch.compose import compose_config, expand_sweep
+from launch.errors import ConfigError
+from launch.hardware import Devices, find_devices
+from launch.legality import check
+from launch.rundir import Claim, claim, prepare_folder
+from launch.supervise import run_ranks
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checked run: nothing of it has been started or written yet."""
+
+    config: DictConfig
+    plan: BatchPlan
+    claimed: Claim
+    command: Command
+
+
+def plan_job(config: DictConfig, devices: Devices) -> Job:
+    """Check a configuration as far as can be done without starting anything.
+
+    Raises:
+        ConfigError, DataError: see `legality.check`, `rundir.claim` and `trainer.prepare.find_prepared`.
+    """
+    plan = check(config, devices)
+    claimed = claim(config)
+    return Job(config, plan, claimed, build_command(config, claimed.run, plan, devices, claimed.checkpoint))
+
+
+def sweep_jobs(overrides: Sequence[str], extra_dir: Path | None, *, multirun: bool) -> list[DictConfig]:
+    """Return the configuration of each run, all of them checked for type and spelling before the first is used."""
+    if not multirun:
+        return [compose_config(overrides, extra_dir)]
+    points = list(expand_sweep(overrides))
+    configs = [compose_config(point, extra_dir) for point in points]
+    if len({config.name for config in configs}) == len(configs):
+        return configs
+    # Runs of a sweep must not share a folder: what varies goes into the name.
+    varying = [[item for item in point if item not in overrides] for point in points]
+    for config, changes in zip(configs, varying, strict=True):
+        config.name = "-".join([config.name, *(change.rpartition(".")[2].replace("/", "_") for change in changes)])
+    if len({config.name for config in configs}) < len(configs):
+        raise ConfigError("The runs of this sweep would share a folder: put what varies into `name`.")
+    return configs
+
+
+def run_job(job: Job, say: Callable[[str], None] = print) -> int:
+    """Prepare the data, start the ranks, and return the exit code."""
+    from trainer.prepare import find_prepared
+
+    run = job.claimed.run
+    if job.claimed.finished:
+        say(f"{run.path} is finished already; nothing to do.")
+        return 0
+    if job.claimed.checkpoint:
+        say(f"Continuing {run.path} from {job.claimed.checkpoint.name}")
+    prepare_folder(job.config, job.claimed)
+    if find_prepared(job.config) is None:
+        code = subprocess.run([sys.executable, "-m", "trainer.prepare", str(run.config)]).returncode
+        if code:
+            run.update_manifest(status="failed")
+            return code
+    write_accelerate_config(job.command, run)
+    say(job.command.shown())
+    return run_ranks(job.command, run, say)
+
+
+def check_data(config: DictConfig) -> None:
+    """Raise DataError for a dataset name, registry or file that cannot be used, before the run folder is touched."""
+    from trainer.prepare import find_prepared
+
+    find_prepared(config)
+
+
+def train(
+    overrides: Sequence[str],
+    *,
+    extra_dir: Path | None = None,
+    multirun: bool = False,
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Run one training, or a sweep of them one after the other, and return the exit code of the first that fails."""
+    devices = find_devices()
+    jobs = []
+    for config in sweep_jobs(overrides, extra_dir, multirun=multirun):
+        check_data(config)
+        jobs.append(plan_job(config, devices))
+    for number, job in enumerate(jobs, 1):
+        if len(jobs) > 1:
+            say(f"Run {number} of {len(jobs)}: {job.config.name}")
+        if dry_run:
+            show_plan(job, say)
+            continue
+        code = run_job(job, say)
+        if code:
+            return code
+    return 0
+
+
+def show_plan(job: Job, say: Callable[[str], None]) -> None:
+    """Print what would run."""
+    plan = job.plan
+    say(
+        f"{plan.global_batch} rows a step = {plan.world_size} ranks x {plan.accumulation} micro-batches of "
+        f"{plan.micro_batch}"
+    )
+    for key, value in job.command.accelerate.items():
+        say(f"  {key}: {value}")
+    say(job.command.shown())

@@ -1,0 +1,91 @@
+"""`python -m trainer`: one rank, as `accelerate launch -m trainer` starts it.
+
+    accelerate launch ... -m trainer --run runs/NAME              what `tunewright train` starts
+    accelerate launch ... -m trainer strategy=zero2 train.epochs=1   the same settings without `tunewright`
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from launch.compose import compose_config, load_config
+from launch.errors import ConfigError
+from launch.hardware import find_devices
+from launch.legality import check
+from launch.rundir import Claim, RunDir, claim, prepare_folder
+from launch.schema import Resume
+from trainer.process import Console, die_with_parent, join, launched, rank, reported_errors, world_size
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+def main(argv: list[str]) -> int:
+    """Run this rank and return its exit code."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    die_with_parent()
+    try:
+        config, claimed = _from_launcher(argv) if argv[:1] == ["--run"] else _from_overrides(argv)
+    except ConfigError as error:
+        if rank() == 0:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    run = claimed.run
+    state = None if launched() else _join_and_prepare(config, claimed)
+    console = Console(run.logs)
+    with reported_errors(run.logs, console):
+        state = state or join(config.strategy.launcher.name, config.train.timeout_minutes)
+        from trainer.prepare import find_prepared, prepare
+        from trainer.run import train
+
+        prepared = find_prepared(config) or prepare(config, console.say)
+        train(config, run, prepared.cache, prepared.model_path, state, console, claimed.checkpoint)
+        state.destroy_process_group()
+    return 0
+
+
+def _join_and_prepare(config: DictConfig, claimed: Claim) -> PartialState:
+    """Without the launcher, the first rank makes the run folder, after all have joined and before any writes into it."""
+    state = join(config.strategy.launcher.name, config.train.timeout_minutes)
+    if state.is_main_process:
+        prepare_folder(config, claimed)
+    state.wait_for_everyone()
+    return state
+
+
+def _from_launcher(argv: list[str]) -> tuple[DictConfig, Claim]:
+    run = RunDir(Path(argv[1]))
+    checkpoint = Path(argv[3]) if argv[2:3] == ["--checkpoint"] else None
+    return load_config(run.config), Claim(run, checkpoint)
+
+
+def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
+    """Compose from the command line; the strategy is what the launcher around this process started."""
+    overrides = [*_strategy_of_environment(argv), *argv, f"cluster.num_processes={world_size()}"]
+    config = compose_config(overrides)
+    check(config, find_devices())
+    if rank() == 0:
+        return config, claim(config)
+    run = RunDir(Path(config.output_root) / config.name)
+    return config, Claim(run, None if config.resume is Resume.never else run.last_checkpoint())
+
+
+def _strategy_of_environment(argv: list[str]) -> list[str]:
+    if any(item.startswith("strategy=") for item in argv):
+        return []
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        name = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")).stem
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        return [f"strategy={name if name.startswith('zero') else f'zero{stage}'}"]
+    return ["strategy=ddp" if world_size() > 1 else "strategy=single"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

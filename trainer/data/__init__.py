@@ -1,0 +1,1 @@
+"""From a registry entry to token ids on disk: registry -> rows -> messages -> ids and labels -> memory-mapped cache."""

@@ -1,0 +1,204 @@
+"""The one supervised fine-tuning trainer, for every strategy: TRL's, with three things of its own.
+
+1. Batches: the same rows per optimiser step for any number of ranks (`batches.MicroBatches`), without padding.
+2. Loss: the head runs on the positions that carry a label. The sum over scored tokens is divided by the scored tokens
+   of the global batch, so that the figure is the same for any split into ranks and micro-batches.
+3. Log: real tokens per second, MFU and peak memory beside the loss, in TensorBoard and in metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from launch.batching import BatchPlan
+from launch.errors import NumericError
+from trainer.batches import Batch, EpochDataLoader, FlatCollator, MicroBatches, PaddedCollator, TokenRows, token_counts
+from trainer.optimizer import attach_master_weights
+from trainer.telemetry import Meter, device_peak_flops, matmul_parameters, over_ranks, peak_memory
+
+
+class TunewrightTrainer(SFTTrainer):
+    """See the module's text. `plan` is the batch plan of this world, `dtype` the format of weights and computation."""
+
+    def __init__(self, *args: Any, plan: BatchPlan, dtype: torch.dtype, padding_free: bool, **kwargs: Any) -> None:
+        pad_token_id = kwargs["processing_class"].pad_token_id
+        collator = FlatCollator(pad_token_id) if padding_free else PaddedCollator(pad_token_id)
+        super().__init__(*args, data_collator=collator, **kwargs)
+        self.plan = plan
+        # The loss below is divided by `num_items_in_batch` whatever the model's own forward takes.
+        self.model_accepts_loss_kwargs = True
+        # TRL turns the adapters of a quantised base to bfloat16, also where everything else computes in float32.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        self.meter = Meter()
+        self.matmuls = matmul_parameters(self.model)
+        peaks = over_ranks([device_peak_flops(self.args.device, dtype) or math.nan], self.args.device)
+        self.peak_flops = sum(peak for (peak,) in peaks)  # of all ranks together; not a number when one is unknown
+
+    # Batches
+
+    def get_train_dataloader(self) -> EpochDataLoader:
+        return self._loader(self.train_dataset, shuffle=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochDataLoader:
+        return self._loader(self.eval_dataset if eval_dataset is None else eval_dataset, shuffle=False)
+
+    def _loader(self, dataset: Any, *, shuffle: bool) -> EpochDataLoader:
+        rows = TokenRows(dataset)
+        batches = MicroBatches(
+            len(rows), self.plan, self.args.process_index, shuffle=shuffle, seed=self.args.data_seed or self.args.seed
+        )
+        return EpochDataLoader(
+            rows,  # type: ignore[arg-type]
+            batch_sampler=batches,  # type: ignore[arg-type]
+            collate_fn=self.data_collator,
+            pin_memory=self.args.device.type == "cuda",
+        )
+
+    # Loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
+        self.meter.start_step()  # fetching batches is part of a step
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            self.meter.add(*token_counts(batch))
+        return batches, num_items
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        if "scored" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        total = scored_loss_sum(model, inputs)
+        if num_items_in_batch is None:
+            return total / max(inputs["targets"].numel(), 1)
+        # Ranks average their gradients, `num_items_in_batch` counts the tokens of all of them.
+        return total * self.accelerator.num_processes / num_items_in_batch
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:  # type: ignore[type-arg]
+        """Return {"eval_loss"}: the mean over every scored token, the same for any number of ranks.
+
+        Trainer's own mean is over batches, and so depends on how rows fall into them.
+        """
+        model = self.model_wrapped if self.is_deepspeed_enabled and self.model_wrapped is not self.model else self.model
+        model.eval()
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                scored = int((batch["labels"][..., 1:] != -100).sum())
+                batch = self._prepare_inputs(batch)
+                if "scored" in batch:
+                    total += float(scored_loss_sum(model, batch))
+                else:
+                    total += float(super().compute_loss(model, batch, num_items_in_batch=1)) / self.args.world_size
+                tokens += scored
+        model.train()
+        sums = over_ranks([total, tokens], self.args.device)
+        metrics = {f"{metric_key_prefix}_loss": sum(row[0] for row in sums) / max(sum(row[1] for row in sums), 1)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Optimiser
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not self.is_deepspeed_enabled:  # DeepSpeed keeps its own float32 copies
+            attach_master_weights(optimizer)
+        return optimizer
+
+    # Log
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._figures())
+            _refuse_non_finite(logs, self.state.global_step)
+        super().log(logs, start_time)
+
+    def _figures(self) -> dict[str, float]:
+        """Return speed and memory since the last log line. Every rank has to call it."""
+        tokens, scored, seconds = self.meter.take()
+        ranks = over_ranks([tokens, scored, seconds, peak_memory(self.args.device)], self.args.device)
+        all_tokens, all_scored = sum(row[0] for row in ranks), sum(row[1] for row in ranks)
+        elapsed = max(row[2] for row in ranks) or math.inf
+        figures = {
+            "tokens_per_second": all_tokens / elapsed,
+            "peak_memory_bytes": max(row[3] for row in ranks),
+            "step_seconds": elapsed,
+            "step_tokens": all_tokens,
+        }
+        if math.isfinite(self.peak_flops):
+            figures["mfu"] = self.matmuls.flops(int(all_tokens), int(all_scored)) / elapsed / self.peak_flops
+        return figures
+
+
+def scored_loss_sum(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the cross-entropy summed over the scored positions of a flat batch.
+
+    On a GPU through TRL's fused head, which never makes the (S, vocabulary) logits; elsewhere that head would run on
+    every position (TRL 1.16), so the model's own `logits_to_keep` picks the scored ones before its head.
+    """
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "scored", "targets")}
+    if batch["input_ids"].device.type == "cuda":
+        outputs = model(**inputs, labels=batch["labels"], fused_lm_head=True, use_cache=False)
+        return -outputs.log_probs.sum()
+    logits = model(**inputs, logits_to_keep=batch["scored"], use_cache=False).logits[0]  # (S, vocabulary)
+    return cross_entropy(logits.float(), batch["targets"], reduction="sum")
+
+
+def _refuse_non_finite(logs: dict[str, float], step: int) -> None:
+    for key in ("loss", "grad_norm"):
+        value = logs.get(key)
+        if value is not None and not math.isfinite(value):
+            raise NumericError(
+                f"{key} is {value} at step {step}. Lower `train.learning_rate`, set `train.max_grad_norm` to 1.0, or use "
+                f"model.dtype=float32 to see whether the number format is the cause."
+            )
+
+
+class MetricsFile(TrainerCallback):
+    """metrics.jsonl: what goes to TensorBoard, one JSON object for each log line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tokens_seen = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._forget_after(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
+            return
+        self.tokens_seen += logs.get("step_tokens", 0)
+        line = {"step": state.global_step, "epoch": state.epoch, "tokens_seen": int(self.tokens_seen), **logs}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _forget_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run is about to repeat."""
+        if not self.path.is_file():
+            return
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in lines if line["step"] <= step]
+        self.tokens_seen = max((line["tokens_seen"] for line in kept), default=0)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+class StepTimer(TrainerCallback):
+    """Tells the trainer's meter when an optimiser step ends."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.meter.end_step()

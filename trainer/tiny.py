@@ -1,0 +1,182 @@
+"""The embedded model `tiny`: a 6 M-parameter Qwen2 with its own tokenizer, built here from text that ships in data/.
+
+It speaks the chat format and knows the vocabulary of the shipped text, nothing more: enough for a demo, a test or a
+dry run on a machine without a GPU or a model hub. Built once and kept under a key of everything that made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+
+from launch.errors import DataError
+
+CORPUS = Path(__file__).resolve().parents[1] / "data" / "tiny_corpus.jsonl"
+VOCAB_SIZE = 4096
+SEQUENCE = 128  # tokens of a training sequence
+BATCH = 8  # sequences of a step
+STEPS = 220
+LEARNING_RATE = 3e-3
+SEED = 0
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+Progress = Callable[[int, int, float], None]  # (step, steps, loss)
+
+
+def tiny_key() -> str:
+    """Return a digest of everything that makes the model: this file, the text, the libraries."""
+    digest = hashlib.sha256()
+    digest.update(Path(__file__).read_bytes())
+    try:
+        digest.update(CORPUS.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"The text that the embedded model is built from is missing: {CORPUS}.") from error
+    for package in ("torch", "transformers", "tokenizers"):
+        digest.update(f"{package}={version(package)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def tiny_folder(cache_dir: Path) -> Path:
+    """Return where the embedded model is, or will be once built."""
+    return cache_dir / "models" / f"tiny-{tiny_key()}"
+
+
+def is_built(cache_dir: Path) -> bool:
+    return (tiny_folder(cache_dir) / "config.json").is_file()
+
+
+def build_tiny(cache_dir: Path, progress: Progress = lambda step, steps, loss: None) -> Path:
+    """Build the embedded model unless it is there, and return its folder. Safe to call from several processes."""
+    folder = tiny_folder(cache_dir)
+    if is_built(cache_dir):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not is_built(cache_dir):
+            staging = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+            shutil.rmtree(staging, ignore_errors=True)
+            _build(staging, progress)
+            staging.rename(folder)
+    return folder
+
+
+def _build(folder: Path, progress: Progress) -> None:
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = _train_tokenizer()
+    # No device and no global seed is touched: the same weights come out wherever this runs.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=VOCAB_SIZE,
+                hidden_size=256,
+                intermediate_size=768,
+                num_hidden_layers=6,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=2048,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+                pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+            )
+        )
+        stream = torch.tensor(
+            [token for text in _texts(tokenizer) for token in tokenizer(text)["input_ids"]], dtype=torch.long
+        )
+        _pretrain(model, stream, progress)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _pretrain(model, stream, progress: Progress) -> None:  # type: ignore[no-untyped-def]
+    """Next-token prediction on windows of `stream` (tokens,), each epoch cut at another offset."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)
+    model.train()
+    batches = _batches(stream)
+    for step in range(1, STEPS + 1):
+        ids = next(batches)  # (BATCH, SEQUENCE)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress(step, STEPS, float(loss.detach()))
+    model.eval()
+
+
+def _batches(stream) -> Iterator:  # type: ignore[no-untyped-def, type-arg]
+    import torch
+
+    while True:
+        offset = int(torch.randint(SEQUENCE, (1,)))
+        count = (len(stream) - offset) // SEQUENCE
+        windows = stream[offset : offset + count * SEQUENCE].view(count, SEQUENCE)
+        for rows in torch.randperm(count).split(BATCH):
+            if len(rows) == BATCH:
+                yield windows[rows]
+
+
+def _lines() -> list[dict]:  # type: ignore[type-arg]
+    return [json.loads(line) for line in CORPUS.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _train_tokenizer():  # type: ignore[no-untyped-def]
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [line.get("text") or "\n".join(turn["content"] for turn in line["messages"]) for line in _lines()]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def _texts(tokenizer) -> Iterator[str]:  # type: ignore[no-untyped-def]
+    for line in _lines():
+        if "messages" in line:
+            yield tokenizer.apply_chat_template(line["messages"], tokenize=False)
+        else:
+            yield line["text"] + "<|endoftext|>"
+
+
+def progress_lines(say: Callable[[str], None]) -> Progress:
+    """Return a progress callback that says a line every twenty steps, with the time left."""
+    started = time.monotonic()
+
+    def show(step: int, steps: int, loss: float) -> None:
+        if step % 20 == 0 or step == steps:
+            left = (time.monotonic() - started) / step * (steps - step)
+            say(f"  embedded model: step {step}/{steps}  loss {loss:.2f}  {left:.0f} s left")
+
+    return show
