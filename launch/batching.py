@@ -11,7 +11,7 @@ from launch.schema import TrainConfig
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Rows of one optimiser step: `global_batch` in all, on each rank `accumulation` batches of at most `micro_batch`."""
+    """Rows of a step: `global_batch` in all, on each rank `accumulation` batches of at most `micro_batch`."""
 
     global_batch: int
     world_size: int
@@ -21,6 +21,12 @@ class BatchPlan:
     def steps_per_epoch(self, rows: int) -> int:
         """Optimiser steps of one pass over `rows` rows; the last one may hold fewer rows."""
         return math.ceil(rows / self.global_batch)
+
+    def describe(self) -> str:
+        return (
+            f"{self.global_batch} rows a step = {self.world_size} ranks x {self.accumulation} micro-batches of "
+            f"at most {self.micro_batch}"
+        )
 
     def share(self, rows: list[int], rank: int) -> list[list[int]]:
         """Return the micro-batches of `rank` for one optimiser step; some are empty in an epoch's last step.
@@ -58,7 +64,7 @@ def batch_plan(train: TrainConfig, world_size: int) -> BatchPlan:
         raise ConfigError("Set `train.global_batch_size` or `train.gradient_accumulation_steps`: both are null.")
     if total < world_size:
         raise ConfigError(
-            f"`train.global_batch_size` is {total}, less than the {world_size} ranks: each rank needs at least one row. "
+            f"`train.global_batch_size` is {total}, less than the {world_size} ranks: each rank needs a row at least. "
             f"Write {world_size} or more."
         )
     per_rank = math.ceil(total / world_size)

@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch import __version__
 from launch.errors import TunewrightError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 EPILOG = """\
 examples:
@@ -20,6 +24,11 @@ examples:
   tunewright chat runs/demo/tiny-demo-lora-zero2
 
 exit codes: 0 done, 2 configuration, 3 data, 4 storage, 5 numeric, 6 peer or network, 70 a bug of ours, 75 preempted
+"""
+
+TRAIN_HELP = """\
+Settings are Hydra overrides: GROUP=CHOICE picks a file of configs/hydra, key=value sets one value.
+`tunewright config` lists groups and choices, `tunewright config --keys` every key.
 """
 
 
@@ -34,7 +43,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"tunewright {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
-    train = commands.add_parser("train", help="compose a configuration and train", **_text(_train_help()))
+    train = commands.add_parser(
+        "train",
+        help="compose a configuration and train",
+        description=TRAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     _add_overrides(train)
     train.add_argument("--multirun", "-m", action="store_true", help="one run for each combination of a=1,2 values")
     train.add_argument("--cfg", choices=["job"], help="print the composed configuration and stop")
@@ -93,17 +107,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0  # the reader of our output went away
 
 
-def _text(description: str) -> dict[str, object]:
-    return {"description": description, "formatter_class": argparse.RawDescriptionHelpFormatter}
-
-
-def _train_help() -> str:
-    return (
-        "Settings are Hydra overrides: GROUP=CHOICE picks a file of configs/hydra, key=value sets one value.\n"
-        "`tunewright config` lists groups and choices, `tunewright config --keys` every key."
-    )
-
-
 def _add_overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
     command.add_argument("--config-dir", type=Path, help="a folder with configuration groups of your own")
@@ -114,9 +117,7 @@ def _train(args: argparse.Namespace) -> int:
 
     if args.cfg:
         return _print_configs(sweep_jobs(args.overrides, args.config_dir, multirun=args.multirun))
-    return train(
-        args.overrides, extra_dir=args.config_dir, multirun=args.multirun, dry_run=args.dry_run, say=_say
-    )
+    return train(args.overrides, extra_dir=args.config_dir, multirun=args.multirun, dry_run=args.dry_run, say=_say)
 
 
 def _config(args: argparse.Namespace) -> int:
@@ -133,7 +134,7 @@ def _config(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_configs(configs: list) -> int:  # type: ignore[type-arg]
+def _print_configs(configs: list[DictConfig]) -> int:
     from launch.rundir import redacted_yaml
 
     _say("---\n".join(redacted_yaml(config) for config in configs))

@@ -20,8 +20,6 @@ from launch.legality import deepspeed_file
 from launch.rundir import RunDir
 from launch.schema import Launcher
 
-TORCH_EXTENSIONS = "~/.cache/tunewright/torch_extensions"
-
 
 @dataclass(frozen=True)
 class Command:
@@ -59,7 +57,9 @@ def accelerate_config(config: DictConfig, ranks: int, devices: Devices) -> dict[
     return settings
 
 
-def build_command(config: DictConfig, run: RunDir, plan: BatchPlan, devices: Devices, checkpoint: Path | None) -> Command:
+def build_command(
+    config: DictConfig, run: RunDir, plan: BatchPlan, devices: Devices, checkpoint: Path | None
+) -> Command:
     """Build the command that starts the ranks of a run."""
     script = ["-m", "trainer", "--run", str(run.path)]
     if checkpoint:
@@ -81,9 +81,6 @@ def _environment(config: DictConfig, ranks: int, devices: Devices) -> dict[str, 
     # Two ranks that each start a thread per core are several times slower than with their share of the cores.
     threads = config.cluster.threads_per_process or max(devices.cores // ranks, 1)
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    if config.strategy.launcher is Launcher.deepspeed:
-        # DeepSpeed compiles its operators on first use; a stable place makes that once for each machine.
-        env["TORCH_EXTENSIONS_DIR"] = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(TORCH_EXTENSIONS).expanduser()))
-        if not devices.gpu:
-            env["DS_ACCELERATOR"] = "cpu"
+    if config.strategy.launcher is Launcher.deepspeed and not devices.gpu:
+        env["DS_ACCELERATOR"] = "cpu"
     return env

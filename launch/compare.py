@@ -417,9 +417,7 @@ def _evaluation_rows(run: Run) -> dict[tuple[str, str], Mapping[str, Any]]:
     return answered
 
 
-def _answer_column(
-    header: str, answered: Mapping[tuple[str, str], Mapping[str, Any]], key: str
-) -> AnswerColumn:
+def _answer_column(header: str, answered: Mapping[tuple[str, str], Mapping[str, Any]], key: str) -> AnswerColumn:
     answers = {question: str(row[key]) for question, row in answered.items() if row.get(key) is not None}
     return AnswerColumn(header, answers)
 
@@ -528,9 +526,7 @@ def _markdown_cell(text: str) -> str:
 
 
 def _differences_grid(runs: Sequence[Run], width: int) -> list[list[str]]:
-    rows = [
-        (key, [clip(one_line(value), width) for value in values]) for key, values in config_differences(runs)
-    ]
+    rows = [(key, [clip(one_line(value), width) for value in values]) for key, values in config_differences(runs)]
     return _grid("setting", runs, rows) if rows else []
 
 

@@ -19,7 +19,9 @@ def choices_text(extra_dir: Path | None = None) -> str:
         for root in filter(None, (CONFIG_DIR, extra_dir)):
             for name in choices(group, root):
                 lines.append(f"  {name:<18} {_first_comment(root / group / f'{name}.yaml')}".rstrip())
-    lines.append("\n`tunewright config --keys` lists every key; `tunewright config strategy=zero2` prints a configuration.")
+    lines.append(
+        "\n`tunewright config --keys` lists every key; `tunewright config strategy=zero2` prints a configuration."
+    )
     return "\n".join(lines)
 
 

@@ -52,8 +52,7 @@ class Preempted(TunewrightError):
 
 
 EXIT_CODES = {
-    cls.__name__: cls.exit_code
-    for cls in (ConfigError, DataError, StorageError, NumericError, PeerError, Preempted)
+    cls.__name__: cls.exit_code for cls in (ConfigError, DataError, StorageError, NumericError, PeerError, Preempted)
 }
 
 

@@ -49,8 +49,8 @@ def _check_method(config: DictConfig) -> None:
         if strategy.name in PARTITIONED:
             raise ConfigError(
                 f"`method=qlora` cannot run under `strategy={strategy.name}`: ZeRO-3 splits weights over the ranks, and "
-                f"weights quantised to 4 bits cannot be split, so each rank would hold them whole anyway. Use "
-                f"strategy=zero2 or strategy=ddp with method=qlora, or method=lora with strategy={strategy.name}."
+                f"weights quantised to 4 bits cannot be split, so each rank would hold them whole anyway. "
+                f"Use strategy=zero2 or strategy=ddp with method=qlora, or method=lora with strategy={strategy.name}."
             )
         if method.quant_type not in QUANT_TYPES:
             raise ConfigError(
@@ -80,8 +80,8 @@ def _check_strategy(config: DictConfig, devices: Devices, ranks: int) -> None:
         )
     if devices.gpu and ranks > devices.count:
         raise ConfigError(
-            f"`cluster.num_processes` is {ranks}, but {devices.count} GPUs are visible. Write {devices.count} or less, or "
-            f"check CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES and ROCR_VISIBLE_DEVICES."
+            f"`cluster.num_processes` is {ranks}, but {devices.count} GPUs are visible. Write {devices.count} or less, "
+            f"or check CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES and ROCR_VISIBLE_DEVICES."
         )
     if strategy.name == "zeropp" and devices.kind != "cuda":
         raise ConfigError(
@@ -96,13 +96,16 @@ def deepspeed_file(config: DictConfig) -> str:
     """Return the path of the strategy's DeepSpeed JSON."""
     name = config.strategy.deepspeed
     if name is None:
-        raise ConfigError("`strategy.launcher=deepspeed` needs `strategy.deepspeed`: a name in configs/deepspeed or a path.")
+        raise ConfigError(
+            "`strategy.launcher=deepspeed` needs `strategy.deepspeed`: a name in configs/deepspeed or a path."
+        )
     shipped = DEEPSPEED_DIR / f"{name}.json"
     path = shipped if shipped.is_file() else Path(name)
     if not path.is_file():
         names = sorted(file.stem for file in DEEPSPEED_DIR.glob("*.json"))
         raise ConfigError(
-            f"`strategy.deepspeed` is '{name}': no such file, and not one of {', '.join(names)}.{did_you_mean(name, names)}"
+            f"`strategy.deepspeed` is '{name}': no such file, and not one of {', '.join(names)}."
+            f"{did_you_mean(name, names)}"
         )
     return str(path)
 

@@ -375,9 +375,7 @@ def _head(cells: Sequence[str]) -> str:
     return "<thead><tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in cells) + "</tr></thead>"
 
 
-def _table(
-    corner: str, runs: Sequence[Run], rows: Sequence[Row], kind: str = "", *, show_changes: bool = False
-) -> str:
+def _table(corner: str, runs: Sequence[Run], rows: Sequence[Row], kind: str = "", *, show_changes: bool = False) -> str:
     lines = []
     for label, cells in rows:
         differs = ' class="differs"' if show_changes and len(set(cells) - {MISSING}) > 1 else ""

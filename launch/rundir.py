@@ -1,13 +1,13 @@
 """The run directory: what a run was made from, what it did, and whether it may be used again.
 
-    runs/NAME/config.yaml      resolved configuration
-              manifest.json    identity, hardware, versions, what was proven about the ranks, results
-              metrics.jsonl    one line for each log step
-              evaluation.json  held-out answers before and after
-              final/           adapter or model, with tokenizer
-              checkpoints/     checkpoint-N
-              tensorboard/     event files
-              logs/            rankN.log, launch.log
+runs/NAME/config.yaml      resolved configuration
+          manifest.json    identity, hardware, versions, what was proven about the ranks, results
+          metrics.jsonl    one line for each log step
+          evaluation.json  held-out answers before and after
+          final/           adapter or model, with tokenizer
+          checkpoints/     checkpoint-N
+          tensorboard/     event files
+          logs/            rankN.log, launch.log
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def claim(config: DictConfig) -> Claim:
         )
     if config.resume is Resume.never:
         raise ConfigError(
-            f"The run folder {run.path} holds this run already (status: {manifest.get('status')}). Write resume=auto to "
-            f"continue it, overwrite=true to start anew, or choose another `name`."
+            f"The run folder {run.path} holds this run already (status: {manifest.get('status')}). Write resume=auto "
+            f"to continue it, overwrite=true to start anew, or choose another `name`."
         )
     if manifest.get("status") == "done":
         return Claim(run, finished=True)

@@ -67,10 +67,14 @@ class DataConfig:
     names: list[str] = option(MISSING, "entries of the registry to train on")
     eval_names: list[str] = option([], "entries of the registry held out for evaluation")
     dir: str = option("data", "folder that holds dataset_info.json")
-    eval_size: float = option(0.0, "held out of `names` when `eval_names` is empty: below 1 a share, from 1 a row count")
+    eval_size: float = option(
+        0.0, "held out of `names` when `eval_names` is empty: below 1 a share, from 1 a row count"
+    )
     max_samples: Optional[int] = option(None, "use at most this many rows of each dataset, drawn under train.seed")
     cutoff_len: int = option(1024, "longest example in tokens")
-    cache_dir: str = option(SI("${oc.env:TUNEWRIGHT_CACHE,'~/.cache/tunewright'}"), "where token caches and the embedded model are kept")
+    cache_dir: str = option(
+        SI("${oc.env:TUNEWRIGHT_CACHE,'~/.cache/tunewright'}"), "where token caches and the embedded model are kept"
+    )
 
 
 @dataclass
@@ -120,7 +124,9 @@ class TrainConfig:
     gradient_accumulation_steps: Optional[int] = option(
         None, "instead of global_batch_size: micro-batches per rank and optimiser step"
     )
-    micro_batch_size: int = option(4, "at most this many rows at once on a device: a memory bound, not a hyper-parameter")
+    micro_batch_size: int = option(
+        4, "at most this many rows at once on a device: a memory bound, not a hyper-parameter"
+    )
     optimizer: str = option("adamw_torch", "transformers' optimiser names")
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 turns it off")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,10 +101,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _signal(pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):  # it ended by itself in the meantime
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # it ended by itself in the meantime
 
 
 def _alive(pid: int) -> bool:

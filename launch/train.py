@@ -115,10 +115,7 @@ def train(
 def show_plan(job: Job, say: Callable[[str], None]) -> None:
     """Print what would run."""
     plan = job.plan
-    say(
-        f"{plan.global_batch} rows a step = {plan.world_size} ranks x {plan.accumulation} micro-batches of "
-        f"{plan.micro_batch}"
-    )
+    say(plan.describe())
     for key, value in job.command.accelerate.items():
         say(f"  {key}: {value}")
     say(job.command.shown())

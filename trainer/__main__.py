@@ -1,7 +1,7 @@
 """`python -m trainer`: one rank, as `accelerate launch -m trainer` starts it.
 
-    accelerate launch ... -m trainer --run runs/NAME              what `tunewright train` starts
-    accelerate launch ... -m trainer strategy=zero2 train.epochs=1   the same settings without `tunewright`
+accelerate launch ... -m trainer --run runs/NAME              what `tunewright train` starts
+accelerate launch ... -m trainer strategy=zero2 train.epochs=1   the same settings without `tunewright`
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def _join_and_prepare(config: DictConfig, claimed: Claim) -> PartialState:
-    """Without the launcher, the first rank makes the run folder, after all have joined and before any writes into it."""
+    """Without the launcher, the first rank makes the run folder: after all joined, before any writes into it."""
     state = join(config.strategy.launcher.name, config.train.timeout_minutes)
     if state.is_main_process:
         prepare_folder(config, claimed)

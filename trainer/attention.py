@@ -7,6 +7,7 @@ generation use a model loaded with transformers' own "sdpa".
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def _per_document(
             scale=scaling,
             enable_gqa=query.size(1) != key.size(1),
         )
-        for start, end in zip(bounds, bounds[1:])
+        for start, end in pairwise(bounds)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2)
 

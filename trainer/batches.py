@@ -1,11 +1,11 @@
 """Batches: which rows a rank sees when, and how they become tensors.
 
-    rows 3, 0, 7, ...  ->  input_ids      (1, T)   all tokens of the micro-batch, end to end
-                           position_ids   (1, T)   0, 1, 2, ... anew for each row
-                           cu_seq_lens    (B + 1,) where rows begin and end: 0, 12, 30, T
-                           labels         (1, T)   IGNORED where nothing is learnt
-                           scored         (S,)     positions whose next token carries a label
-                           targets        (S,)     those labels
+rows 3, 0, 7, ...  ->  input_ids      (1, T)   all tokens of the micro-batch, end to end
+                       position_ids   (1, T)   0, 1, 2, ... anew for each row
+                       cu_seq_lens    (B + 1,) where rows begin and end: 0, 12, 30, T
+                       labels         (1, T)   IGNORED where nothing is learnt
+                       scored         (S,)     positions whose next token carries a label
+                       targets        (S,)     those labels
 """
 
 from __future__ import annotations

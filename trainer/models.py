@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import ConfigError, StorageError
-from launch.schema import Dtype, MethodConfig, ModelConfig, Source
+from launch.schema import Dtype, ModelConfig, Source
 from trainer import tiny
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def load_model(
     dtype: torch.dtype,
     *,
     attention: str = "sdpa",
-    method: MethodConfig | None = None,
+    method: Any = None,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load weights in `dtype`, quantised where `method` is QLoRA.

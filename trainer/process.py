@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -70,10 +70,9 @@ class Console:
         """Show a line to the user, from the first rank only, and keep it in the log."""
         print(text)
         if rank() == 0:
-            try:
+            # Nobody reads any more (`| head`): the log has the line.
+            with suppress(BrokenPipeError):
                 print(text, file=self._terminal, flush=True)
-            except BrokenPipeError:
-                pass  # nobody reads any more (`| head`); the log has the line
 
     def fail(self, text: str) -> None:
         """Show a failure of any rank, unless a launcher does it for all of them."""
@@ -131,5 +130,17 @@ def join(backend_wanted: str | None, timeout_minutes: float) -> PartialState:
             os.environ.setdefault(key, value)
         os.environ.setdefault("MASTER_PORT", "0")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _skip_shared_memory_kernel()
         return PartialState(backend="gloo", **options)
     return PartialState(cpu=True, backend="gloo" if world_size() > 1 else None, **options)
+
+
+def _skip_shared_memory_kernel() -> None:
+    """Tell DeepSpeed that its shared-memory all-reduce for CPU inference is not to be compiled.
+
+    Training never calls it, and without a C++ compiler on the machine its build ends the run (deepspeed 0.19.8,
+    comm/torch.py: build_shm_op); with one it costs 20 seconds on first use.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

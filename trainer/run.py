@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from omegaconf import DictConfig
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
@@ -62,7 +62,9 @@ def train(
     tokenizer = load_tokenizer(model_path, config.model)
     implementation = attention.register() if config.train.padding_free else "sdpa"
     model = load_model(model_path, config.model, dtype, attention=implementation, method=config.method, device=device)
-    model = adapt(model, config.method, dtype)
+    # Loading draws random numbers, differently under ZeRO-3: adapters must begin alike under every strategy.
+    set_seed(config.train.seed)
+    model = adapt(model, config.method)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.tensorboard)
     trainer = TunewrightTrainer(
         model=model,
@@ -75,7 +77,12 @@ def train(
         padding_free=config.train.padding_free,
     )
     trainer.remove_callback(PrinterCallback)
-    for callback in (StepTimer(trainer.meter), MetricsFile(run.metrics), Progress(console), Proof(config, run, trainer)):
+    for callback in (
+        StepTimer(trainer.meter),
+        MetricsFile(run.metrics),
+        Progress(console),
+        Proof(config, run, trainer),
+    ):
         trainer.add_callback(callback)
     trainable, total = parameter_counts(trainer.model)
     if state.is_main_process:
@@ -91,9 +98,9 @@ def train(
             dtype=str(dtype).removeprefix("torch."),
         )
     console.say(
-        f"Training {trainable:,} of {total:,} parameters ({trainable / total:.3%}) in {str(dtype).removeprefix('torch.')}"
-        f" on {state.num_processes} x {device.type}: {plan.global_batch} rows a step = {state.num_processes} ranks x "
-        f"{plan.accumulation} micro-batches of {plan.micro_batch}"
+        f"Training {trainable:,} of {total:,} parameters ({trainable / total:.3%}) in "
+        f"{str(dtype).removeprefix('torch.')} on {state.num_processes} x {device.type}: "
+        f"{plan.describe()}"
     )
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_dataset is not None and not _evaluated_at(run, trainer.state.global_step):
@@ -116,7 +123,12 @@ def _deepspeed_config(config: DictConfig, dtype: torch.dtype) -> dict[str, Any] 
 
     settings = json.loads(json.dumps(DeepSpeedPlugin().deepspeed_config))
     # accelerate's own fields, and what the trainer has to decide: the batch is the plan's.
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+    for key in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ):
         settings[key] = "auto"
     for key in ("fp16", "amp", "zero_allow_untested_optimizer"):
         settings.pop(key, None)
@@ -221,14 +233,18 @@ def check_facts(facts: dict[str, Any], config: DictConfig) -> None:
     if launcher is Launcher.ddp:
         expected["type"] = "MULTI_CPU" if facts["device"] == "cpu" else "MULTI_GPU"
     if launcher is Launcher.deepspeed:
-        stage = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())["zero_optimization"]["stage"]
+        stage = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())["zero_optimization"][
+            "stage"
+        ]
         expected |= {"engine": "DeepSpeedEngine", "zero_stage": stage}
     if config.cluster.num_processes is not None:
         expected["world_size"] = config.cluster.num_processes
     wrong = {key: (value, facts[key]) for key, value in expected.items() if facts[key] != value}
     if wrong:
         found = ", ".join(f"{key} {now!r} instead of {want!r}" for key, (want, now) in wrong.items())
-        raise ConfigError(f"`strategy={config.strategy.name}` is not what runs: {found}. Start with `tunewright train`.")
+        raise ConfigError(
+            f"`strategy={config.strategy.name}` is not what runs: {found}. Start with `tunewright train`."
+        )
 
 
 class Progress(TrainerCallback):
@@ -251,8 +267,8 @@ class Progress(TrainerCallback):
         left = (time.monotonic() - self.first[1]) / max(done, 1) * (state.max_steps - state.global_step)
         mfu = f"  MFU {logs['mfu']:.0%}" if "mfu" in logs else ""
         self.console.say(
-            f"  step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  grad norm {logs['grad_norm']:.2f}  "
-            f"{logs['tokens_per_second']:,.0f} tokens/s{mfu}  {_clock(left)} left"
+            f"  step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
+            f"grad norm {logs['grad_norm']:.2f}  {logs['tokens_per_second']:,.0f} tokens/s{mfu}  {_clock(left)} left"
         )
 
 

@@ -28,6 +28,8 @@ from trainer.telemetry import Meter, device_peak_flops, matmul_parameters, over_
 class TunewrightTrainer(SFTTrainer):
     """See the module's text. `plan` is the batch plan of this world, `dtype` the format of weights and computation."""
 
+    control: Any  # what callbacks ask for; transformers sets it
+
     def __init__(self, *args: Any, plan: BatchPlan, dtype: torch.dtype, padding_free: bool, **kwargs: Any) -> None:
         pad_token_id = kwargs["processing_class"].pad_token_id
         collator = FlatCollator(pad_token_id) if padding_free else PaddedCollator(pad_token_id)
@@ -160,8 +162,8 @@ def _refuse_non_finite(logs: dict[str, float], step: int) -> None:
         value = logs.get(key)
         if value is not None and not math.isfinite(value):
             raise NumericError(
-                f"{key} is {value} at step {step}. Lower `train.learning_rate`, set `train.max_grad_norm` to 1.0, or use "
-                f"model.dtype=float32 to see whether the number format is the cause."
+                f"{key} is {value} at step {step}. Lower `train.learning_rate`, set `train.max_grad_norm` to 1.0, or "
+                f"use model.dtype=float32 to see whether the number format is the cause."
             )
 
 

@@ -7,9 +7,12 @@ token forward, 2 for the gradient of its input and 2 for its own gradient; a fro
 
 from __future__ import annotations
 
+import os
+import platform
 import resource
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,17 +136,13 @@ def over_ranks(values: list[float], device: torch.device) -> list[list[float]]:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """Return what the manifest says about the device of the first rank."""
-    import os
-    import platform
-
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        for line in open("/proc/cpuinfo", encoding="utf-8") if os.path.exists("/proc/cpuinfo") else []:
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     return {
         "device_name": name,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -14,10 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from launch.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 CORPUS = Path(__file__).resolve().parents[1] / "data" / "tiny_corpus.jsonl"
 VOCAB_SIZE = 4096
@@ -104,7 +108,7 @@ def _build(folder: Path, progress: Progress) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _pretrain(model, stream, progress: Progress) -> None:  # type: ignore[no-untyped-def]
+def _pretrain(model: Any, stream: torch.Tensor, progress: Progress) -> None:
     """Next-token prediction on windows of `stream` (tokens,), each epoch cut at another offset."""
     import torch
 
@@ -124,7 +128,7 @@ def _pretrain(model, stream, progress: Progress) -> None:  # type: ignore[no-unt
     model.eval()
 
 
-def _batches(stream) -> Iterator:  # type: ignore[no-untyped-def, type-arg]
+def _batches(stream: torch.Tensor) -> Iterator[torch.Tensor]:
     import torch
 
     while True:
@@ -136,11 +140,11 @@ def _batches(stream) -> Iterator:  # type: ignore[no-untyped-def, type-arg]
                 yield windows[rows]
 
 
-def _lines() -> list[dict]:  # type: ignore[type-arg]
+def _lines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in CORPUS.read_text(encoding="utf-8").splitlines() if line]
 
 
-def _train_tokenizer():  # type: ignore[no-untyped-def]
+def _train_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -162,7 +166,7 @@ def _train_tokenizer():  # type: ignore[no-untyped-def]
     return wrapped
 
 
-def _texts(tokenizer) -> Iterator[str]:  # type: ignore[no-untyped-def]
+def _texts(tokenizer: Any) -> Iterator[str]:
     for line in _lines():
         if "messages" in line:
             yield tokenizer.apply_chat_template(line["messages"], tokenize=False)

@@ -161,9 +161,7 @@ class TestFigures:
         last = dict(series(load_run(folder), "loss"))[75]
         assert found["final train loss"] == f"{last:.4f}"
 
-    @pytest.mark.parametrize(
-        ("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")]
-    )
+    @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")])
     def test_wall_time(self, tmp_path: Path, seconds: float, shown: str) -> None:
         assert cells(make_run(tmp_path, "a", wall_seconds=seconds))["wall time"] == shown
 

@@ -134,9 +134,7 @@ def split_rows(data: DataConfig, seed: int) -> dict[str, list[tuple[Entry, int, 
     if data.eval_names:
         return {
             "train": train,
-            "eval": [
-                row for name in data.eval_names for row in _sampled(load_entry(name, Path(data.dir)), None, seed)
-            ],
+            "eval": [row for name in data.eval_names for row in _sampled(load_entry(name, Path(data.dir)), None, seed)],
         }
     held_out = round(data.eval_size * len(train)) if data.eval_size < 1 else int(data.eval_size)
     if held_out >= len(train):

@@ -49,9 +49,7 @@ def prompt_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> 
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def _text_and_spans(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[tuple[int, int]]]:
+def _text_and_spans(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
     """Return the rendered text and the [start, end) characters of each assistant turn: the prefix difference."""
     _require_template(tokenizer)
     text = str(tokenizer.apply_chat_template(messages, tokenize=False))

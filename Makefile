@@ -1,0 +1,87 @@
+# Set-up, demo, tests and the three usual ways to train. `make` lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where pip finds a CPU build of torch on a machine without an accelerator (on the main index of Linux packages the same
+# version is the CUDA build, several GB larger). Set it empty to use your own index alone.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+MODEL ?= tiny
+DATA ?= demo
+NPROC ?=
+NAME ?=
+ARGS ?=
+RUN ?= runs/demo/zero2
+RUNS ?= $(sort $(dir $(wildcard runs/demo/*/manifest.json)))
+LOGDIR ?= runs
+
+# DATA is the name of a shipped choice or of any entry of data/dataset_info.json.
+data_choice = $(if $(wildcard configs/hydra/data/$(1).yaml),data=$(1),data=registry 'data.names=[$(1)]')
+train = $(BIN)/tunewright train model=$(MODEL) $(call data_choice,$(DATA)) $(if $(NPROC),cluster.num_processes=$(NPROC)) \
+	$(if $(NAME),name=$(NAME)) $(1) $(ARGS)
+
+.PHONY: help setup demo test test-slow test-gpu lint datagen zero2 zero3 single compare tensorboard chat clean
+
+help:  ## list the targets
+	@echo "make TARGET [MODEL=tiny] [DATA=demo] [NPROC=2] [NAME=my-run] [ARGS=\"key=value ...\"]"
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready  ## create .venv and install the pinned, tested versions
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "There is no '$(PYTHON)': install Python 3.10 or newer, or write PYTHON=/path/of/it."; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is $$($(PYTHON) --version): Python 3.10 or newer is needed, write PYTHON=/path/of/it."; exit 2; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if ls /dev/nvidia[0-9]* /dev/kfd >/dev/null 2>&1 || [ -z "$(TORCH_INDEX)" ]; then extra=""; \
+	else extra="--retries 1 --extra-index-url $(TORCH_INDEX)"; fi; \
+	echo "Installing torch (a CPU build where there is no accelerator)"; \
+	$(BIN)/pip install --quiet --disable-pip-version-check $$extra -c constraints.txt torch
+	@echo "Installing the pinned stack and tunewright (1 to 3 minutes)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "Ready: $$($(BIN)/python -c 'from importlib.metadata import version as v; print(", ".join(p + " " + v(p) for p in ("torch", "transformers", "trl", "peft", "deepspeed", "bitsandbytes")))')"
+
+demo: setup  ## train the shipped task with ZeRO-2, ZeRO-3 and QLoRA, compare them, ask base and tuned model
+	@$(BIN)/tunewright demo
+
+test: lint  ## lint, then the tests that CI runs: on CPU, without network
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+test-slow: setup  ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: setup  ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+datagen: setup  ## a dataset from a description: make datagen TASK="..." N=100 NAME=riddles
+	$(BIN)/tunewright datagen task="$(TASK)" $(if $(NAME),name=$(NAME)) $(if $(N),examples=$(N)) $(ARGS)
+
+zero2: setup  ## train on all GPUs (or 2 CPU ranks) with ZeRO-2
+	$(call train,strategy=zero2)
+
+zero3: setup  ## train on all GPUs (or 2 CPU ranks) with ZeRO-3
+	$(call train,strategy=zero3)
+
+single: setup  ## train on one device with QLoRA
+	$(call train,strategy=single method=qlora)
+
+compare: setup  ## table, curves and HTML page: make compare RUNS="runs/a runs/b"
+	$(BIN)/tunewright compare $(RUNS)
+
+tensorboard: setup  ## open the curves of every run under LOGDIR
+	$(BIN)/tensorboard --logdir $(LOGDIR)
+
+chat: setup  ## ask base and tuned model the same questions: make chat RUN=runs/demo/zero2
+	$(BIN)/tunewright chat $(RUN)
+
+clean:  ## remove runs and tool caches; keeps .venv and the cache of models and tokens
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,70 @@
+"""`make demo`: the shipped task trained three ways, compared, and asked, in a few minutes on two CPU cores."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.compare import compare
+from launch.errors import TunewrightError
+from launch.rundir import RunDir
+from launch.train import train
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the demo; `seconds` is what it took on two CPU cores, from which the time left is estimated."""
+
+    title: str
+    seconds: float
+    overrides: tuple[str, ...] = ()
+
+
+WAYS = {
+    "zero2": Stage("ZeRO-2 on two ranks", 60, ("strategy=zero2",)),
+    "zero3": Stage("ZeRO-3 on two ranks", 75, ("strategy=zero3",)),
+    "qlora": Stage("QLoRA on one device", 55, ("strategy=single", "method=qlora")),
+}
+EVALUATE = Stage("held-out answers of base and tuned models", 30)
+
+
+def demo(root: Path, say: Callable[[str], None] = print) -> int:
+    """Train, evaluate and compare; runs that are there already are used again.
+
+    Raises:
+        TunewrightError: the tuned models are not better than the base model.
+    """
+    started = time.monotonic()
+    for number, (name, stage) in enumerate(WAYS.items(), 1):
+        left = sum(other.seconds for other in list(WAYS.values())[number - 1 :]) + EVALUATE.seconds
+        say(f"\n[{number}/{len(WAYS) + 1}] {stage.title} (about {left / 60:.1f} min left for the whole demo)")
+        code = train(
+            ["experiment=demo", *stage.overrides, f"name={name}", f"output_root={root}", "resume=auto"], say=say
+        )
+        if code:
+            return code
+    say(f"\n[{len(WAYS) + 1}/{len(WAYS) + 1}] {EVALUATE.title}")
+    paths = [root / name for name in WAYS]
+    missing = [path for path in paths if not RunDir(path).evaluation.is_file()]
+    if missing:
+        from trainer.evaluate import evaluate_runs
+
+        evaluate_runs(missing, None, say)
+    say("")
+    compare(paths, root / "comparison", echo=say)
+    _require_improvement(paths)
+    say(f"\nThe demo took {time.monotonic() - started:.0f} s. Next: `make tensorboard`, `make chat RUN={paths[0]}`.")
+    return 0
+
+
+def _require_improvement(paths: list[Path]) -> None:
+    for path in paths:
+        result = json.loads(RunDir(path).evaluation.read_text(encoding="utf-8"))
+        before, after = result["base"]["exact_match"], result["tuned"]["exact_match"]
+        if after <= before:
+            raise TunewrightError(
+                f"{path}: held-out exact match did not rise ({before:.1%} before, {after:.1%} after)."
+            )

@@ -1,0 +1,112 @@
+"""Held-out exact match, before and after tuning, from a fresh process that loads what the run saved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from launch.compose import load_config
+from launch.errors import DataError
+from launch.rundir import RunDir, write_json
+from trainer.data.cache import split_rows
+from trainer.data.rows import Message, to_messages
+from trainer.generate import Answerer, run_of
+from trainer.prepare import prepare
+
+BATCH = 16
+SPARE_TOKENS = 8  # an answer may be this much longer than the longest expected one before it is cut
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out conversation up to the answer, and the answer that is expected."""
+
+    messages: list[Message]
+    expected: str
+
+
+def evaluate_runs(paths: list[Path], examples: int | None = None, say: Callable[[str], None] = print) -> None:
+    """Write evaluation.json into each run: how often the base and the tuned model give the expected answer.
+
+    Runs on the same base model share its answers and one copy of its weights.
+
+    Raises:
+        ConfigError: a folder is not a finished run.
+        DataError: a run holds out no rows.
+    """
+    runs = [run_of(path) for path in paths]
+    configs = [load_config(run.config) for run in runs]
+    answerer, loaded, base_answers = None, None, {}
+    for run, config in zip(runs, configs, strict=True):
+        questions = held_out(config, examples)
+        model_path = prepare(config, lambda line: None).model_path
+        base = (model_path, config.model.revision, str(config.model.dtype), _quantization(config))
+        if base != loaded:
+            answerer, loaded = Answerer(config, model_path), base
+        assert answerer is not None
+        key = (base, tuple((question.messages[-1]["content"], question.expected) for question in questions))
+        if key not in base_answers:
+            base_answers[key] = _answers(answerer, questions, "base model", say)
+        with answerer.tuned(run):
+            tuned = _answers(answerer, questions, run.path.name, say)
+        _write(run, questions, base_answers[key], tuned, say)
+
+
+def held_out(config: DictConfig, examples: int | None) -> list[Question]:
+    """Return the evaluation rows of a configuration as questions."""
+    questions = []
+    for entry, _, row in split_rows(config.data, config.train.seed)["eval"][:examples]:
+        messages = to_messages(row, entry.columns)
+        if not isinstance(messages, str):
+            questions.append(Question(messages[:-1], messages[-1]["content"].strip()))
+    if not questions:
+        raise DataError("The run holds out no rows: set `data.eval_names` or `data.eval_size`.")
+    return questions
+
+
+def _quantization(config: DictConfig) -> tuple[Any, ...]:
+    method = config.method
+    return ("4bit", method.quant_type, method.double_quant) if method.name == "qlora" else ()
+
+
+def _answers(answerer: Answerer, questions: list[Question], name: str, say: Callable[[str], None]) -> list[str]:
+    longest = max(len(answerer.tokenizer(question.expected)["input_ids"]) for question in questions)
+    # Prompts of one length next to each other: less padding.
+    order = sorted(range(len(questions)), key=lambda index: len(questions[index].messages[-1]["content"]))
+    answers = [""] * len(questions)
+    started = last = time.monotonic()
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        given = answerer.answer([questions[index].messages for index in batch], longest + SPARE_TOKENS)
+        for index, text in zip(batch, given, strict=True):
+            answers[index] = text
+        now, done = time.monotonic(), start + len(batch)
+        if now - last > 5:
+            last = now
+            say(f"  {name}: {done} of {len(order)} answers, {(now - started) / done * (len(order) - done):.0f} s left")
+    return answers
+
+
+def _write(
+    run: RunDir, questions: list[Question], base: list[str], tuned: list[str], say: Callable[[str], None]
+) -> None:
+    rows = [
+        {"prompt": question.messages[-1]["content"], "expected": question.expected, "base": before, "tuned": after}
+        for question, before, after in zip(questions, base, tuned, strict=True)
+    ]
+    share = {key: sum(row[key] == row["expected"] for row in rows) / len(rows) for key in ("base", "tuned")}
+    write_json(
+        run.evaluation,
+        {
+            "examples": len(rows),
+            "base": {"exact_match": share["base"]},
+            "tuned": {"exact_match": share["tuned"]},
+            "rows": rows,
+        },
+    )
+    say(f"  {run.path.name}: exact match {share['base']:.1%} before, {share['tuned']:.1%} after, on {len(rows)} rows")

@@ -1,0 +1,92 @@
+"""Answers of the base and of the tuned model, the two of them in one copy of the weights where that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from launch.errors import ConfigError
+from launch.rundir import RunDir
+from trainer.data.render import prompt_text
+from trainer.data.rows import Message
+from trainer.models import load_model, load_tokenizer, torch_dtype
+
+
+def run_of(path: Any) -> RunDir:
+    """Return the run folder at `path`.
+
+    Raises:
+        ConfigError: there is no run, or it has not finished.
+    """
+    run = RunDir(path)
+    if not run.manifest.is_file():
+        raise ConfigError(f"{path} is not a run folder: it has no {run.manifest.name}.")
+    if not run.final.is_dir():
+        status = run.read_manifest().get("status")
+        raise ConfigError(f"{path} has no result yet (status: {status}). Continue it with resume=auto.")
+    return run
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Answerer:
+    """A tokenizer and a base model that gives greedy answers, with or without a run's adapter on it."""
+
+    def __init__(self, config: DictConfig, model_path: str) -> None:
+        self.config = config
+        self.tokenizer = load_tokenizer(model_path, config.model)
+        self.tokenizer.padding_side = "left"  # so that every prompt of a batch ends where its answer begins
+        self.dtype = torch_dtype(config.model.dtype, device().type)
+        self.model: Any = load_model(model_path, config.model, self.dtype, method=config.method, device=device())
+        if config.method.name != "qlora":
+            self.model.to(device())
+        self.model.eval()
+
+    @contextmanager
+    def tuned(self, run: RunDir) -> Iterator[None]:
+        """Put the run's result in place of the base model for the time of the context."""
+        base = self.model
+        if (run.final / "adapter_config.json").is_file():
+            from peft import PeftModel
+
+            adapted = PeftModel.from_pretrained(base, str(run.final), autocast_adapter_dtype=False)
+            self.model = adapted.eval()
+            try:
+                yield
+            finally:
+                self.model = adapted.unload()
+            return
+        self.model = load_model(str(run.final), self.config.model, self.dtype).to(device()).eval()
+        try:
+            yield
+        finally:
+            self.model = base
+
+    def answer(self, conversations: list[list[Message]], max_new_tokens: int) -> list[str]:
+        """Return the greedy answer to each conversation; they are generated together."""
+        prompts = [prompt_text(messages, self.tokenizer) for messages in conversations]
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(device())
+        with torch.no_grad():
+            output = self.model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self._end_tokens(),
+            )
+        new = output[:, batch["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _end_tokens(self) -> list[int]:
+        known = self.model.generation_config.eos_token_id
+        ids = known if isinstance(known, list) else [known] if known is not None else []
+        return sorted({*ids, self.tokenizer.eos_token_id})
