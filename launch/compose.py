@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -93,21 +93,21 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
     return config
 
 
-def load_config(path: Path) -> DictConfig:
-    """Read a resolved configuration that a run wrote, with its types back.
+def load_config(source: Path | TextIO) -> DictConfig:
+    """Read a resolved configuration, a run's config.yaml for example, and give it its types back.
 
     Raises:
         ConfigError: no such file, or it does not fit this version's settings.
     """
     try:
-        raw = OmegaConf.load(path)
+        raw = OmegaConf.load(source)
         config = OmegaConf.merge(OmegaConf.structured(schema.Config), raw)
         assert isinstance(config, DictConfig)
         config.method = OmegaConf.merge(OmegaConf.structured(schema.METHODS[config.method.name]), config.method)
     except FileNotFoundError as error:
-        raise ConfigError(f"There is no run configuration at {path}.") from error
+        raise ConfigError(f"There is no run configuration at {source}.") from error
     except (OmegaConfBaseException, yaml.YAMLError, KeyError) as error:
-        raise ConfigError(f"{path} does not fit this version's settings: {_first_line(error)}") from error
+        raise ConfigError(f"{source} does not fit this version's settings: {_first_line(error)}") from error
     return config
 
 

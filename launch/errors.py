@@ -13,6 +13,7 @@ class TunewrightError(Exception):
     """A failure that the user can act on; its text is shown without a traceback."""
 
     exit_code = 70
+    shown = False  # True when another process has shown the reason already
 
 
 class ConfigError(TunewrightError):

@@ -48,8 +48,8 @@ def _check_method(config: DictConfig) -> None:
     if method.name == "qlora":
         if strategy.name in PARTITIONED:
             raise ConfigError(
-                f"`method=qlora` cannot run under `strategy={strategy.name}`: ZeRO-3 splits weights over the ranks, and "
-                f"weights quantised to 4 bits cannot be split, so each rank would hold them whole anyway. "
+                f"`method=qlora` cannot run under `strategy={strategy.name}`: ZeRO-3 splits weights over the ranks, "
+                f"and weights quantised to 4 bits cannot be split, so each rank would hold them whole. "
                 f"Use strategy=zero2 or strategy=ddp with method=qlora, or method=lora with strategy={strategy.name}."
             )
         if method.quant_type not in QUANT_TYPES:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +58,7 @@ def sweep_jobs(overrides: Sequence[str], extra_dir: Path | None, *, multirun: bo
 
 def run_job(job: Job, say: Callable[[str], None] = print) -> int:
     """Prepare the data, start the ranks, and return the exit code."""
-    from trainer.prepare import find_prepared
+    from trainer.prepare import ensure_prepared
 
     run = job.claimed.run
     if job.claimed.finished:
@@ -68,12 +66,8 @@ def run_job(job: Job, say: Callable[[str], None] = print) -> int:
         return 0
     if job.claimed.checkpoint:
         say(f"Continuing {run.path} from {job.claimed.checkpoint.name}")
+    ensure_prepared(job.config)
     prepare_folder(job.config, job.claimed)
-    if find_prepared(job.config) is None:
-        code = subprocess.run([sys.executable, "-m", "trainer.prepare", str(run.config)]).returncode
-        if code:
-            run.update_manifest(status="failed")
-            return code
     write_accelerate_config(job.command, run)
     say(job.command.shown())
     return run_ranks(job.command, run, say)

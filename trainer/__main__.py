@@ -6,6 +6,7 @@ accelerate launch ... -m trainer strategy=zero2 train.epochs=1   the same settin
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from launch.compose import compose_config, load_config
-from launch.errors import ConfigError
+from launch.compose import choices, compose_config, load_config
+from launch.errors import TunewrightError
 from launch.hardware import find_devices
 from launch.legality import check
 from launch.rundir import Claim, RunDir, claim, prepare_folder
 from launch.schema import Resume
+from trainer.prepare import ensure_prepared
 from trainer.process import Console, die_with_parent, join, launched, rank, reported_errors, world_size
 
 if TYPE_CHECKING:
@@ -33,8 +35,9 @@ def main(argv: list[str]) -> int:
     die_with_parent()
     try:
         config, claimed = _from_launcher(argv) if argv[:1] == ["--run"] else _from_overrides(argv)
-    except ConfigError as error:
-        if rank() == 0:
+        prepared = ensure_prepared(config, quiet=rank() > 0)
+    except TunewrightError as error:
+        if rank() == 0 and not error.shown:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     run = claimed.run
@@ -42,10 +45,8 @@ def main(argv: list[str]) -> int:
     console = Console(run.logs)
     with reported_errors(run.logs, console):
         state = state or join(config.strategy.launcher.name, config.train.timeout_minutes)
-        from trainer.prepare import find_prepared, prepare
         from trainer.run import train
 
-        prepared = find_prepared(config) or prepare(config, console.say)
         train(config, run, prepared.cache, prepared.model_path, state, console, claimed.checkpoint)
         state.destroy_process_group()
     return 0
@@ -81,9 +82,13 @@ def _strategy_of_environment(argv: list[str]) -> list[str]:
     if any(item.startswith("strategy=") for item in argv):
         return []
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        name = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")).stem
+        file = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""))
+        if file.stem in choices("strategy"):
+            return [f"strategy={file.stem}"]
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        return [f"strategy={name if name.startswith('zero') else f'zero{stage}'}"]
+        if file.is_file():
+            stage = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+        return [f"strategy=zero{stage}"]
     return ["strategy=ddp" if world_size() > 1 else "strategy=single"]
 
 

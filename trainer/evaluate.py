@@ -45,7 +45,7 @@ def evaluate_runs(paths: list[Path], examples: int | None = None, say: Callable[
     for run, config in zip(runs, configs, strict=True):
         questions = held_out(config, examples)
         model_path = prepare(config, lambda line: None).model_path
-        base = (model_path, config.model.revision, str(config.model.dtype), _quantization(config))
+        base = (model_path, str(config.model.dtype), _quantization(config))
         if base != loaded:
             answerer, loaded = Answerer(config, model_path), base
         assert answerer is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def device() -> torch.device:
 class Answerer:
     """A tokenizer and a base model that gives greedy answers, with or without a run's adapter on it."""
 
-    def __init__(self, config: DictConfig, model_path: str) -> None:
+    def __init__(self, config: DictConfig, model_path: Path) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(model_path, config.model)
         self.tokenizer.padding_side = "left"  # so that every prompt of a batch ends where its answer begins
@@ -62,7 +63,7 @@ class Answerer:
             finally:
                 self.model = adapted.unload()
             return
-        self.model = load_model(str(run.final), self.config.model, self.dtype).to(device()).eval()
+        self.model = load_model(run.final, self.config.model, self.dtype).to(device()).eval()
         try:
             yield
         finally:

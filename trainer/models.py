@@ -1,4 +1,4 @@
-"""From the `model` group to a tokenizer and weights: built here, from the Hub, from ModelScope, or from a folder."""
+"""From the `model` group to a folder, and from the folder to a tokenizer and weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.errors import ConfigError, StorageError
 from launch.schema import Dtype, ModelConfig, Source
-from trainer import tiny
+from trainer import hub, tiny
 
 if TYPE_CHECKING:
     import torch
@@ -19,32 +19,38 @@ def cache_folder(cache_dir: str) -> Path:
     return Path(cache_dir).expanduser()
 
 
-def resolve_model(model: ModelConfig, cache_dir: str, progress: tiny.Progress | None = None) -> str:
-    """Return what `from_pretrained` takes: a folder, or a Hub id. Builds or downloads what must come first.
+def find_model(model: ModelConfig, cache_dir: str) -> Path | None:
+    """Return the folder of a model that is on this machine already, without using the network or torch.
 
     Raises:
-        ConfigError: the folder does not exist, or ModelScope's package is not installed.
+        ConfigError: `model.source=folder` and there is no such folder, or no weights in it.
     """
     if model.source is Source.embedded:
-        return str(tiny.build_tiny(cache_folder(cache_dir), progress or (lambda step, steps, loss: None)))
-    if model.source is Source.modelscope:
-        try:
-            from modelscope import snapshot_download
-        except ImportError as error:
-            raise ConfigError(
-                "`model.source=modelscope` needs the modelscope package: pip install 'tunewright[modelscope]'."
-            ) from error
-        return str(snapshot_download(model.path, revision=model.revision))
-    if model.source is Source.folder and not Path(model.path).expanduser().is_dir():
-        raise ConfigError(f"`model.path` is '{model.path}', but there is no such folder.")
-    return str(Path(model.path).expanduser()) if model.source is Source.folder else model.path
+        return tiny.tiny_folder(cache_folder(cache_dir)) if tiny.is_built(cache_folder(cache_dir)) else None
+    if model.source is Source.folder:
+        folder = Path(model.path).expanduser()
+        if not hub.has_weights(folder):
+            problem = "holds no model weights" if folder.is_dir() else "does not exist"
+            raise ConfigError(f"`model.path` is '{model.path}', a folder that {problem}.")
+        return folder
+    return hub.find_hub(model) if model.source is Source.hub else None
 
 
-def load_tokenizer(path: str, model: ModelConfig) -> PreTrainedTokenizerBase:
+def fetch_model(model: ModelConfig, cache_dir: str, progress: tiny.Progress) -> Path:
+    """Return the folder of a model, built or downloaded first where it is not there yet."""
+    found = find_model(model, cache_dir)
+    if found:
+        return found
+    if model.source is Source.embedded:
+        return tiny.build_tiny(cache_folder(cache_dir), progress)
+    return hub.fetch_modelscope(model) if model.source is Source.modelscope else hub.fetch_hub(model)
+
+
+def load_tokenizer(path: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer; a missing pad token becomes the end-of-text token, which padding masks anyway."""
     from transformers import AutoTokenizer
 
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, path, model)
+    tokenizer = _load(AutoTokenizer.from_pretrained, path, model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer  # type: ignore[no-any-return]
@@ -60,7 +66,7 @@ def torch_dtype(dtype: Dtype, device_type: str) -> torch.dtype:
 
 
 def load_model(
-    path: str,
+    path: Path,
     model: ModelConfig,
     dtype: torch.dtype,
     *,
@@ -86,15 +92,12 @@ def load_model(
         )
         # Quantisation happens on the device that trains: each rank loads onto its own.
         options["device_map"] = {"": device if device is not None else "cpu"}
-    return _from_hub(AutoModelForCausalLM.from_pretrained, path, model, **options)  # type: ignore[no-any-return]
+    return _load(AutoModelForCausalLM.from_pretrained, path, model, **options)  # type: ignore[no-any-return]
 
 
-def _from_hub(load: Callable[..., Any], path: str, model: ModelConfig, **options: Any) -> Any:
+def _load(load: Callable[..., Any], path: Path, model: ModelConfig, **options: Any) -> Any:
     try:
-        return load(path, revision=model.revision, trust_remote_code=model.trust_remote_code, **options)
+        return load(str(path), trust_remote_code=model.trust_remote_code, **options)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise StorageError(
-            f"`model.path` is '{model.path}' (source {model.source.name}) and could not be loaded: {reason} "
-            f"Use model=tiny, a folder (model=folder model.path=...), or model.source=modelscope."
-        ) from error
+        raise StorageError(f"`model.path` is '{model.path}' and could not be loaded from {path}: {reason}") from error

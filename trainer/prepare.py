@@ -1,30 +1,46 @@
-"""What is done once, before ranks start: the embedded model, the token cache.
+"""What is done once, before ranks join: the embedded model, the token cache.
 
-`python -m trainer.prepare RUN/config.yaml` from the launcher; ranks that were started without it call `prepare`.
+It happens in a process of its own, `python -m trainer.prepare < config.yaml`, that knows nothing of ranks: in a rank,
+transformers would save only from the first one, and threads are few.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from launch.compose import load_config
 from launch.errors import TunewrightError
 from launch.schema import Source
 from trainer import tiny
 from trainer.data.cache import TokenCache, build_cache, cache_key, describe, open_cache
-from trainer.models import cache_folder, load_tokenizer, resolve_model
+from trainer.models import cache_folder, fetch_model, find_model, load_tokenizer
+
+# What launchers tell their ranks; OMP_NUM_THREADS is a rank's share of the cores.
+RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_",
+    "TORCHELASTIC",
+    "ACCELERATE",
+    "OMP_",
+)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What a rank needs to begin."""
 
-    model_path: str
+    model_path: Path
     cache: TokenCache
 
 
@@ -34,14 +50,11 @@ def find_prepared(config: DictConfig) -> Prepared | None:
     Raises:
         DataError: the registry or a data file cannot be used.
     """
-    if config.model.source is Source.modelscope:
-        return None  # only its own library knows where the files are
-    folder = cache_folder(config.data.cache_dir)
-    if config.model.source is Source.embedded and not tiny.is_built(folder):
+    model_path = find_model(config.model, config.data.cache_dir)
+    if model_path is None:
         # The token cache's name depends on the tokenizer, but a wrong dataset name should be told now.
-        cache_key(config.data, config.train.seed, "", None)
+        cache_key(config.data, config.train.seed, None)
         return None
-    model_path = resolve_model(config.model, config.data.cache_dir)
     cache = open_cache(config.data, _key(config, model_path))
     return Prepared(model_path, cache) if cache else None
 
@@ -51,7 +64,7 @@ def prepare(config: DictConfig, say: Callable[[str], None] = print) -> Prepared:
     folder = cache_folder(config.data.cache_dir)
     if config.model.source is Source.embedded and not tiny.is_built(folder):
         say(f"Building the embedded model in {tiny.tiny_folder(folder)} (once, about a minute)")
-    model_path = resolve_model(config.model, config.data.cache_dir, tiny.progress_lines(say))
+    model_path = fetch_model(config.model, config.data.cache_dir, tiny.progress_lines(say))
     key = _key(config, model_path)
     cache = open_cache(config.data, key)
     if cache is None:
@@ -63,8 +76,8 @@ def prepare(config: DictConfig, say: Callable[[str], None] = print) -> Prepared:
     return Prepared(model_path, cache)
 
 
-def _key(config: DictConfig, model_path: str) -> str:
-    return cache_key(config.data, config.train.seed, model_path, config.model.revision)
+def _key(config: DictConfig, model_path: Path) -> str:
+    return cache_key(config.data, config.train.seed, model_path)
 
 
 def _row_lines(say: Callable[[str], None]) -> Callable[[int, int], None]:
@@ -80,15 +93,50 @@ def _row_lines(say: Callable[[str], None]) -> Callable[[int, int], None]:
     return show
 
 
-def main() -> None:
-    from launch.compose import load_config
+def ensure_prepared(config: DictConfig, *, quiet: bool = False) -> Prepared:
+    """Make what is missing in a process of its own; several ranks may call it at once, one of them does the work.
 
+    Raises:
+        PrepareFailed: the process said why on standard error.
+    """
+    found = find_prepared(config)
+    if found:
+        return found
+    env = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.prepare"],
+        input=OmegaConf.to_yaml(config),
+        encoding="utf-8",
+        env=env,
+        stdout=subprocess.DEVNULL if quiet else None,
+    )
+    if done.returncode:
+        raise PrepareFailed(done.returncode)
+    found = find_prepared(config)
+    return found or prepare(config, lambda line: None)
+
+
+class PrepareFailed(TunewrightError):
+    """The preparing process ended with this exit code, after it had shown the reason."""
+
+    shown = True
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the data or the model could not be prepared, see above")
+        self.exit_code = exit_code
+
+
+def main() -> int:
+    """Prepare for the configuration on standard input."""
+    for library in ("DATASETS", "TRANSFORMERS"):  # our own lines tell how far it is
+        os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     try:
-        prepare(load_config(Path(sys.argv[1])), lambda line: print(line, flush=True))
+        prepare(load_config(sys.stdin), lambda line: print(line, flush=True))
     except TunewrightError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

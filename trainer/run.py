@@ -19,6 +19,7 @@ from trl import SFTConfig
 
 from launch.batching import BatchPlan, batch_plan
 from launch.errors import ConfigError, StorageError
+from launch.legality import deepspeed_file
 from launch.rundir import RunDir
 from launch.schema import Launcher
 from trainer import attention
@@ -36,7 +37,7 @@ def train(
     config: DictConfig,
     run: RunDir,
     cache: TokenCache,
-    model_path: str,
+    model_path: Path,
     state: PartialState,
     console: Console,
     checkpoint: Path | None = None,
@@ -122,6 +123,8 @@ def _deepspeed_config(config: DictConfig, dtype: torch.dtype) -> dict[str, Any] 
     from accelerate.utils import DeepSpeedPlugin
 
     settings = json.loads(json.dumps(DeepSpeedPlugin().deepspeed_config))
+    # The fields of an accelerate YAML are in `settings` now. accelerate would refuse them beside settings of ours.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     # accelerate's own fields, and what the trainer has to decide: the batch is the plan's.
     for key in (
         "train_batch_size",
@@ -233,9 +236,7 @@ def check_facts(facts: dict[str, Any], config: DictConfig) -> None:
     if launcher is Launcher.ddp:
         expected["type"] = "MULTI_CPU" if facts["device"] == "cpu" else "MULTI_GPU"
     if launcher is Launcher.deepspeed:
-        stage = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())["zero_optimization"][
-            "stage"
-        ]
+        stage = json.loads(Path(deepspeed_file(config)).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
         expected |= {"engine": "DeepSpeedEngine", "zero_stage": stage}
     if config.cluster.num_processes is not None:
         expected["world_size"] = config.cluster.num_processes
@@ -257,6 +258,10 @@ class Progress(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.first is None:
             self.first = (state.global_step, time.monotonic())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps are reported whatever `logging_steps` is
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "eval_loss" in logs:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from launch.errors import DataError
+from launch.errors import DataError, StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +73,9 @@ def build_tiny(cache_dir: Path, progress: Progress = lambda step, steps, loss: N
             staging = folder.with_name(f"{folder.name}.{os.getpid()}.part")
             shutil.rmtree(staging, ignore_errors=True)
             _build(staging, progress)
+            if not (staging / "model.safetensors").is_file():
+                # transformers saves nothing from a rank other than the first.
+                raise StorageError(f"The embedded model was not saved to {staging}.")
             staging.rename(folder)
     return folder
 

@@ -66,7 +66,7 @@ class TokenCache:
         return load_from_disk(str(self.folder / split)) if self.reports[split].kept else None  # type: ignore[return-value]
 
 
-def cache_key(data: DataConfig, seed: int, tokenizer_path: str, revision: str | None) -> str:
+def cache_key(data: DataConfig, seed: int, model_path: Path | None) -> str:
     """Return the digest of everything that decides the token ids, read without importing torch or transformers."""
     digest = hashlib.sha256()
     settings = {
@@ -75,7 +75,6 @@ def cache_key(data: DataConfig, seed: int, tokenizer_path: str, revision: str | 
         "eval_size": data.eval_size,
         "max_samples": data.max_samples,
         "seed": seed,
-        "tokenizer": [tokenizer_path, revision],
         "versions": [version("transformers"), version("tokenizers")],
     }
     digest.update(json.dumps(settings, sort_keys=True).encode())
@@ -85,10 +84,10 @@ def cache_key(data: DataConfig, seed: int, tokenizer_path: str, revision: str | 
             entry = load_entry(name, Path(data.dir))
             digest.update(json.dumps(sorted(entry.columns.items())).encode())
             digest.update(entry.path.read_bytes())
-    folder = Path(tokenizer_path)
-    if folder.is_dir():
-        for file in sorted(folder.glob("*token*")) + sorted(folder.glob("*template*")):
-            digest.update(file.read_bytes())
+    if model_path is not None:
+        for pattern in ("*token*", "*vocab*", "merges.txt", "*template*", "special_tokens_map.json"):
+            for file in sorted(model_path.glob(pattern)):
+                digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 

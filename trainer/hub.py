@@ -1,0 +1,76 @@
+"""Model files from the Hub or ModelScope, fetched once before ranks start; ranks only ever open a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from launch.errors import ConfigError, StorageError
+from launch.schema import ModelConfig
+
+# Other formats of the same weights, which transformers does not read.
+IGNORED = ["original/*", "consolidated*", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pth", "*.tflite"]
+
+
+def find_hub(model: ModelConfig) -> Path | None:
+    """Return the folder of a Hub model that is whole in the local cache, without using the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if has_weights(folder) else None
+
+
+def fetch_hub(model: ModelConfig) -> Path:
+    """Download a Hub model, with progress, and return its folder.
+
+    Raises:
+        StorageError: it does not exist, is gated, or the Hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        # Many repositories hold the weights twice: the older .bin files are fetched only where there is nothing else.
+        folder = Path(snapshot_download(model.path, revision=model.revision, ignore_patterns=[*IGNORED, "*.bin"]))
+        if not has_weights(folder):
+            folder = Path(snapshot_download(model.path, revision=model.revision, ignore_patterns=IGNORED))
+        return folder
+    except GatedRepoError as error:
+        raise StorageError(
+            f"`model.path` is '{model.path}', which is gated: accept its licence on the Hub, then `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise StorageError(f"`model.path` is '{model.path}', but the Hub has no such model.") from error
+    except (HfHubHTTPError, OSError) as error:  # LocalEntryNotFoundError, an OSError, when there is no connection
+        raise StorageError(
+            f"`model.path` is '{model.path}' and could not be fetched from the Hub ({type(error).__name__}). Use "
+            f"model=tiny, a folder (model=folder model.path=...), or ModelScope (model.source=modelscope)."
+        ) from error
+
+
+def fetch_modelscope(model: ModelConfig) -> Path:
+    """Download a ModelScope model unless it is there, and return its folder.
+
+    Raises:
+        ConfigError: the modelscope package is not installed.
+    """
+    try:
+        from modelscope import snapshot_download
+    except ImportError as error:
+        raise ConfigError(
+            "`model.source=modelscope` needs the modelscope package: pip install 'tunewright[modelscope]'."
+        ) from error
+    return Path(snapshot_download(model.path, revision=model.revision))
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether a model folder holds all of its weight files."""
+    for index in folder.glob("*.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if all((folder / shard).exists() for shard in shards):
+            return True
+    return any((folder / name).exists() for name in ("model.safetensors", "pytorch_model.bin"))
