@@ -123,7 +123,9 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 def _explain(error: Exception, overrides: list[Override], extra_dir: Path | None) -> ConfigError:
     """Turn an error of Hydra or OmegaConf into one that names key, value, origin and the closest valid name."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    # Hydra names OmegaConf's error as the cause for an override, and raises "from None" for a file.
+    chain = (error.__cause__, error.__context__)
+    cause = next((link for link in chain if isinstance(link, OmegaConfBaseException)), error)
     if isinstance(error, MissingConfigException):
         return _unknown_choice(error, overrides)
     key = str(getattr(cause, "full_key", None) or "")
@@ -204,8 +206,9 @@ def _expected(cause: ValidationError, key: str) -> str:
 def _origin(key: str, overrides: list[Override], extra_dir: Path | None) -> tuple[str, Any]:
     """Return where `key` was set ("command line" or a file) and the value found there."""
     for item in reversed(overrides):
-        if item.key_or_group == key or key.startswith(f"{item.key_or_group}."):
-            return f"command line: {item.input_line}", item.value() if item.key_or_group == key else None
+        whole = item.key_or_group == key
+        if whole or (key.startswith(f"{item.key_or_group}.") and isinstance(item.value(), dict)):
+            return f"command line: {item.input_line}", item.value() if whole else None
     # Not on the command line: look into the chosen files, last one first, as Hydra merges them.
     chosen = {item.key_or_group: str(item.value()) for item in overrides if "." not in item.key_or_group}
     top, _, rest = key.partition(".")

@@ -91,6 +91,8 @@ class RunDir:
             return dict(json.loads(self.manifest.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return {}
+        except OSError as error:
+            raise StorageError(f"Cannot read {self.manifest}: {error.strerror}.") from error
         except json.JSONDecodeError as error:
             raise StorageError(f"{self.manifest} is damaged: {error.msg} at line {error.lineno}.") from error
 

@@ -1,0 +1,66 @@
+"""Shared by all tests: where things are, and how `tunewright` is run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TIMEOUT = 400  # seconds: far above what any command here takes, below what hides a hang
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> None:
+    """Anything that would reach for a hub fails at once instead of retrying."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tunewright() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command in the repository and return what it printed and its exit code."""
+
+    def run(*args: str | Path, timeout: float = TIMEOUT, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "launch.cli", *map(str, args)],
+            cwd=REPOSITORY,
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train(tunewright: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Train with the given overrides through the launcher, and return the run folder of a run that succeeded."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def run(name: str, *overrides: str, **env: str) -> Path:
+        done = tunewright("train", f"output_root={root}", f"name={name}", *overrides, **env)
+        logs = "\n".join(path.read_text()[-3000:] for path in sorted((root / name / "logs").glob("*.log")))
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{logs}"
+        return root / name
+
+    return run
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """Return the training loss of each logged step."""
+    return [line["loss"] for line in read_metrics(run) if "loss" in line]
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "manifest.json").read_text(encoding="utf-8")))

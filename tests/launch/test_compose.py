@@ -1,0 +1,143 @@
+"""Every shipped choice composes, and every mistake is told in the user's terms before anything starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import schema
+from launch.compose import CONFIG_DIR, choices, compose_config, expand_sweep, load_config
+from launch.describe import choices_text, keys_text
+from launch.errors import ConfigError
+from launch.hardware import Devices
+from launch.legality import check
+from launch.rundir import redacted_yaml
+
+CPU = Devices("cpu", 0, 2)
+EIGHT_GPUS = Devices("cuda", 8, 64)
+ALL_CHOICES = [(group, name) for group in schema.GROUPS for name in choices(group)]
+NEEDS = {"data=registry": ["data.names=[demo]"], "model=folder": ["model.path=/models/mine"]}
+
+
+@pytest.mark.parametrize(("group", "name"), ALL_CHOICES, ids=[f"{group}={name}" for group, name in ALL_CHOICES])
+def test_every_choice_of_every_group_composes_and_validates(group: str, name: str) -> None:
+    override = f"{group}={name}"
+    config = compose_config([override, *NEEDS.get(override, [])])
+    if group in ("method", "strategy"):
+        assert config[group].name == name
+    check(config, EIGHT_GPUS)
+
+
+def test_every_yaml_key_is_typed() -> None:
+    """A group whose file brings a key that no data class declares would be refused; a method brings its own class."""
+    for method, cls in schema.METHODS.items():
+        assert set(compose_config([f"method={method}"]).method) == set(schema.help_of(cls))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.learning_rte=1"], ["`train.learning_rte` = 1", "train.learning_rte=1", "train.learning_rate"]),
+        (["learning_rate=1e-4"], ["`learning_rate`", "Did you mean 'train.learning_rate'"]),
+        (["+train.learning_rat=1"], ["`train.learning_rat`", "train.learning_rate"]),
+        (["train.learning_rate=fast"], ["`train.learning_rate` is 'fast'", "train.learning_rate=fast", "1e-4"]),
+        (["train.max_steps=1.5"], ["`train.max_steps` is 1.5", "whole number"]),
+        (["strategy=zero4"], ["`strategy` has no choice 'zero4'", "Did you mean 'zero3'", "zero2_offload"]),
+        (["method=qloora"], ["`method` has no choice 'qloora'", "Did you mean 'qlora'"]),
+        (["experiment=dmeo"], ["`experiment` has no choice 'dmeo'", "Did you mean 'demo'"]),
+        (["method=full", "method.r=8"], ["`method.r` = 8", "method.name"]),
+        (["resume=always"], ["`resume` is 'always'", "never, auto, must"]),
+        (["data=registry"], ["No value for `data.names`", "data.names=[demo]"]),
+        (["data.names=demo"], ["`data.names` is 'demo'", "data.names=[one,two]"]),
+        (["data.names=[]"], ["`data.names` is empty"]),
+        (["train.epochs=1,2"], ["--multirun"]),
+        (["strategy"], ["Cannot read `strategy`", "key=value"]),
+        (["name=${nothing}"], ["'nothing' not found"]),
+    ],
+)
+def test_a_mistake_names_key_value_origin_and_the_closest_valid_name(overrides: list[str], said: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_config(overrides)
+    for part in said:
+        assert part in str(caught.value)
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    file = tmp_path / "train" / "mine.yaml"
+    file.write_text("learning_rate: quick\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        compose_config(["train=mine"], extra_dir=tmp_path)
+    assert str(file) in str(caught.value)
+    assert "'quick'" in str(caught.value)
+
+
+def test_a_folder_of_the_users_own_adds_choices(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "mine.yaml").write_text("learning_rate: 5e-4\n", encoding="utf-8")
+    assert compose_config(["train=mine"], extra_dir=tmp_path).train.learning_rate == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices", "said"),
+    [
+        (["method=qlora", "strategy=zero3"], CPU, ["ZeRO-3 splits weights", "strategy=zero2", "method=lora"]),
+        (["method=qlora", "strategy=zeropp"], EIGHT_GPUS, ["4 bits cannot be split"]),
+        (["strategy=zeropp"], CPU, ["NVIDIA", "strategy=zero3"]),
+        (["strategy=single", "cluster.num_processes=2"], CPU, ["one process", "strategy=ddp"]),
+        (["strategy=ddp", "cluster.num_processes=9"], EIGHT_GPUS, ["8 GPUs are visible", "CUDA_VISIBLE_DEVICES"]),
+        (["strategy=ddp", "train.global_batch_size=4"], EIGHT_GPUS, ["less than the 8 ranks", "Write 8 or more"]),
+        (["train.gradient_accumulation_steps=2"], CPU, ["set one and write the other as null"]),
+        (["train.global_batch_size=null"], CPU, ["both are null"]),
+        (["train.micro_batch_size=0"], CPU, ["`train.micro_batch_size` is 0"]),
+        (["train.learning_rate=-1"], CPU, ["`train.learning_rate` is -1.0"]),
+        (["train.learning_rate=nan"], CPU, ["`train.learning_rate` is nan"]),
+        (["method.r=0"], CPU, ["`method.r` is 0"]),
+        (["method.target_modules=q_proj"], CPU, ["all-linear or a list"]),
+        (["method=qlora", "method.quant_type=nf5"], CPU, ["Did you mean 'nf4'"]),
+        (["strategy=zero2", "strategy.deepspeed=zero9"], CPU, ["no such file", "Did you mean"]),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(overrides: list[str], devices: Devices, said: list[str]) -> None:
+    config = compose_config(overrides)
+    with pytest.raises(ConfigError) as caught:
+        check(config, devices)
+    for part in said:
+        assert part in str(caught.value)
+
+
+def test_configuration_errors_do_not_wait_for_torch() -> None:
+    code = (
+        "import sys\n"
+        "from launch.cli import main\n"
+        "assert main(['train', 'strategy=zero4']) == 2\n"
+        "assert main(['train', 'data.names=[nothing]']) == 3\n"
+        "assert main(['config', '--keys']) == 0\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CONFIG_DIR.parents[1], capture_output=True)
+
+
+def test_a_sweep_is_every_combination() -> None:
+    points = list(expand_sweep(["method.r=4,8", "strategy=ddp,zero2", "data.names=[demo]"]))
+    assert points[0] == ["method.r=4", "strategy=ddp", "data.names=[demo]"]
+    assert len(points) == 4
+    assert len({tuple(point) for point in points}) == 4
+
+
+def test_a_configuration_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    config = compose_config(["experiment=demo", "method=qlora", "strategy=zero2"])
+    (tmp_path / "config.yaml").write_text(redacted_yaml(config), encoding="utf-8")
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    assert again.resume is schema.Resume.never
+
+
+def test_the_lists_of_choices_and_keys_are_complete() -> None:
+    listed = choices_text()
+    assert all(f"  {name}" in listed for _, name in ALL_CHOICES)
+    keys = keys_text()
+    assert all(f"train.{key}" in keys for key in schema.help_of(schema.TrainConfig))
