@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from datagen.cli import add_parser as add_datagen
 from launch import __version__
 from launch.errors import TunewrightError
 
@@ -80,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train the shipped task three ways, compare, and ask")
     demo.add_argument("--root", type=Path, default=Path("runs/demo"), help="folder for the runs")
     demo.set_defaults(run=_demo)
+    add_datagen(commands)
     return top
 
 

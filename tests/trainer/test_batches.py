@@ -1,0 +1,133 @@
+"""Batches hold what they should, and attention and loss over a flat batch are those of the rows alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from launch.batching import BatchPlan
+from trainer import attention
+from trainer.batches import FlatCollator, MicroBatches, PaddedCollator, token_counts
+from trainer.data.render import IGNORED
+from trainer.sft import scored_loss_sum
+from trainer.telemetry import matmul_parameters
+
+
+def rows_of(*lengths: int, vocabulary: int = 4000) -> list[dict[str, np.ndarray]]:
+    generator = np.random.default_rng(0)
+    rows = []
+    for length in lengths:
+        ids = generator.integers(5, vocabulary, length)
+        labels = np.where(np.arange(length) >= length // 2, ids, IGNORED)
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def test_a_flat_batch_is_the_rows_end_to_end() -> None:
+    batch = FlatCollator(0)(rows_of(5, 2, 9))
+    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 7, 16]
+    assert batch["position_ids"][0].tolist() == [*range(5), *range(2), *range(9)]
+    assert batch["max_length_q"] == 9
+    assert token_counts(batch)[0] == 16
+    # What is scored is what Trainer counts: labels after the shift.
+    assert batch["targets"].tolist() == batch["labels"][0, 1:][batch["labels"][0, 1:] != IGNORED].tolist()
+
+
+def test_the_first_token_of_a_row_is_never_a_target() -> None:
+    row = {"input_ids": np.array([7, 8, 9]), "labels": np.array([7, 8, 9])}
+    assert FlatCollator(0)([row, row])["targets"].tolist() == [8, 9, 8, 9]
+    assert PaddedCollator(0)([row, row])["labels"].tolist() == [[IGNORED, 8, 9]] * 2
+
+
+def test_an_empty_micro_batch_teaches_nothing(tiny: Any) -> None:
+    batch = FlatCollator(0)([])
+    loss = scored_loss_sum(tiny, batch)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in tiny.parameters())
+
+
+def test_every_row_comes_once_an_epoch_and_in_another_order_each_epoch() -> None:
+    plan = BatchPlan(global_batch=8, world_size=2, micro_batch=2, accumulation=2)
+    ranks = [MicroBatches(21, plan, rank, shuffle=True, seed=3) for rank in range(2)]
+    orders = []
+    for epoch in range(2):
+        for rank in ranks:
+            rank.set_epoch(epoch)
+        orders.append([row for rank in ranks for batch in rank for row in batch])
+        assert sorted(orders[-1]) == list(range(21))
+    assert orders[0] != orders[1]
+    assert len(list(ranks[0])) == len(list(ranks[1])) == len(ranks[0]) == 6
+
+
+def test_a_global_batch_is_the_same_rows_for_any_world() -> None:
+    def steps(world: int, micro: int, accumulation: int) -> list[set[int]]:
+        plan = BatchPlan(global_batch=8, world_size=world, micro_batch=micro, accumulation=accumulation)
+        ranks = [list(MicroBatches(30, plan, rank, shuffle=True, seed=1)) for rank in range(world)]
+        return [
+            {row for rank in ranks for batch in rank[start : start + accumulation] for row in batch}
+            for start in range(0, len(ranks[0]), accumulation)
+        ]
+
+    assert steps(1, 8, 1) == steps(1, 2, 4) == steps(2, 4, 1) == steps(4, 1, 2)
+
+
+@pytest.fixture
+def tiny(tiny_model: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.register())
+
+
+def test_the_loss_of_a_flat_batch_is_the_sum_over_its_rows_alone(tiny: Any, tiny_model: Path) -> None:
+    """Padding-free = padded = one row at a time, with transformers' own attention and loss as the reference."""
+    from transformers import AutoModelForCausalLM
+
+    rows = rows_of(3, 40, 11, 64, 2)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
+    alone = 0.0
+    for row in rows:
+        ids, labels = torch.tensor(row["input_ids"])[None], torch.tensor(row["labels"])[None]
+        count = int((labels[:, 1:] != IGNORED).sum())
+        alone += reference(input_ids=ids, labels=labels).loss.item() * count
+    assert scored_loss_sum(tiny, FlatCollator(0)(rows)).item() == pytest.approx(alone, rel=1e-5)
+    padded = PaddedCollator(0)(rows)
+    count = int((padded["labels"][:, 1:] != IGNORED).sum())
+    assert reference(**padded).loss.item() * count == pytest.approx(alone, rel=1e-5)
+
+
+def test_gradients_of_a_flat_batch_are_those_of_a_padded_one(tiny: Any, tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    rows = rows_of(3, 40, 11)
+    scored_loss_sum(tiny, FlatCollator(0)(rows)).backward()
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
+    padded = PaddedCollator(0)(rows)
+    (reference(**padded).loss * (padded["labels"][:, 1:] != IGNORED).sum()).backward()
+    for (name, mine), theirs in zip(tiny.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_fused_head_of_a_gpu_gives_the_same_loss(tiny: Any) -> None:
+    """TRL's head, which a GPU uses, beside the model's own on the scored positions, which a CPU uses."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    batch = FlatCollator(0)(rows_of(3, 40, 11))
+    expected = scored_loss_sum(tiny, batch).item()
+    add_fused_lm_head(tiny)
+    inputs = {key: value for key, value in batch.items() if key not in ("scored", "targets")}
+    assert -tiny(**inputs, fused_lm_head=True).log_probs.sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_matmul_weights_are_counted_by_hand(tiny: Any) -> None:
+    """Per layer q and o 256x256, k and v 256x(2 of 4 heads of 64), and three of the feed-forward; the head once."""
+    config = tiny.config
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    layer = 2 * width * width + 2 * width * width // 2 + 3 * width * inner
+    counted = matmul_parameters(tiny)
+    assert (counted.body_trained, counted.head_trained) == (layers * layer, config.vocab_size * width)
+    assert counted.flops(tokens=10, scored=3) == 6 * (10 * layers * layer + 3 * config.vocab_size * width)
