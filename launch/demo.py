@@ -24,11 +24,11 @@ class Stage:
 
 
 WAYS = {
-    "zero2": Stage("ZeRO-2 on two ranks", 60, ("strategy=zero2",)),
-    "zero3": Stage("ZeRO-3 on two ranks", 75, ("strategy=zero3",)),
-    "qlora": Stage("QLoRA on one device", 55, ("strategy=single", "method=qlora")),
+    "zero2": Stage("ZeRO-2 on two ranks", 45, ("strategy=zero2",)),
+    "zero3": Stage("ZeRO-3 on two ranks", 95, ("strategy=zero3",)),
+    "qlora": Stage("QLoRA on one device", 50, ("strategy=single", "method=qlora")),
 }
-EVALUATE = Stage("held-out answers of base and tuned models", 30)
+EVALUATE = Stage("held-out answers of base and tuned models", 20)
 
 
 def demo(root: Path, say: Callable[[str], None] = print) -> int:

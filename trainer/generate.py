@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from omegaconf import DictConfig
 
 from launch.errors import ConfigError
@@ -32,6 +35,13 @@ def run_of(path: Any) -> RunDir:
     return run
 
 
+def quiet_libraries() -> None:
+    """Keep progress bars and notices of libraries out of answers on a terminal."""
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -40,6 +50,7 @@ class Answerer:
     """A tokenizer and a base model that gives greedy answers, with or without a run's adapter on it."""
 
     def __init__(self, config: DictConfig, model_path: Path) -> None:
+        quiet_libraries()
         self.config = config
         self.tokenizer = load_tokenizer(model_path, config.model)
         self.tokenizer.padding_side = "left"  # so that every prompt of a batch ends where its answer begins
