@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     unknown = [item for item in rest if item.startswith("-")]
     if unknown or (rest and not hasattr(args, "overrides")):
-        top.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+        top.error(f"unrecognised arguments: {' '.join(unknown or rest)}")
     if hasattr(args, "overrides"):
         args.overrides += rest
     try:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# Distinguishable with the common kinds of color blindness (Okabe and Ito), darkest first.
+# Distinguishable with the common kinds of colour blindness (Okabe and Ito), darkest first.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
 # Run names may be Chinese, Japanese or Korean; the first of these that is installed draws them.
@@ -103,7 +103,7 @@ def _draw_figure(runs: Sequence[Run]) -> Figure:
     panels = list(figure.subplots(1, count, squeeze=False)[0])
     for index in range(len(runs)):
         _draw_run(panels, runs, index)
-    for axes, x_label in zip(panels, ("optimizer step", "tokens seen"), strict=False):
+    for axes, x_label in zip(panels, ("optimiser step", "tokens seen"), strict=False):
         _finish_panel(axes, x_label, runs)
     _draw_style_legend(panels[0], runs)
     _draw_run_legend(figure, labels, columns)
@@ -156,7 +156,7 @@ def _draw_train(axes: Axes, points: Sequence[Point], color: Any, covered: int) -
         linewidth=1.8 + 3.2 * covered,
         # A line through a single point is invisible.
         marker="." if len(points) == 1 else "",
-        # Pale below: a wide line in full color would look more important than the others.
+        # Pale below: a wide line in full colour would look more important than the others.
         alpha=0.5 if covered else 1.0,
     )
 
@@ -200,7 +200,7 @@ def _finish_panel(axes: Axes, x_label: str, runs: Sequence[Run]) -> None:
 
     axes.set_xlabel(x_label)
     axes.set_ylabel("loss")
-    axes.set_title(f"Loss over {x_label.replace('optimizer step', 'optimizer steps')}", fontsize=11)
+    axes.set_title(f"Loss over {x_label.replace('optimiser step', 'optimiser steps')}", fontsize=11)
     axes.grid(True, which="both", color="#e3e6ea", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -153,11 +153,16 @@ def first_error(run: RunDir, launch_log: Path) -> RankError:
 
 
 def _killed_rank(launch_log: Path) -> tuple[int, int] | None:
-    """Return (rank, signal) of the root cause in torchrun's report, when a signal ended it."""
+    """Return (rank, signal) of a rank that a signal ended, from torchrun's report.
+
+    Not SIGTERM, with which torchrun ends the ranks that are left. Its "root cause" is the failure that it happened to see
+    first, which may be a peer's.
+    """
     text = launch_log.read_text(encoding="utf-8", errors="replace")
-    root = text.rpartition("Root Cause (first observed failure)")[2]
-    found = re.search(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", root, flags=re.DOTALL)
-    return (int(found.group(1)), int(found.group(2))) if found else None
+    for found in re.finditer(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*-(\d+)", text):
+        if int(found.group(2)) != signal.SIGTERM:
+            return int(found.group(1)), int(found.group(2))
+    return None
 
 
 def _tail(log: Path) -> str:

@@ -68,7 +68,7 @@ def prepare(config: DictConfig, say: Callable[[str], None] = print) -> Prepared:
     key = _key(config, model_path)
     cache = open_cache(config.data, key)
     if cache is None:
-        say(f"Tokenizing {', '.join([*config.data.names, *config.data.eval_names])}")
+        say(f"Tokenising {', '.join([*config.data.names, *config.data.eval_names])}")
         tokenizer = load_tokenizer(model_path, config.model)
         cache = build_cache(config.data, config.train.seed, key, tokenizer, _row_lines(say))
     for line in describe(cache):

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from omegaconf import DictConfig
+from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
@@ -66,7 +68,6 @@ def train(
     # Loading draws random numbers, differently under ZeRO-3: adapters must begin alike under every strategy.
     set_seed(config.train.seed)
     model = adapt(model, config.method)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.tensorboard)
     trainer = TunewrightTrainer(
         model=model,
         args=args,
@@ -78,12 +79,10 @@ def train(
         padding_free=config.train.padding_free,
     )
     trainer.remove_callback(PrinterCallback)
-    for callback in (
-        StepTimer(trainer.meter),
-        MetricsFile(run.metrics),
-        Progress(console),
-        Proof(config, run, trainer),
-    ):
+    callbacks = [StepTimer(trainer.meter), MetricsFile(run.metrics), Progress(console), Proof(config, run, trainer)]
+    if state.is_main_process:
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
+    for callback in callbacks:
         trainer.add_callback(callback)
     trainable, total = parameter_counts(trainer.model)
     if state.is_main_process:
@@ -171,7 +170,7 @@ def _arguments(
         save_steps=train.save_steps or 500,
         save_total_limit=train.save_total_limit,
         gradient_checkpointing=train.gradient_checkpointing,
-        report_to=["tensorboard"],
+        report_to="none",  # TensorBoard is added by hand, for its folder
         disable_tqdm=True,
         use_cpu=device.type == "cpu" and deepspeed is None,
         deepspeed=deepspeed,
@@ -315,6 +314,12 @@ def _finish(run: RunDir, trainer: TunewrightTrainer, mean_loss: float, seconds: 
     step_seconds = sum(line["step_seconds"] for line in trained)
     tokens = sum(line["step_tokens"] for line in trained)
     mfu = [line["mfu"] * line["step_seconds"] for line in trained if "mfu" in line]
+    final = {
+        "train_loss": losses[-1] if losses else None,
+        "mean_train_loss": mean_loss,
+        "eval_loss": evals[-1] if evals else None,
+    }
+    _write_hyperparameters(run, final)
     run.update_manifest(
         status="done",
         steps=trainer.state.global_step,
@@ -325,12 +330,19 @@ def _finish(run: RunDir, trainer: TunewrightTrainer, mean_loss: float, seconds: 
         tokens_per_second=tokens / step_seconds if step_seconds else None,
         mfu=sum(mfu) / step_seconds if mfu and step_seconds else None,
         peak_memory_bytes=int(memory),
-        final={
-            "train_loss": losses[-1] if losses else None,
-            "mean_train_loss": mean_loss,
-            "eval_loss": evals[-1] if evals else None,
-        },
+        final=final,
     )
+
+
+def _write_hyperparameters(run: RunDir, final: dict[str, Any]) -> None:
+    """Put settings and final losses where TensorBoard's table of hyper-parameters finds them."""
+    settings = {
+        key: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for key, value in run.read_manifest()["identity"].items()
+    }
+    results = {f"final/{key}": value for key, value in final.items() if value is not None}
+    with SummaryWriter(str(run.tensorboard)) as writer:
+        writer.add_hparams(settings, results, run_name=".")
 
 
 def _clock(seconds: float) -> str:

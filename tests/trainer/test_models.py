@@ -1,0 +1,94 @@
+"""Models are found where their source says, whole, and without the network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.compose import compose_config
+from launch.errors import ConfigError
+from trainer import tiny
+from trainer.hub import has_weights
+from trainer.methods import adapt, parameter_counts
+from trainer.models import find_model, load_model, torch_dtype
+
+
+def test_the_embedded_model_is_kept_under_a_key_of_what_made_it(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = tiny.tiny_key()
+    assert tiny_model.name == f"tiny-{key}"
+    changed = tmp_path / "corpus.jsonl"
+    changed.write_bytes(tiny.CORPUS.read_bytes() + b'{"text": "One line more."}\n')
+    monkeypatch.setattr(tiny, "CORPUS", changed)
+    assert tiny.tiny_key() != key
+
+
+def test_the_embedded_model_speaks_its_chat_template(tiny_model: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer, config = AutoTokenizer.from_pretrained(tiny_model), AutoConfig.from_pretrained(tiny_model)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "你好"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(tokenizer("快递 parcel 🎁")["input_ids"]) == "快递 parcel 🎁"
+    assert config.eos_token_id == tokenizer.eos_token_id
+    assert config.model_type == "qwen2"
+
+
+def test_a_hub_model_in_the_local_cache_is_opened_without_the_network(tiny_model: Path, tmp_path: Path) -> None:
+    cached = tmp_path / "models--org--small"
+    shutil.copytree(tiny_model, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    code = (
+        "from launch.compose import compose_config\n"
+        "from trainer.models import find_model\n"
+        "print(find_model(compose_config(['model=qwen2_5_7b', 'model.path=org/small']).model, ''))\n"
+    )
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+
+    def found() -> str:
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert found() == str(cached / "snapshots" / "abc")
+    (cached / "snapshots" / "abc" / "model.safetensors").unlink()  # a download that was cut off
+    assert found() == "None"
+
+
+def test_a_sharded_model_needs_every_shard(tmp_path: Path) -> None:
+    index = '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    (tmp_path / "model-1.safetensors").touch()
+    assert not has_weights(tmp_path)
+    (tmp_path / "model-2.safetensors").touch()
+    assert has_weights(tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    for path, said in ((tmp_path, "holds no model weights"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(ConfigError, match=said):
+            find_model(compose_config(["model=folder", f"model.path={path}"]).model, "")
+    assert find_model(compose_config(["model=folder", f"model.path={tiny_model}"]).model, "") == tiny_model
+
+
+@pytest.mark.parametrize(("method", "r"), [("full", 0), ("lora", 4), ("qlora", 4)])
+def test_parameters_are_counted_by_hand(tiny_model: Path, method: str, r: int) -> None:
+    """A LoRA pair on a matrix (rows, columns) has r (rows + columns) weights; two 4-bit weights share a byte."""
+    config = compose_config([f"method={method}", *([f"method.r={r}"] if r else [])])
+    dtype = torch_dtype(config.model.dtype, "cpu")
+    model = adapt(load_model(tiny_model, config.model, dtype, method=config.method), config.method)
+    width, inner, layers, vocabulary = 256, 768, 4, 4096
+    shapes = [(width, width)] * 2 + [(width, width // 2)] * 2 + [(width, inner)] * 3
+    biases = 2 * width  # of q (256), k and v (128 each)
+    norms = 2 * width
+    base = layers * (sum(a * b for a, b in shapes) + biases + norms) + width + 2 * vocabulary * width
+    adapter = layers * sum(r * (a + b) for a, b in shapes)
+    assert parameter_counts(model) == ((adapter, base + adapter) if r else (base, base))
