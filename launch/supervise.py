@@ -155,8 +155,8 @@ def first_error(run: RunDir, launch_log: Path) -> RankError:
 def _killed_rank(launch_log: Path) -> tuple[int, int] | None:
     """Return (rank, signal) of a rank that a signal ended, from torchrun's report.
 
-    Not SIGTERM, with which torchrun ends the ranks that are left. Its "root cause" is the failure that it happened to see
-    first, which may be a peer's.
+    Not SIGTERM, with which torchrun ends the ranks that are left. Its "root cause" is the failure that it saw first,
+    which may be a peer's.
     """
     text = launch_log.read_text(encoding="utf-8", errors="replace")
     for found in re.finditer(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*-(\d+)", text):
