@@ -54,7 +54,8 @@ def demo(root: Path, say: Callable[[str], None] = print) -> int:
 
         evaluate_runs(missing, None, say)
     say("")
-    compare(paths, root / "comparison", echo=say)
+    # Beside the runs, so that `tunewright compare runs/demo/*` finds runs only.
+    compare(paths, root.with_name(f"{root.name}-comparison"), echo=say)
     _require_improvement(paths)
     say(f"\nThe demo took {time.monotonic() - started:.0f} s. Next: `make tensorboard`, `make chat RUN={paths[0]}`.")
     return 0

@@ -74,9 +74,10 @@ def test_the_comparison_is_printed_and_written(demo: tuple[Path, Result]) -> Non
     for row in ("trainable", "world", "steps", "tokens/s", "memory", "loss", "exact match"):
         assert row in printed.lower()
     assert "tensorboard" in printed
-    page = (root / "comparison" / "comparison.html").read_text(encoding="utf-8")
+    comparison = root.with_name(f"{root.name}-comparison")
+    page = (comparison / "comparison.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://", page)
-    assert (root / "comparison" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (comparison / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_progress_tells_the_time_left(demo: tuple[Path, Result]) -> None:
@@ -104,6 +105,6 @@ def test_chat_puts_base_and_tuned_answers_side_by_side(
 
 
 def test_chat_says_what_is_wrong_with_a_run(demo: tuple[Path, Result], tunewright: Callable[..., Any]) -> None:
-    done = tunewright("chat", demo[0] / "comparison")
+    done = tunewright("chat", demo[0])
     assert done.returncode == 2
     assert "is not a run folder" in done.stderr

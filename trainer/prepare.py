@@ -135,6 +135,8 @@ def main() -> int:
     except TunewrightError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return 130  # nothing is half made: everything is written aside and renamed
     return 0
 
 
