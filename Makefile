@@ -39,7 +39,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@if ls /dev/nvidia[0-9]* /dev/kfd >/dev/null 2>&1 || [ -z "$(TORCH_INDEX)" ]; then extra=""; \
 	else extra="--retries 1 --extra-index-url $(TORCH_INDEX)"; fi; \
 	echo "Installing torch (a CPU build where there is no accelerator)"; \
-	$(BIN)/pip install -qq --disable-pip-version-check $$extra -c constraints.txt torch
+	$(BIN)/pip install -qq --disable-pip-version-check $$extra -c constraints.txt torch \
+		2> >(grep -v "^WARNING: Retrying" >&2)
 	@echo "Installing the pinned stack and tunewright (1 to 3 minutes)"
 	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

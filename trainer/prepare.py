@@ -103,6 +103,7 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False) -> Prepared:
     if found:
         return found
     env = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
+    env["DS_ACCELERATOR"] = "cpu"  # nothing here needs a GPU, and DeepSpeed need not look for one
     done = subprocess.run(
         [sys.executable, "-m", "trainer.prepare"],
         input=OmegaConf.to_yaml(config),

@@ -85,7 +85,9 @@ def build_tiny(cache_dir: Path, progress: Progress = lambda step, steps, loss: N
 def _build(folder: Path, progress: Progress) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # ours tells how far it is
     tokenizer = _train_tokenizer()
     # No device and no global seed is touched: the same weights come out wherever this runs.
     with torch.random.fork_rng(devices=[]):
