@@ -19,6 +19,15 @@ from launch.schema import Launcher
 PARTITIONED = ("zero3", "zero3_offload", "zeropp")
 QUANT_TYPES = ("nf4", "fp4")
 CPU_RANKS = 2
+# transformers' names that need no settings or packages beyond ours; kept here to be checked without importing it.
+SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
+OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "adamw_bnb_8bit",
+    "ademamix", "ademamix_8bit", "lion_32bit", "lion_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
+    "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit",
+)  # fmt: skip
 
 
 def world_size(config: DictConfig, devices: Devices) -> int:
@@ -127,6 +136,12 @@ def _check_numbers(config: DictConfig) -> None:
     for key, value in positive.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"`{key}` is {value}: write a number above 0.")
+    for key, value, names in (
+        ("train.scheduler", train.scheduler, SCHEDULERS),
+        ("train.optimizer", train.optimizer, OPTIMIZERS),
+    ):
+        if value not in names:
+            raise ConfigError(f"`{key}` is '{value}'.{did_you_mean(value, names)} Choices: {', '.join(names)}.")
     if data.cutoff_len < 8:
         raise ConfigError(f"`data.cutoff_len` is {data.cutoff_len}: write a number of tokens from 8.")
     if data.eval_size < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -55,7 +56,7 @@ def train(
     device = state.device
     dtype = torch_dtype(config.model.dtype, device.type)
     plan = batch_plan(config.train, state.num_processes)
-    deepspeed = _deepspeed_config(config, dtype)
+    deepspeed = _deepspeed_config(config)
     args = _arguments(config, run, plan, device, deepspeed)
     if deepspeed is not None:
         # Trainer fills this from `args.bf16`, which would add autocast on top and is refused on a CPU.
@@ -115,13 +116,13 @@ def train(
     console.say(f"Saved to {run.final}")
 
 
-def _deepspeed_config(config: DictConfig, dtype: torch.dtype) -> dict[str, Any] | None:
+def _deepspeed_config(config: DictConfig) -> dict[str, Any] | None:
     """Return the DeepSpeed settings that the launcher put into the environment, or None without DeepSpeed."""
     if config.strategy.launcher is not Launcher.deepspeed:
         return None
     from accelerate.utils import DeepSpeedPlugin
 
-    settings = json.loads(json.dumps(DeepSpeedPlugin().deepspeed_config))
+    settings = copy.deepcopy(DeepSpeedPlugin().deepspeed_config)
     # The fields of an accelerate YAML are in `settings` now. accelerate would refuse them beside settings of ours.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     # accelerate's own fields, and what the trainer has to decide: the batch is the plan's.
@@ -132,7 +133,7 @@ def _deepspeed_config(config: DictConfig, dtype: torch.dtype) -> dict[str, Any] 
         "gradient_clipping",
     ):
         settings[key] = "auto"
-    for key in ("fp16", "amp", "zero_allow_untested_optimizer"):
+    for key in ("fp16", "amp"):
         settings.pop(key, None)
     settings["bf16"] = {"enabled": "auto"}
     # Optimisers of transformers' names are not on DeepSpeed's list of tested ones.

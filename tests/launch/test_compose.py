@@ -13,7 +13,7 @@ from launch.compose import CONFIG_DIR, choices, compose_config, expand_sweep, lo
 from launch.describe import choices_text, keys_text
 from launch.errors import ConfigError
 from launch.hardware import Devices
-from launch.legality import check
+from launch.legality import OPTIMIZERS, SCHEDULERS, check
 from launch.rundir import redacted_yaml
 
 CPU = Devices("cpu", 0, 2)
@@ -95,6 +95,8 @@ def test_a_folder_of_the_users_own_adds_choices(tmp_path: Path) -> None:
         (["train.micro_batch_size=0"], CPU, ["`train.micro_batch_size` is 0"]),
         (["train.learning_rate=-1"], CPU, ["`train.learning_rate` is -1.0"]),
         (["train.learning_rate=nan"], CPU, ["`train.learning_rate` is nan"]),
+        (["train.scheduler=cosin"], CPU, ["`train.scheduler` is 'cosin'", "Did you mean 'cosine'"]),
+        (["train.optimizer=adam_torch"], CPU, ["`train.optimizer` is 'adam_torch'", "Did you mean 'adamw_torch'"]),
         (["method.r=0"], CPU, ["`method.r` is 0"]),
         (["method.target_modules=q_proj"], CPU, ["all-linear or a list"]),
         (["method=qlora", "method.quant_type=nf5"], CPU, ["Did you mean 'nf4'"]),
@@ -107,6 +109,14 @@ def test_what_cannot_work_is_refused_with_the_reason(overrides: list[str], devic
         check(config, devices)
     for part in said:
         assert part in str(caught.value)
+
+
+def test_schedulers_and_optimizers_are_names_of_transformers() -> None:
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    assert set(SCHEDULERS) <= {item.value for item in SchedulerType}
+    assert set(OPTIMIZERS) <= {item.value for item in OptimizerNames}
 
 
 def test_configuration_errors_do_not_wait_for_torch() -> None:

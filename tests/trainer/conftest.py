@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def tiny_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer(tiny_model: Path):  # type: ignore[no-untyped-def]
+def tiny_tokenizer(tiny_model: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_model)
@@ -46,7 +47,7 @@ def train_here(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
         folder = RunDir(root / name)
         prepare_folder(config, Claim(folder, checkpoint))
         prepared = prepare(config, lambda line: None)
-        train(config, folder, prepared.cache, prepared.model_path, PartialState(cpu=True), Quiet(), checkpoint)  # type: ignore[arg-type]
+        train(config, folder, prepared.cache, prepared.model_path, PartialState(cpu=True), Quiet(), checkpoint)
         return folder.path
 
     return run
