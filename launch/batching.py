@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 from launch.errors import ConfigError
 from launch.schema import TrainConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class BatchPlan:
             f"at most {self.micro_batch}"
         )
 
-    def share(self, rows: list[int], rank: int) -> list[list[int]]:
+    def share(self, rows: list[T], rank: int) -> list[list[T]]:
         """Return the micro-batches of `rank` for one optimiser step; some are empty in an epoch's last step.
 
         Every rank gets the same number of micro-batches, so that collective operations stay in step.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TextIO
 
 import yaml
@@ -27,6 +27,7 @@ from launch.errors import ConfigError, closest, did_you_mean
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs" / "hydra"
 DEEPSPEED_DIR = CONFIG_DIR.parent / "deepspeed"
+TEMPLATE_DIR = CONFIG_DIR.parent / "templates"
 
 
 def _register_schema() -> None:
@@ -37,6 +38,9 @@ def _register_schema() -> None:
 
 
 _register_schema()
+
+# `${short:hub:org/name}` is "name", `${short:data/mine.jsonl}` is "mine": datasets in run names.
+OmegaConf.register_new_resolver("short", lambda name: PurePath(name.rpartition(":")[2]).stem, replace=True)
 
 
 def choices(group: str, config_dir: Path = CONFIG_DIR) -> list[str]:

@@ -14,7 +14,8 @@ from launch.batching import BatchPlan, batch_plan
 from launch.compose import DEEPSPEED_DIR
 from launch.errors import ConfigError, did_you_mean
 from launch.hardware import Devices
-from launch.schema import Launcher
+from launch.schema import Launcher, Mix
+from launch.templates import template_file
 
 PARTITIONED = ("zero3", "zero3_offload", "zeropp")
 QUANT_TYPES = ("nf4", "fp4")
@@ -49,6 +50,7 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
     _check_method(config)
     _check_strategy(config, devices, ranks)
     _check_numbers(config)
+    _check_data(config)
     return batch_plan(config.train, ranks)
 
 
@@ -131,6 +133,8 @@ def _check_numbers(config: DictConfig) -> None:
         "train.save_total_limit": train.save_total_limit,
         "train.timeout_minutes": train.timeout_minutes,
         "data.max_samples": data.max_samples,
+        "data.workers": data.workers,
+        "data.shuffle_buffer": data.shuffle_buffer,
         "cluster.threads_per_process": config.cluster.threads_per_process,
     }
     for key, value in positive.items():
@@ -142,11 +146,52 @@ def _check_numbers(config: DictConfig) -> None:
     ):
         if value not in names:
             raise ConfigError(f"`{key}` is '{value}'.{did_you_mean(value, names)} Choices: {', '.join(names)}.")
-    if data.cutoff_len < 8:
-        raise ConfigError(f"`data.cutoff_len` is {data.cutoff_len}: write a number of tokens from 8.")
-    if data.eval_size < 0:
-        raise ConfigError(f"`data.eval_size` is {data.eval_size}: write a share below 1 or a number of rows.")
     if not 0 <= train.warmup_ratio <= 1:
         raise ConfigError(f"`train.warmup_ratio` is {train.warmup_ratio}: write a share from 0 to 1.")
     if train.max_grad_norm < 0:
         raise ConfigError(f"`train.max_grad_norm` is {train.max_grad_norm}: write 0 to turn clipping off.")
+
+
+def _check_data(config: DictConfig) -> None:
+    data, train = config.data, config.train
+    if data.cutoff_len < 16:
+        raise ConfigError(f"`data.cutoff_len` is {data.cutoff_len}: write a number of tokens from 16.")
+    if data.eval_size < 0:
+        raise ConfigError(f"`data.eval_size` is {data.eval_size}: write a share below 1 or a number of rows.")
+    if not 0 <= data.max_dropped <= 1:
+        raise ConfigError(f"`data.max_dropped` is {data.max_dropped}: write a share from 0 to 1.")
+    if data.train_on_prompt and data.mask_history:
+        raise ConfigError(
+            "`data.train_on_prompt` and `data.mask_history` are both true: one learns every token, the other only the "
+            "last "
+            "answer. Set one of them to false."
+        )
+    held = [key for key in ("eval_names", "eval_split", "eval_size") if data[key]]
+    if len(held) > 1:
+        raise ConfigError(
+            f"{' and '.join(f'`data.{key}`' for key in held)} each say what is held out: keep one of them."
+        )
+    if data.weights and (len(data.weights) != len(data.names) or min(data.weights) <= 0):
+        raise ConfigError(
+            f"`data.weights` is {list(data.weights)}: write one positive number for each of the {len(data.names)} "
+            f"datasets "
+            f"of `data.names`."
+        )
+    if config.model.template:
+        template_file(config.model.template)
+    if not data.streaming:
+        return
+    if train.max_steps is None:
+        raise ConfigError("`data.streaming` is true, so nobody knows how long an epoch is: set train.max_steps.")
+    for key in ("eval_size", "max_samples"):
+        if data[key]:
+            raise ConfigError(
+                f"`data.{key}` counts rows, which `data.streaming=true` does not do before training: leave it out"
+                + (", and hold rows out with data.eval_names or data.eval_split." if key == "eval_size" else ".")
+            )
+    if len(data.names) > 1 and data.mix is Mix.concat:
+        raise ConfigError(
+            "`data.mix` is concat, which would stream one dataset after the other: choose interleave_under, "
+            "interleave_over "
+            "or interleave_once."
+        )

@@ -5,6 +5,7 @@ The YAML files in `configs/hydra` hold the values; these classes say which keys 
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, Optional, get_type_hints
@@ -46,10 +47,33 @@ class Launcher(Enum):
 
 
 def option(default: Any, help: str) -> Any:
-    """A data-class field with its help text; lists get a fresh copy each time."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
+    """A data-class field with its help text; lists and dictionaries get a fresh copy each time."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: copy(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+class Compat(Enum):
+    """Whose rules a registry is read by where tunewright's are more forgiving."""
+
+    none = "none"
+    llamafactory = "llamafactory"
+
+
+class Overlong(Enum):
+    """What to do with a row longer than `data.cutoff_len`."""
+
+    truncate = "truncate"
+    drop = "drop"
+
+
+class Mix(Enum):
+    """How several datasets become one; the names are LLaMA-Factory's."""
+
+    concat = "concat"
+    interleave_under = "interleave_under"
+    interleave_over = "interleave_over"
+    interleave_once = "interleave_once"
 
 
 @dataclass
@@ -60,18 +84,45 @@ class ModelConfig:
     revision: Optional[str] = option(None, "Hub branch, tag or commit")
     dtype: Dtype = option(Dtype.auto, "base weights and computation; auto: bfloat16 on a GPU, float32 on a CPU")
     trust_remote_code: bool = option(False, "run Python code that the model's repository brings")
+    template: Optional[str] = option(
+        None, "chat template instead of the tokenizer's own: a name in configs/templates, or a .jinja file"
+    )
+    template_kwargs: dict[str, Any] = option(
+        {}, "variables for the chat template, for example {enable_thinking: false}"
+    )
 
 
 @dataclass
 class DataConfig:
-    names: list[str] = option(MISSING, "entries of the registry to train on")
-    eval_names: list[str] = option([], "entries of the registry held out for evaluation")
-    dir: str = option("data", "folder that holds dataset_info.json")
-    eval_size: float = option(
-        0.0, "held out of `names` when `eval_names` is empty: below 1 a share, from 1 a row count"
+    names: list[str] = option(
+        MISSING, "what to train on: entries of the registry, files or folders, hub:ORG/NAME, modelscope:ORG/NAME"
     )
+    eval_names: list[str] = option([], "what to hold out for evaluation, named like `names`")
+    eval_split: Optional[str] = option(None, "hold out this split of `names`, for example validation")
+    eval_size: float = option(
+        0.0, "held out of `names` when neither of the above is set: below 1 a share, from 1 a row count"
+    )
+    dir: str = option("data", "folder that holds dataset_info.json")
     max_samples: Optional[int] = option(None, "use at most this many rows of each dataset, drawn under train.seed")
+    mix: Mix = option(
+        Mix.concat,
+        "concat, interleave_under (until the first is used up), interleave_over (until all are), interleave_once",
+    )
+    weights: list[float] = option(
+        [], "one for each of `names`: with concat how often its rows are used (0.5, 2), else its share of the draws"
+    )
     cutoff_len: int = option(1024, "longest example in tokens")
+    overlong: Overlong = option(
+        Overlong.truncate, "rows above cutoff_len: truncate (oldest turns first, then the answer's end), or drop"
+    )
+    train_on_prompt: bool = option(False, "learn every token of a row, not the assistant's alone")
+    mask_history: bool = option(False, "learn the last assistant turn of a row only")
+    max_dropped: float = option(0.1, "stop when more than this share of a dataset's rows cannot be used")
+    streaming: bool = option(False, "read rows while training instead of before it; needs train.max_steps")
+    shuffle_buffer: int = option(16384, "rows held in memory for shuffling a stream")
+    compat: Compat = option(Compat.none, "llamafactory: its stricter rules, see docs/data.md")
+    allow_outside: bool = option(False, "let the registry name files outside its own folder")
+    workers: Optional[int] = option(None, "processes that tokenise; null: one for each core")
     cache_dir: str = option(
         SI("${oc.env:TUNEWRIGHT_CACHE,'~/.cache/tunewright'}"), "where token caches and the embedded model are kept"
     )
@@ -158,9 +209,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     name: str = option(
-        SI("${model.name}-${data.names.0}-${method.name}-${strategy.name}"), "run folder under output_root"
+        SI("${model.name}-${short:${data.names.0}}-${method.name}-${strategy.name}"), "run folder under output_root"
     )
     output_root: str = option("runs", "folder that holds run folders")
+    offline: bool = option(False, "never use the network: what is not on this machine already is an error")
     resume: Resume = option(Resume.never, "auto continues this run if it was begun; must fails when there is none")
     overwrite: bool = option(False, "throw away what the run folder holds and start anew")
 

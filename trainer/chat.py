@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from launch.compose import load_config
-from trainer.data.rows import Message
+from trainer.data.formats import Message
 from trainer.generate import Answerer, run_of
 from trainer.prepare import prepare
 
@@ -50,6 +50,6 @@ def _ask(models: list[Answerer], histories: list[list[Message]], prompt: str, ma
     """Ask each model in the light of its own conversation so far, and keep what it says."""
     for name, model, history in zip(("base ", "tuned"), models, histories, strict=True):
         history.append({"role": "user", "content": prompt})
-        answer = model.answer([history], max_new_tokens)[0]
+        answer = model.answer([model.renderer.prompt(history)], max_new_tokens)[0]
         history.append({"role": "assistant", "content": answer})
         print(f"{name} | {answer}", flush=True)

@@ -13,8 +13,9 @@ from omegaconf import DictConfig
 from launch.compose import load_config
 from launch.errors import DataError
 from launch.rundir import RunDir, write_json
-from trainer.data.cache import split_rows
-from trainer.data.rows import Message, to_messages
+from trainer.data.cache import TokenCache
+from trainer.data.formats import Conversation, Plain, Unusable, to_conversation
+from trainer.data.render import Renderer
 from trainer.generate import Answerer, run_of
 from trainer.prepare import prepare
 
@@ -24,10 +25,25 @@ SPARE_TOKENS = 8  # an answer may be this much longer than the longest expected 
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out conversation up to the answer, and the answer that is expected."""
+    """A held-out row: what the model is asked, and the answer that is expected."""
 
-    messages: list[Message]
-    expected: str
+    source: Conversation | Plain
+
+    @property
+    def text(self) -> str:
+        """What the user says last."""
+        if isinstance(self.source, Plain):
+            return self.source.prompt
+        return str(self.source.question[-1]["content"])
+
+    @property
+    def expected(self) -> str:
+        return self.source.answer.strip()
+
+    def prompt(self, renderer: Renderer) -> str:
+        if isinstance(self.source, Plain):
+            return self.source.prompt
+        return renderer.prompt(self.source.question, self.source.tools)
 
 
 def evaluate_runs(paths: list[Path], examples: int | None = None, say: Callable[[str], None] = print) -> None:
@@ -43,13 +59,13 @@ def evaluate_runs(paths: list[Path], examples: int | None = None, say: Callable[
     configs = [load_config(run.config) for run in runs]
     answerer, loaded, base_answers = None, None, {}
     for run, config in zip(runs, configs, strict=True):
-        questions = held_out(config, examples)
-        model_path = prepare(config, lambda line: None).model_path
+        prepared = prepare(config, lambda line: None)
+        questions, model_path = held_out(prepared.cache, examples), prepared.model_path
         base = (model_path, str(config.model.dtype), _quantization(config))
         if base != loaded:
             answerer, loaded = Answerer(config, model_path), base
         assert answerer is not None
-        key = (base, tuple((question.messages[-1]["content"], question.expected) for question in questions))
+        key = (base, tuple((question.text, question.expected) for question in questions))
         if key not in base_answers:
             base_answers[key] = _answers(answerer, questions, "base model", say)
         with answerer.tuned(run):
@@ -57,15 +73,25 @@ def evaluate_runs(paths: list[Path], examples: int | None = None, say: Callable[
         _write(run, questions, base_answers[key], tuned, say)
 
 
-def held_out(config: DictConfig, examples: int | None) -> list[Question]:
-    """Return the evaluation rows of a configuration as questions."""
-    questions = []
-    for entry, _, row in split_rows(config.data, config.train.seed)["eval"][:examples]:
-        messages = to_messages(row, entry.columns)
-        if not isinstance(messages, str):
-            questions.append(Question(messages[:-1], messages[-1]["content"].strip()))
+def held_out(cache: TokenCache, examples: int | None) -> list[Question]:
+    """Return the evaluation rows of a configuration as questions.
+
+    Raises:
+        DataError: there are none.
+    """
+    questions: list[Question] = []
+    for cached, chosen in cache.chosen("eval"):
+        wanted = set(cached.part.rows[chosen].tolist())
+        for number, row in enumerate(cached.rows if wanted else ()):
+            if number in wanted:
+                try:
+                    questions.append(Question(to_conversation(row, cached.rows.entry)))
+                except Unusable as error:  # its tokens are in the cache, so it was usable
+                    raise DataError(f"{cached.name}, row {number} has changed: {error}.") from error
+            if len(questions) == examples:
+                return questions
     if not questions:
-        raise DataError("The run holds out no rows: set `data.eval_names` or `data.eval_size`.")
+        raise DataError("The run holds out no rows: set `data.eval_names`, `data.eval_split` or `data.eval_size`.")
     return questions
 
 
@@ -77,12 +103,12 @@ def _quantization(config: DictConfig) -> tuple[Any, ...]:
 def _answers(answerer: Answerer, questions: list[Question], name: str, say: Callable[[str], None]) -> list[str]:
     longest = max(len(answerer.tokenizer(question.expected)["input_ids"]) for question in questions)
     # Prompts of one length next to each other: less padding.
-    order = sorted(range(len(questions)), key=lambda index: len(questions[index].messages[-1]["content"]))
+    order = sorted(range(len(questions)), key=lambda index: len(questions[index].text))
     answers = [""] * len(questions)
     started = last = time.monotonic()
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
-        given = answerer.answer([questions[index].messages for index in batch], longest + SPARE_TOKENS)
+        given = answerer.answer([questions[index].prompt(answerer.renderer) for index in batch], longest + SPARE_TOKENS)
         for index, text in zip(batch, given, strict=True):
             answers[index] = text
         now, done = time.monotonic(), start + len(batch)
@@ -96,7 +122,7 @@ def _write(
     run: RunDir, questions: list[Question], base: list[str], tuned: list[str], say: Callable[[str], None]
 ) -> None:
     rows = [
-        {"prompt": question.messages[-1]["content"], "expected": question.expected, "base": before, "tuned": after}
+        {"prompt": question.text, "expected": question.expected, "base": before, "tuned": after}
         for question, before, after in zip(questions, base, tuned, strict=True)
     ]
     share = {key: sum(row[key] == row["expected"] for row in rows) / len(rows) for key in ("base", "tuned")}

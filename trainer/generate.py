@@ -15,8 +15,7 @@ from omegaconf import DictConfig
 
 from launch.errors import ConfigError
 from launch.rundir import RunDir
-from trainer.data.render import prompt_text
-from trainer.data.rows import Message
+from trainer.data.render import Renderer
 from trainer.models import load_model, load_tokenizer, torch_dtype
 
 
@@ -53,6 +52,7 @@ class Answerer:
         quiet_libraries()
         self.config = config
         self.tokenizer = load_tokenizer(model_path, config.model)
+        self.renderer = Renderer.of(config.data, config.model, self.tokenizer)
         self.tokenizer.padding_side = "left"  # so that every prompt of a batch ends where its answer begins
         self.dtype = torch_dtype(config.model.dtype, device().type)
         self.model: Any = load_model(model_path, config.model, self.dtype, method=config.method, device=device())
@@ -80,9 +80,8 @@ class Answerer:
         finally:
             self.model = base
 
-    def answer(self, conversations: list[list[Message]], max_new_tokens: int) -> list[str]:
-        """Return the greedy answer to each conversation; they are generated together."""
-        prompts = [prompt_text(messages, self.tokenizer) for messages in conversations]
+    def answer(self, prompts: list[str], max_new_tokens: int) -> list[str]:
+        """Return the greedy answer to each prompt, see `Renderer.prompt`; they are generated together."""
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(device())
         with torch.no_grad():
             output = self.model.generate(

@@ -24,12 +24,18 @@ def find_hub(model: ModelConfig) -> Path | None:
     return folder if has_weights(folder) else None
 
 
-def fetch_hub(model: ModelConfig) -> Path:
+def fetch_hub(model: ModelConfig, *, offline: bool = False) -> Path:
     """Download a Hub model, with progress, and return its folder.
 
     Raises:
-        StorageError: it does not exist, is gated, or the Hub cannot be reached.
+        StorageError: it does not exist, is gated, or the Hub cannot be reached or must not be.
     """
+    if offline:
+        raise StorageError(
+            f"`model.path` is '{model.path}', which is not whole on this machine, and `offline` is true. Fetch it on "
+            f"a machine "
+            f"with a network first, or use a folder (model=folder model.path=...)."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
@@ -52,19 +58,30 @@ def fetch_hub(model: ModelConfig) -> Path:
         ) from error
 
 
-def fetch_modelscope(model: ModelConfig) -> Path:
+def fetch_modelscope(model: ModelConfig, *, offline: bool = False) -> Path:
     """Download a ModelScope model unless it is there, and return its folder.
 
     Raises:
         ConfigError: the modelscope package is not installed.
+        StorageError: it does not exist, or cannot or must not be fetched.
     """
     try:
         from modelscope import snapshot_download
+        from modelscope_hub.errors import CacheNotFound
     except ImportError as error:
         raise ConfigError(
             "`model.source=modelscope` needs the modelscope package: pip install 'tunewright[modelscope]'."
         ) from error
-    return Path(snapshot_download(model.path, revision=model.revision))
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision, local_files_only=offline))
+    except CacheNotFound as error:
+        raise StorageError(
+            f"`model.path` is '{model.path}', which is not on this machine, and `offline` is true."
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"`model.path` is '{model.path}' and could not be fetched from ModelScope: {error}"
+        ) from error
 
 
 def has_weights(folder: Path) -> bool:

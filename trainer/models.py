@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launch.errors import ConfigError, StorageError
 from launch.schema import Dtype, ModelConfig, Source
 from trainer import hub, tiny
+from trainer.templates import install_template, settle_end_of_turn
 
 if TYPE_CHECKING:
     import torch
@@ -36,21 +37,29 @@ def find_model(model: ModelConfig, cache_dir: str) -> Path | None:
     return hub.find_hub(model) if model.source is Source.hub else None
 
 
-def fetch_model(model: ModelConfig, cache_dir: str, progress: tiny.Progress) -> Path:
+def fetch_model(model: ModelConfig, cache_dir: str, progress: tiny.Progress, *, offline: bool = False) -> Path:
     """Return the folder of a model, built or downloaded first where it is not there yet."""
     found = find_model(model, cache_dir)
     if found:
         return found
     if model.source is Source.embedded:
         return tiny.build_tiny(cache_folder(cache_dir), progress)
-    return hub.fetch_modelscope(model) if model.source is Source.modelscope else hub.fetch_hub(model)
+    fetch = hub.fetch_modelscope if model.source is Source.modelscope else hub.fetch_hub
+    return fetch(model, offline=offline)
 
 
 def load_tokenizer(path: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; a missing pad token becomes the end-of-text token, which padding masks anyway."""
+    """Load the tokenizer, with the chosen chat template, ready to pad and to end a turn.
+
+    A missing pad token becomes the end token, which padding masks anyway.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer.from_pretrained, path, model)
+    if model.template:
+        install_template(tokenizer, model.template)
+    if tokenizer.chat_template:
+        settle_end_of_turn(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer  # type: ignore[no-any-return]

@@ -20,7 +20,8 @@ from launch.compose import load_config
 from launch.errors import TunewrightError
 from launch.schema import Source
 from trainer import tiny
-from trainer.data.cache import TokenCache, build_cache, cache_key, describe, open_cache
+from trainer.data.cache import TokenCache, build_cache, describe, find_cache, open_rows
+from trainer.data.render import Renderer
 from trainer.models import cache_folder, fetch_model, find_model, load_tokenizer
 
 # What launchers tell their ranks; OMP_NUM_THREADS is a rank's share of the cores.
@@ -52,10 +53,10 @@ def find_prepared(config: DictConfig) -> Prepared | None:
     """
     model_path = find_model(config.model, config.data.cache_dir)
     if model_path is None:
-        # The token cache's name depends on the tokenizer, but a wrong dataset name should be told now.
-        cache_key(config.data, config.train.seed, None)
+        # The tokens' names depend on the tokenizer, but what is wrong with the data should be told now.
+        open_rows(config)
         return None
-    cache = open_cache(config.data, _key(config, model_path))
+    cache = find_cache(config, model_path)
     return Prepared(model_path, cache) if cache else None
 
 
@@ -64,31 +65,26 @@ def prepare(config: DictConfig, say: Callable[[str], None] = print) -> Prepared:
     folder = cache_folder(config.data.cache_dir)
     if config.model.source is Source.embedded and not tiny.is_built(folder):
         say(f"Building the embedded model in {tiny.tiny_folder(folder)} (once, about a minute)")
-    model_path = fetch_model(config.model, config.data.cache_dir, tiny.progress_lines(say))
-    key = _key(config, model_path)
-    cache = open_cache(config.data, key)
+    model_path = fetch_model(config.model, config.data.cache_dir, tiny.progress_lines(say), offline=config.offline)
+    cache = find_cache(config, model_path)
     if cache is None:
         say(f"Tokenising {', '.join([*config.data.names, *config.data.eval_names])}")
-        tokenizer = load_tokenizer(model_path, config.model)
-        cache = build_cache(config.data, config.train.seed, key, tokenizer, _row_lines(say))
+        renderer = Renderer.of(config.data, config.model, load_tokenizer(model_path, config.model))
+        cache = build_cache(config, model_path, renderer, _row_lines(say))
     for line in describe(cache):
         say(f"  {line}")
     return Prepared(model_path, cache)
 
 
-def _key(config: DictConfig, model_path: Path) -> str:
-    return cache_key(config.data, config.train.seed, model_path)
-
-
-def _row_lines(say: Callable[[str], None]) -> Callable[[int, int], None]:
+def _row_lines(say: Callable[[str], None]) -> Callable[[str, int], None]:
     started = last = time.monotonic()
 
-    def show(done: int, total: int) -> None:
+    def show(name: str, done: int) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last > 2:
             last = now
-            say(f"  {done:,} of {total:,} rows, {(now - started) / done * (total - done):.0f} s left")
+            say(f"  {name}: {done:,} rows, {done / (now - started):,.0f} a second")
 
     return show
 
@@ -103,6 +99,8 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False) -> Prepared:
     if found:
         return found
     env = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
+    if config.offline:
+        env["HF_HUB_OFFLINE"] = "1"
     env["DS_ACCELERATOR"] = "cpu"  # nothing here needs a GPU, and DeepSpeed need not look for one
     done = subprocess.run(
         [sys.executable, "-m", "trainer.prepare"],

@@ -27,6 +27,7 @@ from launch.rundir import RunDir
 from launch.schema import Launcher
 from trainer import attention
 from trainer.data.cache import TokenCache, as_json
+from trainer.data.render import Renderer
 from trainer.methods import adapt, parameter_counts
 from trainer.models import load_model, load_tokenizer, torch_dtype
 from trainer.process import Console
@@ -72,7 +73,7 @@ def train(
     trainer = TunewrightTrainer(
         model=model,
         args=args,
-        train_dataset=cache.open("train"),
+        train_dataset=_training_rows(config, cache, tokenizer),
         eval_dataset=cache.open("eval"),
         processing_class=tokenizer,
         plan=plan,
@@ -114,6 +115,15 @@ def train(
         verify_saved(run.final)
         _finish(run, trainer, result.metrics["train_loss"], seconds, memory)
     console.say(f"Saved to {run.final}")
+
+
+def _training_rows(config: DictConfig, cache: TokenCache, tokenizer: Any) -> Any:
+    if not config.data.streaming:
+        return cache.open("train")
+    from trainer.data.stream import TokenStream
+
+    renderer = Renderer.of(config.data, config.model, tokenizer)
+    return TokenStream([cached.rows for cached in cache.train], config.data, renderer, config.train.seed)
 
 
 def _deepspeed_config(config: DictConfig) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from trl import SFTTrainer
 from launch.batching import BatchPlan
 from launch.errors import NumericError
 from trainer.batches import Batch, EpochDataLoader, FlatCollator, MicroBatches, PaddedCollator, TokenRows, token_counts
+from trainer.data.stream import StreamDataLoader, StreamedMicroBatches, TokenStream
 from trainer.optimizer import attach_master_weights
 from trainer.telemetry import Meter, device_peak_flops, matmul_parameters, over_ranks, peak_memory
 
@@ -48,7 +49,15 @@ class TunewrightTrainer(SFTTrainer):
 
     # Batches
 
-    def get_train_dataloader(self) -> EpochDataLoader:
+    def get_train_dataloader(self) -> EpochDataLoader | StreamDataLoader:
+        if isinstance(self.train_dataset, TokenStream):
+            batches = StreamedMicroBatches(self.train_dataset, self.plan, self.args.process_index)
+            pin = self.args.device.type == "cuda"
+            # The micro-batches are lists of rows already; a process of its own renders while the model trains.
+            workers = 1 if pin else 0
+            return StreamDataLoader(
+                batches, batch_size=None, collate_fn=self.data_collator, pin_memory=pin, num_workers=workers
+            )
         return self._loader(self.train_dataset, shuffle=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochDataLoader:

@@ -1,7 +1,8 @@
 """Token ids on disk: made once, before ranks start, and opened by every rank as memory-mapped Arrow files.
 
-The folder's name is a digest of everything that decides what is in it, so that nothing stale is ever opened and a
-second start with nothing changed makes nothing.
+Each dataset has a folder of its own, whose name is a digest of everything that decides what is in it: nothing stale is
+ever opened, and a second start with nothing changed makes nothing. Sampling, splits and mixtures are not among it; they
+are worked out when the cache is opened (see `select`).
 """
 
 from __future__ import annotations
@@ -9,222 +10,315 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from filelock import FileLock
+from omegaconf import DictConfig
 
 from launch.errors import DataError
 from launch.schema import DataConfig
-from trainer.data.registry import Entry, load_entry
-from trainer.data.rows import Row, read_rows, to_messages
+from launch.templates import template_file
+from trainer.data.select import Part, held_out_rows, training_examples
+from trainer.data.sources import Rows, open_datasets
+from trainer.data.tokens import Outcome, no_row_left, tokenize
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # raise it when the meaning of the cached columns changes
+    from trainer.data.render import Renderer
+
+FORMAT = 2  # raise it when the meaning of the cached columns changes
+OUTCOME_NAME = "outcome.json"
 SPLITS = ("train", "eval")
-REPORT_NAME = "report.json"
-Progress = Callable[[int, int], None]  # (rows done, rows in all)
+SAMPLE = 1000  # rows of a streamed dataset that are checked before training
+Progress = Callable[[str, int], None]  # (dataset, rows done)
 
 
-@dataclass
-class SplitReport:
-    """What became of the rows of one split."""
+@dataclass(frozen=True)
+class CachedDataset:
+    """The tokens of one dataset."""
 
-    read: int = 0
-    kept: int = 0
-    tokens: int = 0
-    scored_tokens: int = 0
-    longest: int = 0
-    # Reason -> row numbers, as "name:row".
-    dropped: dict[str, list[str]] = field(default_factory=dict)
+    rows: Rows
+    folder: Path
+    outcome: Outcome
+
+    @property
+    def name(self) -> str:
+        return self.rows.entry.name
+
+    def examples(self) -> Dataset:
+        """Open columns `row`, `input_ids` and `labels`."""
+        from datasets import Dataset
+
+        return Dataset.from_file(str(self.folder / "tokens.arrow"))
+
+    def table(self) -> Any:
+        """Open the table of the rows read, see `tokens.ROWS`, as a pyarrow table."""
+        import pyarrow
+
+        with pyarrow.memory_map(str(self.folder / "rows.arrow")) as source:
+            return pyarrow.ipc.open_stream(source).read_all()
+
+    @cached_property
+    def part(self) -> Part:
+        row = np.asarray(self.examples().with_format("numpy")["row"][:], np.int64)
+        return Part(self.name, row, self.outcome.read, self.rows.entry.num_samples)
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """A finished cache: where it is, what it holds."""
+    """The tokens of all datasets of a configuration, ready to be dealt into train and eval."""
 
-    folder: Path
-    reports: dict[str, SplitReport]
+    train: list[CachedDataset]
+    held_out: list[CachedDataset]  # of `data.eval_names` or `data.eval_split`
+    data: DataConfig
+    seed: int
 
     @property
     def fingerprint(self) -> str:
-        return self.folder.name
+        """A digest of the rows that train and are held out."""
+        names = ("max_samples", "eval_size", "mix", "weights", "streaming", "shuffle_buffer")
+        chosen = {name: _plain(getattr(self.data, name)) for name in names}
+        folders = [[cached.folder.name for cached in group] for group in (self.train, self.held_out)]
+        return _digest([folders, chosen, self.seed])
+
+    def chosen(self, split: str) -> list[tuple[CachedDataset, np.ndarray]]:
+        """Return the datasets of a split, each with the numbers of its examples."""
+        if split == "train":
+            examples = training_examples([cached.part for cached in self.train], self.data, self.seed)
+            return list(zip(self.train, examples, strict=True))
+        if self.data.eval_names or self.data.eval_split:
+            return [(cached, np.arange(len(cached.part.rows))) for cached in self.held_out]
+        masks = held_out_rows([cached.part.read for cached in self.train], self.data, self.seed)
+        return [
+            (cached, np.flatnonzero(mask[cached.part.rows])) for cached, mask in zip(self.train, masks, strict=True)
+        ]
 
     def open(self, split: str) -> Dataset | None:
         """Open a split: columns `input_ids` and `labels`, lists of int32. None when the split is empty."""
-        from datasets import load_from_disk
+        from datasets import concatenate_datasets
 
-        return load_from_disk(str(self.folder / split)) if self.reports[split].kept else None  # type: ignore[return-value]
+        parts = [(cached.examples(), examples) for cached, examples in self.chosen(split) if len(examples)]
+        if not parts:
+            return None
+        starts = np.cumsum([0, *(len(dataset) for dataset, _ in parts)])
+        order = np.concatenate([start + examples for start, (_, examples) in zip(starts[:-1], parts, strict=True)])
+        whole = concatenate_datasets([dataset for dataset, _ in parts]).remove_columns("row")
+        return whole if len(order) == len(whole) and (order == np.arange(len(whole))).all() else whole.select(order)
+
+    def counts(self, split: str) -> tuple[int, int, int]:
+        """Return (examples, tokens, tokens with a label) of a split."""
+        examples = tokens = scored = 0
+        for cached, chosen in self.chosen(split):
+            table = cached.table()
+            rows, times = np.unique(cached.part.rows[chosen], return_counts=True)
+            examples += len(chosen)
+            # A row of several examples holds the sum of their tokens, and is drawn with all of them.
+            each = np.bincount(cached.part.rows, minlength=cached.part.read)[rows]
+            tokens += int((table["tokens"].to_numpy()[rows] * times / each).sum())
+            scored += int((table["scored"].to_numpy()[rows] * times / each).sum())
+        return examples, tokens, scored
 
 
-def cache_key(data: DataConfig, seed: int, model_path: Path | None) -> str:
-    """Return the digest of everything that decides the token ids, read without importing torch or transformers."""
-    digest = hashlib.sha256()
+def cache_key(rows: Rows, config: DictConfig, model_path: Path | None, limit: int | None = None) -> str:
+    """Return the digest of everything that decides a dataset's tokens, without importing torch or transformers."""
+    data, model = config.data, config.model
     settings = {
         "format": FORMAT,
-        "cutoff_len": data.cutoff_len,
-        "eval_size": data.eval_size,
-        "max_samples": data.max_samples,
-        "seed": seed,
+        "rows": [rows.identity, rows.entry.meaning(), limit],
+        "render": {key: _plain(data[key]) for key in ("cutoff_len", "overlong", "train_on_prompt", "mask_history")},
+        "template": [model.template, _template_text(model.template), dict(model.template_kwargs)],
         "versions": [version("transformers"), version("tokenizers")],
+        "tokenizer": _tokenizer_files(model_path) if model_path else None,
     }
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    for name in (*data.names, "|", *data.eval_names):
-        digest.update(name.encode())
-        if name != "|":
-            entry = load_entry(name, Path(data.dir))
-            digest.update(json.dumps(sorted(entry.columns.items())).encode())
-            digest.update(entry.path.read_bytes())
-    if model_path is not None:
-        for pattern in ("*token*", "*vocab*", "merges.txt", "*template*", "special_tokens_map.json"):
-            for file in sorted(model_path.glob(pattern)):
-                digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    return _digest(settings)
 
 
-def open_cache(data: DataConfig, key: str) -> TokenCache | None:
-    """Return the finished cache of that key, or None."""
-    folder = Path(data.cache_dir).expanduser() / "tokens" / key
-    try:
-        reports = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", list(value) if hasattr(value, "__len__") and not isinstance(value, str) else value)
+
+
+def _template_text(template: str | None) -> str | None:
+    return template_file(template).read_text(encoding="utf-8") if template else None
+
+
+def _tokenizer_files(model_path: Path) -> list[str]:
+    digests = []
+    for pattern in (
+        "*token*",
+        "*vocab*",
+        "merges.txt",
+        "*template*",
+        "special_tokens_map.json",
+        "*.model",
+        "*.tiktoken",
+    ):
+        for file in sorted(model_path.glob(pattern)):
+            if file.is_file():
+                digests.append(f"{file.name}:{hashlib.sha256(file.read_bytes()).hexdigest()}")
+    return digests
+
+
+def open_rows(config: DictConfig) -> tuple[list[Rows], list[Rows]]:
+    """Find the datasets that train and those that are held out, and look at their first rows.
+
+    Raises:
+        DataError, StorageError: see `sources.open_datasets`; what is wrong with any of them is told together.
+    """
+    data = config.data
+    count = len(data.names)
+    if data.eval_split and not data.eval_names:
+        held = open_datasets(list(data.names), data, offline=config.offline, split=data.eval_split)
+        return open_datasets(list(data.names), data, offline=config.offline), held
+    rows = open_datasets([*data.names, *data.eval_names], data, offline=config.offline)
+    return rows[:count], rows[count:]
+
+
+def find_cache(config: DictConfig, model_path: Path) -> TokenCache | None:
+    """Return the finished cache of a configuration, or None when a part of it is not there."""
+    train, held = open_rows(config)
+    found = [_find(rows, config, model_path, streamed=config.data.streaming) for rows in train]
+    found += [_find(rows, config, model_path, streamed=False) for rows in held]
+    if any(cached is None for cached in found):
         return None
-    return TokenCache(folder, {split: SplitReport(**reports[split]) for split in SPLITS})
+    parts = [cached for cached in found if cached is not None]
+    return _checked(TokenCache(parts[: len(train)], parts[len(train) :], config.data, config.train.seed))
 
 
 def build_cache(
-    data: DataConfig,
-    seed: int,
-    key: str,
-    tokenizer: PreTrainedTokenizerBase,
-    progress: Progress = lambda done, total: None,
+    config: DictConfig, model_path: Path, renderer: Renderer, progress: Progress = lambda name, done: None
 ) -> TokenCache:
-    """Render and tokenise every row, unless the cache is there. Safe to call from several processes at once.
+    """Tokenise every dataset that is not cached. Safe to call from several processes at once.
 
     Raises:
-        DataError: no row of the training split is left.
+        DataError: a file is broken, no row is left, or more than `data.max_dropped` of the rows cannot be used.
     """
-    root = Path(data.cache_dir).expanduser() / "tokens"
+    train, held = open_rows(config)
+    built = [_build(rows, config, model_path, renderer, progress, streamed=config.data.streaming) for rows in train]
+    built += [_build(rows, config, model_path, renderer, progress, streamed=False) for rows in held]
+    return _checked(TokenCache(built[: len(train)], built[len(train) :], config.data, config.train.seed))
+
+
+def _root(config: DictConfig) -> Path:
+    return Path(config.data.cache_dir).expanduser() / "tokens"
+
+
+def _find(rows: Rows, config: DictConfig, model_path: Path, *, streamed: bool) -> CachedDataset | None:
+    folder = _root(config) / cache_key(rows, config, model_path, SAMPLE if streamed else None)
+    try:
+        outcome = Outcome(**json.loads((folder / OUTCOME_NAME).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    return CachedDataset(rows, folder, outcome)
+
+
+def _build(
+    rows: Rows, config: DictConfig, model_path: Path, renderer: Renderer, progress: Progress, *, streamed: bool
+) -> CachedDataset:
+    key = cache_key(rows, config, model_path, SAMPLE if streamed else None)
+    root = _root(config)
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{key}.lock"):
-        found = open_cache(data, key)
+        found = _find(rows, config, model_path, streamed=streamed)
         if found:
             return found
         staging = root / f"{key}.{os.getpid()}.part"
         shutil.rmtree(staging, ignore_errors=True)
-        reports = _write_splits(data, seed, staging, tokenizer, progress)
-        (staging / REPORT_NAME).write_text(json.dumps({k: asdict(r) for k, r in reports.items()}, indent=1))
-        staging.rename(root / key)
-    return TokenCache(root / key, reports)
+        try:
+            outcome = tokenize(
+                rows,
+                renderer,
+                staging,
+                workers=config.data.workers or len(os.sched_getaffinity(0)),
+                limit=SAMPLE if streamed else None,
+                progress=lambda done: progress(rows.entry.name, done),
+            )
+            (staging / OUTCOME_NAME).write_text(
+                json.dumps(asdict(outcome), ensure_ascii=False, indent=1), encoding="utf-8"
+            )
+            staging.rename(root / key)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return CachedDataset(rows, root / key, outcome)
 
 
-def split_rows(data: DataConfig, seed: int) -> dict[str, list[tuple[Entry, int, Row]]]:
-    """Read the datasets and deal their rows into train and eval, the same way under the same seed."""
-    train = [row for name in data.names for row in _sampled(load_entry(name, Path(data.dir)), data.max_samples, seed)]
-    if data.eval_names:
-        return {
-            "train": train,
-            "eval": [row for name in data.eval_names for row in _sampled(load_entry(name, Path(data.dir)), None, seed)],
-        }
-    held_out = round(data.eval_size * len(train)) if data.eval_size < 1 else int(data.eval_size)
-    if held_out >= len(train):
-        raise DataError(
-            f"`data.eval_size` is {data.eval_size}, which holds out {held_out} of {len(train)} rows: none is left."
-        )
-    order = list(range(len(train)))
-    random.Random(seed).shuffle(order)
-    evaluated = set(order[:held_out])
-    return {
-        "train": [row for index, row in enumerate(train) if index not in evaluated],
-        "eval": [train[index] for index in sorted(evaluated)],
-    }
+def _checked(cache: TokenCache) -> TokenCache:
+    """Refuse data of which too much cannot be used; all such datasets are told together."""
+    problems = []
+    for cached in (*cache.train, *cache.held_out):
+        outcome = cached.outcome
+        if not outcome.kept:
+            problems.append(str(no_row_left(cached.name, outcome)))
+        elif outcome.kept < outcome.read * (1 - cache.data.max_dropped):
+            problems.append(
+                f"{outcome.read - outcome.kept:,} of {outcome.read:,} rows of {cached.name} cannot be used, more than "
+                f"data.max_dropped = {cache.data.max_dropped:.0%}:\n" + "\n".join(dropped_lines(outcome))
+            )
+        elif outcome.unended == outcome.kept and not cache.data.train_on_prompt:
+            problems.append(
+                f"In no row of {cached.name} the model would learn to stop: the chat template ends an answer with "
+                f"nothing "
+                f"that stops generation. Choose another one with model.template."
+            )
+    if problems:
+        raise DataError("\n".join(problems))
+    return cache
 
 
-def _sampled(entry: Entry, limit: int | None, seed: int) -> list[tuple[Entry, int, Row]]:
-    rows = [(entry, number, row) for number, row in enumerate(read_rows(entry))]
-    if limit is not None and limit < len(rows):
-        chosen = sorted(random.Random(seed).sample(range(len(rows)), limit))
-        rows = [rows[index] for index in chosen]
-    return rows
-
-
-def _write_splits(
-    data: DataConfig, seed: int, folder: Path, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> dict[str, SplitReport]:
-    from datasets import Dataset, Features, List, Value
-
-    splits = split_rows(data, seed)
-    total = sum(len(rows) for rows in splits.values())
-    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
-    reports, done = {}, 0
-    for split, rows in splits.items():
-        report = SplitReport(read=len(rows))
-        columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-        for entry, number, row in rows:
-            example = _tokenize(row, entry, data, tokenizer)
-            if isinstance(example, str):
-                report.dropped.setdefault(example, []).append(f"{entry.name}:{number}")
-            else:
-                for key, values in example.items():
-                    columns[key].append(values)
-                report.tokens += len(example["input_ids"])
-                report.scored_tokens += sum(label >= 0 for label in example["labels"])
-                report.longest = max(report.longest, len(example["input_ids"]))
-            done += 1
-            if done % 1000 == 0 or done == total:
-                progress(done, total)
-        report.kept = len(columns["input_ids"])
-        if split == "train" and not report.kept:
-            reasons = "; ".join(f"{len(where)} rows: {reason}" for reason, where in report.dropped.items())
-            raise DataError(f"No row of {', '.join(data.names)} can be trained on. {reasons}.")
-        Dataset.from_dict(columns, features=features).save_to_disk(str(folder / split))
-        reports[split] = report
-    return reports
-
-
-def _tokenize(
-    row: Row, entry: Entry, data: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[int]] | str:
-    """Return the columns of one row, or the reason why it is dropped."""
-    from trainer.data.render import render
-
-    messages = to_messages(row, entry.columns)
-    if isinstance(messages, str):
-        return messages
-    example = render(messages, tokenizer)
-    if len(example.input_ids) > data.cutoff_len:
-        return f"longer than data.cutoff_len = {data.cutoff_len} tokens"
-    if all(label < 0 for label in example.labels[1:]):
-        return "no token to learn"
-    return {"input_ids": example.input_ids, "labels": example.labels}
+def dropped_lines(outcome: Outcome) -> list[str]:
+    """Return a line for each reason of dropping rows, with row numbers and the beginning of one row."""
+    lines = []
+    for index in np.argsort(outcome.dropped)[::-1]:
+        shown = outcome.excerpts[index]
+        numbers = ", ".join(str(one["row"]) for one in shown)
+        more = ", ..." if outcome.dropped[index] > len(shown) else ""
+        lines.append(f"  dropped {outcome.dropped[index]:,}: {outcome.reasons[index]} (row {numbers}{more})")
+        lines.append(f"    {shown[0]['text']}")
+    return lines
 
 
 def describe(cache: TokenCache) -> list[str]:
     """Return lines that say what was kept and what was dropped, and why."""
     lines = []
-    for split, report in cache.reports.items():
-        if not report.read:
-            continue
-        share = report.scored_tokens / max(report.tokens, 1)
+    for cached in (*cache.train, *cache.held_out):
+        outcome = cached.outcome
+        share = outcome.scored / max(outcome.tokens, 1)
+        cut = f", {outcome.truncated:,} cut" if outcome.truncated else ""
         lines.append(
-            f"{split}: {report.kept:,} of {report.read:,} rows, {report.tokens:,} tokens, {share:.0%} of them learnt, "
-            f"longest {report.longest}"
+            f"{cached.name}: {outcome.kept:,} of {outcome.read:,} rows{cut}, {outcome.tokens:,} tokens, {share:.0%} "
+            f"of them "
+            f"learnt, longest {outcome.longest}"
         )
-        counts = Counter({reason: len(where) for reason, where in report.dropped.items()})
-        for reason, count in counts.most_common():
-            lines.append(f"  dropped {count:,} ({reason}), for example {', '.join(report.dropped[reason][:3])}")
+        lines += dropped_lines(outcome)
     return lines
 
 
 def as_json(cache: TokenCache) -> dict[str, Any]:
     """Return what a run's manifest says about its data."""
-    return {"fingerprint": cache.fingerprint, **{split: asdict(report) for split, report in cache.reports.items()}}
+    parts = {}
+    for cached in (*cache.train, *cache.held_out):
+        outcome = cached.outcome
+        dropped = dict(zip(outcome.reasons, outcome.dropped, strict=True))
+        parts[cached.name] = {
+            "tokens_folder": cached.folder.name,
+            "read": outcome.read,
+            "kept": outcome.kept,
+            "truncated": outcome.truncated,
+            "dropped": dropped,
+        }
+    counts = {}
+    for split in SPLITS:
+        examples, tokens, scored = cache.counts(split)
+        counts[split] = {"examples": examples, "tokens": tokens, "scored_tokens": scored}
+    return {"fingerprint": cache.fingerprint, "datasets": parts, **counts}

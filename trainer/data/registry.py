@@ -1,59 +1,141 @@
-"""LLaMA-Factory's `dataset_info.json`: which file a dataset name means and which column means what."""
+"""LLaMA-Factory's `dataset_info.json`: what a dataset's name means.
+
+The whole schema is read. Two rules are kinder than LLaMA-Factory's, unless `data.compat=llamafactory` asks for its own:
+a column or tag that an entry does not name keeps its default (there, naming one sets all others to null), and a key
+that nobody reads is an error instead of being passed over.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from launch.errors import DataError, did_you_mean
+from launch.schema import Compat, DataConfig
 
 REGISTRY_NAME = "dataset_info.json"
-ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
-COLUMN_KEYS = {
-    "prompt", "query", "response", "history", "messages", "system", "tools", "images", "videos", "audios",
-    "chosen", "rejected", "kto_tag",
+FORMATTINGS = ("alpaca", "sharegpt", "openai", "prompt_completion", "text")
+
+TEXT_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
+MEDIA_COLUMNS = ("images", "videos", "audios")
+PREFERENCE_COLUMNS = ("chosen", "rejected", "kto_tag")
+# `completion` and `text` belong to the two formattings that LLaMA-Factory does not have.
+COLUMN_KEYS = (*TEXT_COLUMNS, *MEDIA_COLUMNS, *PREFERENCE_COLUMNS, "completion", "text")
+SOURCE_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name")
+ENTRY_KEYS = (*SOURCE_KEYS, "formatting", "ranking", "columns", "tags", "subset", "split", "folder", "num_samples")
+LEGACY_KEYS = ("file_sha1", "stage")  # in old registries; LLaMA-Factory passes them over as well
+
+DEFAULT_COLUMNS: dict[str, dict[str, str]] = {
+    "alpaca": {
+        "prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history",
+    },
+    "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
+    "openai": {"messages": "messages", "system": "system", "tools": "tools"},
+    "prompt_completion": {"prompt": "prompt", "completion": "completion", "tools": "tools"},
+    "text": {"text": "text"},
 }  # fmt: skip
+# A row without one of these teaches nothing.
+REQUIRED_COLUMNS = {
+    "alpaca": ("prompt", "response"),
+    "sharegpt": ("messages",),
+    "openai": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+SHAREGPT_TAGS = {
+    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+    "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system",
+}  # fmt: skip
+OPENAI_TAGS = {
+    "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
+    "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system",
+}  # fmt: skip
+
+
+class Place(Enum):
+    """Where the rows of an entry are."""
+
+    file = "file"
+    cloud = "cloud"
+    hub = "hub"
+    modelscope = "modelscope"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One dataset of a registry."""
+    """One dataset: where its rows are, and what their columns mean."""
 
     name: str
-    path: Path
-    registry: Path
-    # Meaning -> column in the file. A column that the entry does not name keeps its default; unlike LLaMA-Factory,
-    # which sets every other column to null once `columns` is there.
+    where: str  # for messages: "entry 'mine' of data/dataset_info.json"
+    place: Place
+    location: str  # path, URL, or ORG/NAME
+    formatting: str = "alpaca"
+    # Meaning -> column. A meaning that no column has is absent.
     columns: dict[str, str] = field(default_factory=dict)
-    # The columns that the entry names itself: these must be in the file.
-    named: frozenset[str] = frozenset()
+    named: frozenset[str] = frozenset()  # the columns that the entry names itself: these must be in the data
+    tags: dict[str, str | None] = field(default_factory=dict)
+    subset: str | None = None
+    split: str | None = None
+    folder: str | None = None
+    num_samples: int | None = None
+    compat: Compat = Compat.none
+
+    def meaning(self) -> dict[str, Any]:
+        """Return what decides how a row is read: part of the key of its tokens."""
+        return {
+            "formatting": self.formatting, "columns": self.columns, "tags": self.tags, "compat": self.compat.value,
+        }  # fmt: skip
 
 
-def load_entry(name: str, folder: Path) -> Entry:
-    """Find `name` in the registry of `folder`.
+def load_entry(name: str, data: DataConfig) -> Entry:
+    """Find a dataset by its name: an entry of the registry, `hub:ORG/NAME`, `modelscope:ORG/NAME`, or a path.
+
+    An entry without formatting, as a path or a hub name gives, has the formatting "" until `sources.open_rows` has seen
+    its columns.
 
     Raises:
-        DataError: no registry, broken JSON, unknown name, or an entry that cannot be read.
+        DataError: no registry, broken JSON, unknown name, or an entry that cannot be used for supervised fine-tuning.
     """
-    path = folder / REGISTRY_NAME
-    registry = _read_registry(path)
-    if name not in registry:
+    place, _, repository = name.partition(":")
+    if place in (Place.hub.value, Place.modelscope.value) and repository:
+        return Entry(name, f"'{name}'", Place(place), repository, formatting="")
+    path = Path(data.dir).expanduser() / REGISTRY_NAME
+    direct = Path(name).expanduser()
+    if direct.exists() and (not path.is_file() or name not in read_registry(path)):
+        return Entry(name, f"'{name}'", Place.file, str(direct), formatting="")
+    if not path.is_file():
+        problem = f"There is no file or folder '{name}', and" if "/" in name or direct.suffix else "There is"
         raise DataError(
-            f"`data.names` asks for '{name}', which is not in {path}.{did_you_mean(name, registry)} "
-            f"It has: {', '.join(sorted(registry)) or 'nothing'}."
+            f"{problem} no registry at {path}, which `data.names` looks '{name}' up in. Set `data.dir` to the folder "
+            f"that "
+            f"holds {REGISTRY_NAME}, or name a file, a folder or hub:ORG/NAME."
         )
-    return _parse_entry(name, registry[name], path)
-
-
-def _read_registry(path: Path) -> dict[str, Any]:
-    try:
-        registry = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
+    registry = read_registry(path)
+    if name not in registry:
+        known = ", ".join(sorted(registry)) or "nothing"
         raise DataError(
-            f"There is no registry at {path}. Set `data.dir` to the folder that holds {REGISTRY_NAME}."
-        ) from error
+            f"`data.names` asks for '{name}', which is neither in {path} nor a file or "
+            f"folder.{did_you_mean(name, registry)} "
+            f"The registry has: {known if len(known) < 600 else known[:600] + ' ...'}."
+        )
+    entry = parse_entry(name, registry[name], path, data.compat)
+    _check_trainable(entry, registry[name])
+    if entry.place is Place.file and not data.allow_outside:
+        _check_inside(entry, path.parent)
+    return entry
+
+
+def read_registry(path: Path) -> dict[str, Any]:
+    """Read a registry.
+
+    Raises:
+        DataError: not UTF-8, not JSON, or not an object.
+    """
+    try:
+        registry = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}.") from error
     except json.JSONDecodeError as error:
@@ -63,25 +145,106 @@ def _read_registry(path: Path) -> dict[str, Any]:
     return registry
 
 
-def _parse_entry(name: str, raw: Any, registry: Path) -> Entry:
-    where = f"Entry '{name}' in {registry}"
+def parse_entry(name: str, raw: Any, registry: Path, compat: Compat = Compat.none) -> Entry:
+    """Read one entry of the registry at `registry`, whatever it is for.
+
+    Raises:
+        DataError: a key or a value that the schema does not have, or no source.
+    """
+    where = f"entry '{name}' of {registry}"
     if not isinstance(raw, dict):
         raise DataError(f"{where} must be an object, found {type(raw).__name__}.")
-    if "file_name" not in raw:
-        raise DataError(
-            f"{where} has no `file_name`.{did_you_mean('file_name', raw)} "
-            f"Datasets from a hub, a script or a cloud store are not read yet."
-        )
+    if compat is Compat.none:
+        _known_keys(raw, (*ENTRY_KEYS, *LEGACY_KEYS), where)
     formatting = raw.get("formatting", "alpaca")
-    if formatting != "alpaca":
-        raise DataError(f"{where}: `formatting` is '{formatting}'; only 'alpaca' is read yet.")
-    if raw.get("ranking"):
-        raise DataError(f"{where} is preference data (`ranking: true`), which supervised fine-tuning cannot use.")
-    columns = raw.get("columns", {})
-    for key in columns:
-        if key not in COLUMN_KEYS:
-            raise DataError(f"{where}: `columns` has no key '{key}'.{did_you_mean(key, COLUMN_KEYS)}")
-    path = (registry.parent / raw["file_name"]).resolve()
-    if not path.is_file():
-        raise DataError(f"{where}: `file_name` is '{raw['file_name']}', but there is no file {path}.")
-    return Entry(name, path, registry, {**ALPACA_COLUMNS, **columns}, frozenset(columns))
+    if formatting not in FORMATTINGS:
+        raise DataError(
+            f"{where}: `formatting` is '{formatting}'.{did_you_mean(str(formatting), FORMATTINGS)} "
+            f"It can be {', '.join(FORMATTINGS)}."
+        )
+    columns = _filled(raw, "columns", COLUMN_KEYS, DEFAULT_COLUMNS[formatting], where, compat)
+    tags = _filled(
+        raw, "tags", tuple(SHAREGPT_TAGS), OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS, where, compat
+    )
+    place, location = _source(raw, registry, where)
+    for key, kind in (("subset", str), ("split", str), ("folder", str), ("num_samples", int), ("ranking", bool)):
+        if raw.get(key) is not None and not isinstance(raw[key], kind):
+            raise DataError(f"{where}: `{key}` is {json.dumps(raw[key])}; it must be {kind.__name__}.")
+    return Entry(
+        name, where, place, location, formatting,
+        columns={key: column for key, column in columns.items() if column is not None},
+        named=frozenset(key for key, column in (raw.get("columns") or {}).items() if column is not None),
+        tags=tags,
+        subset=raw.get("subset"), split=raw.get("split"), folder=raw.get("folder"), num_samples=raw.get("num_samples"),
+        compat=compat,
+    )  # fmt: skip
+
+
+def _known_keys(block: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in block:
+        if key not in known:
+            raise DataError(f"{where} has no key '{key}'.{did_you_mean(key, known)} Known keys: {', '.join(known)}.")
+
+
+def _filled(
+    raw: dict[str, Any], block: str, known: tuple[str, ...], defaults: dict[str, str], where: str, compat: Compat
+) -> dict[str, str | None]:
+    """Return the block `columns` or `tags` of an entry with the defaults of what it does not name."""
+    given = raw.get(block) or {}
+    if not isinstance(given, dict):
+        raise DataError(f"{where}: `{block}` must be an object, found {type(given).__name__}.")
+    _known_keys(given, known, f"`{block}` of {where}")
+    for key, value in given.items():
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{where}: `{block}.{key}` is {json.dumps(value)}; it must be a column's name or null.")
+    if given and compat is Compat.llamafactory:
+        return {**dict.fromkeys(defaults), **given}
+    return {**defaults, **given}
+
+
+def _source(raw: dict[str, Any], registry: Path, where: str) -> tuple[Place, str]:
+    if raw.get("hf_hub_url"):
+        return Place.hub, raw["hf_hub_url"]
+    if raw.get("ms_hub_url"):
+        return Place.modelscope, raw["ms_hub_url"]
+    if raw.get("om_hub_url"):
+        raise DataError(f"{where} is on OpenMind (`om_hub_url`), which is not read. Add `hf_hub_url` or `ms_hub_url`.")
+    if raw.get("script_url"):
+        raise DataError(
+            f"{where} is a loading script (`script_url`): Python code from elsewhere that would run here, and that "
+            f"datasets "
+            f"has not run since version 4. Save its rows as JSON or parquet and name the file."
+        )
+    if raw.get("cloud_file_name"):
+        return Place.cloud, raw["cloud_file_name"]
+    if raw.get("file_name"):
+        return Place.file, str(registry.parent / Path(raw["file_name"]).expanduser())
+    raise DataError(
+        f"{where} names no source.{did_you_mean('file_name', raw)} It needs one of: {', '.join(SOURCE_KEYS)}."
+    )
+
+
+def _check_trainable(entry: Entry, raw: dict[str, Any]) -> None:
+    if raw.get("ranking") or any(key in entry.columns for key in PREFERENCE_COLUMNS):
+        marks = [key for key in ("ranking", *PREFERENCE_COLUMNS) if raw.get(key) or key in entry.columns]
+        raise DataError(
+            f"{entry.where} is preference data ({', '.join(f'`{mark}`' for mark in marks)}), which supervised "
+            f"fine-tuning "
+            f"cannot use. Write an entry whose `response` (or `messages`) is the preferred answer alone."
+        )
+    media = [key for key in MEDIA_COLUMNS if key in entry.columns]
+    if media:
+        raise DataError(f"{entry.where} has {', '.join(media)}; tunewright trains on text.")
+    if "response" not in entry.columns and entry.formatting == "alpaca":
+        raise DataError(f"{entry.where} names no `response` column, so there is nothing to learn.")
+    if "messages" not in entry.columns and entry.formatting in ("sharegpt", "openai"):
+        raise DataError(f"{entry.where} names no `messages` column, so there is nothing to learn.")
+
+
+def _check_inside(entry: Entry, folder: Path) -> None:
+    """A registry that came from elsewhere must not reach files that have nothing to do with it."""
+    if not Path(entry.location).resolve().is_relative_to(folder.resolve()):
+        raise DataError(
+            f"{entry.where} reaches outside its own folder: {Path(entry.location).resolve()}. If that is meant, set "
+            f"data.allow_outside=true."
+        )

@@ -1,0 +1,266 @@
+"""Files as rows: JSON, JSONL, CSV, TSV, parquet, Arrow, and folders that `datasets.save_to_disk` wrote.
+
+Rows come one after the other and are dropped by who has used them, so that memory does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from launch.errors import DataError
+
+Row = dict[str, Any]
+
+CHUNK = 1 << 20  # characters or bytes read at once
+LARGEST_ROW = 1 << 26  # characters: JSON that does not end within this many is broken
+MOST_PROBLEMS = 20  # broken lines shown of one file
+BATCH = 1000  # rows of a columnar file converted at once
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """Yield the rows of one file.
+
+    Raises:
+        DataError: not UTF-8 (with the byte), not JSON (with line and column), not a row, or a broken columnar file.
+    """
+    if path.suffix in (".json", ".jsonl"):
+        return _read_json(path)
+    if path.suffix in (".csv", ".tsv"):
+        return _read_separated(path, "\t" if path.suffix == ".tsv" else ",")
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    if path.suffix == ".arrow":
+        return _read_arrow(path)
+    raise DataError(f"{path}: files can be {', '.join(SUFFIXES)}, or folders of datasets.save_to_disk.")
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Tell whether `datasets.save_to_disk` wrote this folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def read_saved_dataset(folder: Path, split: str | None) -> Iterator[Row]:
+    """Yield the rows of a folder that `datasets.save_to_disk` wrote.
+
+    Raises:
+        DataError: no such split, or a damaged folder.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        wanted = split or "train"
+        if wanted not in splits:
+            raise DataError(f"{folder} has no split '{wanted}'. It has: {', '.join(splits)}.")
+        folder = folder / wanted
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    for file in state["_data_files"]:
+        yield from _read_arrow(folder / file["filename"])
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """A list of objects, or an object on each line, whatever the suffix says."""
+    with path.open("rb") as file:
+        start = file.read(4096).decode("utf-8-sig", errors="ignore").lstrip()
+    return _json_list(path) if start.startswith("[") else _json_lines(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line)."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, offset + error.start, error, number) from error
+            offset += len(line)
+
+
+def _not_utf8(path: Path, offset: int, error: UnicodeDecodeError, line: int) -> DataError:
+    return DataError(f"{path}:{line}: not UTF-8: byte {offset} of the file is 0x{error.object[error.start]:02x}.")
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    problems = []
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == 1 and line.strip() == "{":
+                raise DataError(
+                    f"{path} holds one object over several lines; write a list of rows, or a row on each line."
+                ) from error
+            problems.append(f"{path}:{number}:{error.colno}: not JSON: {error.msg}.")
+        else:
+            if isinstance(row, dict):
+                yield row
+                continue
+            problems.append(f"{path}:{number}: expected an object, found {type(row).__name__}.")
+        if len(problems) == MOST_PROBLEMS:
+            problems.append("There may be more.")
+            break
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def _json_list(path: Path) -> Iterator[Row]:
+    """Decode a list object by object, from a buffer that is refilled when an object does not end in it."""
+    with path.open("rb") as file:
+        yield from _list_items(_Text(path, file))
+
+
+def _list_items(text: _Text) -> Iterator[Row]:
+    decoder = json.JSONDecoder()
+    text.skip_space()
+    text.take("[")
+    number = 0
+    while True:
+        text.skip_space()
+        if number == 0 and text.peek() == "]":
+            break
+        row = text.decode(decoder)
+        if not isinstance(row, dict):
+            raise DataError(f"{text.place()}: row {number}: expected an object, found {type(row).__name__}.")
+        yield row
+        number += 1
+        text.skip_space()
+        if text.peek() == "]":
+            break
+        text.take(",")
+    text.take("]")
+    text.skip_space()
+    if text.peek():
+        raise DataError(f"{text.place()}: not JSON: something follows the list.")
+
+
+class _Text:
+    """The text of a file, held in parts, with line and column of where reading has come to."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self._file = path, file
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._bytes = len(codecs.BOM_UTF8) if self._file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+        self._file.seek(self._bytes)
+        self._buffer, self._position = "", 0
+        self._line, self._column = 1, 1
+
+    def decode(self, decoder: json.JSONDecoder) -> Any:
+        while True:
+            try:
+                value, self._position = decoder.raw_decode(self._buffer, self._position)
+                return value
+            except json.JSONDecodeError as error:
+                # Either the value goes on beyond the buffer, or it is broken.
+                problem = DataError(f"{self.place(error.pos)}: not JSON: {error.msg}.")
+            if len(self._buffer) - self._position > LARGEST_ROW or not self._read_on(len(self._buffer)):
+                raise problem
+
+    def peek(self) -> str:
+        if self._position == len(self._buffer):
+            self._read_on()
+        return self._buffer[self._position : self._position + 1]
+
+    def skip_space(self) -> None:
+        while self.peek() and self.peek() in " \t\r\n":
+            self._position += 1
+
+    def take(self, expected: str) -> None:
+        if self.peek() != expected:
+            found = f"found '{self.peek()}'" if self.peek() else "the file ends"
+            raise DataError(f"{self.place()}: not JSON: expected '{expected}', {found}.")
+        self._position += 1
+
+    def place(self, position: int | None = None) -> str:
+        """Return path:line:column of a position in the buffer, by default of where reading has come to."""
+        line, column = self._moved(self._position if position is None else position)
+        return f"{self.path}:{line}:{column}"
+
+    def _moved(self, position: int) -> tuple[int, int]:
+        lines = self._buffer.count("\n", 0, position)
+        if not lines:
+            return self._line, self._column + position
+        return self._line + lines, position - self._buffer.rfind("\n", 0, position)
+
+    def _read_on(self, size: int = 0) -> bool:
+        """Drop what was read from the buffer and add the next part; return whether there was one."""
+        part = self._file.read(max(CHUNK, size))
+        self._line, self._column = self._moved(self._position)
+        rest = self._buffer[self._position :]
+        self._position = 0
+        try:
+            self._buffer = rest + self._decoder.decode(part, final=not part)
+        except UnicodeDecodeError as error:
+            held = len(error.object) - len(part)  # bytes of a character that the last part did not end
+            line = self._line + rest.count("\n") + part[: max(error.start - held, 0)].count(b"\n")
+            raise _not_utf8(self.path, self._bytes + error.start - held, error, line) from error
+        self._bytes += len(part)
+        return bool(part)
+
+
+def _read_separated(path: Path, separator: str) -> Iterator[Row]:
+    csv.field_size_limit(LARGEST_ROW)
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=separator, strict=True)
+    try:
+        header = next(reader, [])
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{path}:{reader.line_num}: {len(fields)} fields, but the header names {len(header)}: "
+                    f"{', '.join(header)}."
+                )
+            yield dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: cannot be read as {path.suffix[1:].upper()}: {error}.") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=BATCH):
+                yield from _rows(batch)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as parquet: {_first_line(error)}") from error
+
+
+def _read_arrow(path: Path) -> Iterator[Row]:
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            for batch in _arrow_batches(source):
+                for start in range(0, batch.num_rows, BATCH):
+                    yield from _rows(batch.slice(start, BATCH))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Arrow: {_first_line(error)}") from error
+
+
+def _arrow_batches(source: Any) -> Iterable[Any]:
+    """Arrow has two layouts: the file, which begins with its name, and the stream, which `datasets` writes."""
+    import pyarrow
+
+    if source.read(6) == b"ARROW1":
+        file = pyarrow.ipc.open_file(source)
+        return (file.get_batch(index) for index in range(file.num_record_batches))
+    source.seek(0)
+    return pyarrow.ipc.open_stream(source)
+
+
+def _rows(batch: Any) -> list[Row]:
+    return batch.to_pylist()  # type: ignore[no-any-return]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

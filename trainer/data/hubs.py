@@ -1,0 +1,107 @@
+"""Datasets of the Hugging Face Hub and of ModelScope, at a known commit, read by `datasets.load_dataset`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from launch.errors import ConfigError, DataError, StorageError
+from trainer.data.files import Row
+from trainer.data.registry import Entry, Place
+
+TIMEOUT = 10.0  # seconds to ask a hub for the commit of a dataset
+
+
+def open_hub(
+    entry: Entry, records: Path, *, offline: bool, streaming: bool
+) -> tuple[Callable[[], Iterator[Row]], tuple[str, ...]]:
+    """Return how to read the rows of an entry on a hub, and what identifies their content.
+
+    Raises:
+        StorageError: it is not there, is gated, or cannot be reached and is not on this machine.
+        ConfigError: ModelScope's package is not installed.
+    """
+    what = (entry.place.value, entry.location, entry.subset or "", entry.split or "train", entry.folder or "")
+    if entry.place is Place.modelscope:
+        if streaming:
+            raise ConfigError(
+                f"{entry.where} is on ModelScope, which `data.streaming` cannot read: set data.streaming=false."
+            )
+        folder = fetch_modelscope(entry, offline=offline)
+        return (lambda: _rows(entry, folder, {})), (*what, _stamps(folder))
+    commit = _commit(entry, records, offline=offline)
+    return (lambda: _rows(entry, entry.location, {"revision": commit, "streaming": streaming})), (*what, commit)
+
+
+def _commit(entry: Entry, records: Path, *, offline: bool) -> str:
+    """Return the commit to read: the newest one, or without a network the one that was read last."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    record = records / (entry.location.replace("/", "--") + ".json")
+    problem = "and `offline` is true"
+    if not offline:
+        try:
+            commit = str(HfApi().dataset_info(entry.location, timeout=TIMEOUT).sha)
+            records.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps({"commit": commit}), encoding="utf-8")
+            return commit
+        except GatedRepoError as error:
+            raise StorageError(
+                f"{entry.where}: '{entry.location}' is gated: accept its terms on the Hub, then `hf auth login`."
+            ) from error
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            raise StorageError(f"{entry.where}: the Hub has no dataset '{entry.location}'.") from error
+        except (HfHubHTTPError, OSError, RuntimeError) as error:
+            problem = f"and the Hub cannot be reached ({type(error).__name__})"
+    if record.is_file():
+        return str(json.loads(record.read_text(encoding="utf-8"))["commit"])
+    raise StorageError(
+        f"{entry.where} is the Hub's dataset '{entry.location}', which is not on this machine, {problem}. Use a file, "
+        f"or "
+        f"ModelScope (`ms_hub_url`, modelscope:ORG/NAME)."
+    )
+
+
+def _rows(entry: Entry, source: str | Path, options: dict[str, Any]) -> Iterator[Row]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        rows = load_dataset(
+            str(source), name=entry.subset, data_dir=entry.folder, split=entry.split or "train", **options
+        )
+        yield from rows
+    except (DatasetsError, ValueError, FileNotFoundError) as error:  # no such subset, split or folder
+        reason = " ".join(str(error).split())
+        raise DataError(f"{entry.where}: '{entry.location}' cannot be loaded: {reason}") from error
+    except ConnectionError as error:
+        raise StorageError(f"{entry.where}: '{entry.location}' cannot be fetched: {error}") from error
+
+
+def fetch_modelscope(entry: Entry, *, offline: bool) -> Path:
+    """Download a ModelScope dataset unless it is there, and return its folder."""
+    try:
+        from modelscope import snapshot_download
+        from modelscope_hub.errors import CacheNotFound
+    except ImportError as error:
+        raise ConfigError(
+            f"{entry.where} is on ModelScope, whose package is not installed: pip install 'tunewright[modelscope]'."
+        ) from error
+    try:
+        return Path(snapshot_download(entry.location, repo_type="dataset", local_files_only=offline))
+    except CacheNotFound as error:
+        raise StorageError(
+            f"{entry.where}: '{entry.location}' is not on this machine, and `offline` is true."
+        ) from error
+    except OSError as error:
+        raise StorageError(f"{entry.where}: '{entry.location}' cannot be fetched from ModelScope: {error}") from error
+
+
+def _stamps(folder: Path) -> str:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return json.dumps([(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files])

@@ -1,0 +1,214 @@
+"""From an entry to its rows, wherever they are, and to what identifies their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from launch.errors import DataError, StorageError, did_you_mean
+from launch.schema import DataConfig
+from trainer.data import files
+from trainer.data.detect import detect
+from trainer.data.files import Row
+from trainer.data.registry import REQUIRED_COLUMNS, Entry, Place, load_entry
+
+PEEK = 1000  # rows looked at before anything is made of them
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of an entry: they can be read again and again, always in the same order."""
+
+    entry: Entry
+    read: Callable[[], Iterator[Row]]
+    identity: tuple[str, ...]  # changes when the content does
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.read()
+
+
+def open_datasets(names: list[str], data: DataConfig, *, offline: bool, split: str | None = None) -> list[Rows]:
+    """Find several datasets and look at their first rows; what is wrong with any of them is told together.
+
+    Raises:
+        DataError: see `load_entry`, `files.read_file`; or a column that the entry needs is not there.
+        StorageError: something must be fetched and cannot be.
+    """
+    opened, problems = [], []
+    for name in names:
+        try:
+            entry = load_entry(name, data)
+            opened.append(_checked(_open(replace(entry, split=split) if split else entry, data, offline=offline)))
+        except (DataError, StorageError) as error:
+            problems.append(error)
+    if problems:
+        raise problems[0] if len(problems) == 1 else type(problems[0])("\n".join(str(problem) for problem in problems))
+    return opened
+
+
+def _open(entry: Entry, data: DataConfig, *, offline: bool) -> Rows:
+    cache = Path(data.cache_dir).expanduser()
+    if entry.place is Place.file:
+        return _open_path(entry, Path(entry.location))
+    if entry.place is Place.cloud:
+        return _open_path(entry, _fetch_cloud(entry, cache / "cloud", offline=offline))
+    from trainer.data import hubs
+
+    return Rows(entry, *hubs.open_hub(entry, cache / "hubs", offline=offline, streaming=data.streaming))
+
+
+def _open_path(entry: Entry, path: Path) -> Rows:
+    if not path.exists():
+        near = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
+        raise DataError(f"{entry.where}: there is no file or folder {path}.{near}")
+    if path.is_dir() and files.is_saved_dataset(path):
+        identity = [_file_identity(file) for file in sorted(path.rglob("*")) if file.suffix in (".arrow", ".json")]
+        return Rows(entry, lambda: files.read_saved_dataset(path, entry.split), (entry.split or "train", *identity))
+    paths = _files_of(path, entry)
+
+    def read() -> Iterator[Row]:
+        for file in paths:
+            yield from files.read_file(file)
+
+    return Rows(entry, read, tuple(_file_identity(file) for file in paths))
+
+
+def _files_of(path: Path, entry: Entry) -> list[Path]:
+    """Return the data files of a path in order of name; with a split, those that carry its name where any does."""
+    if path.is_file():
+        if path.suffix not in files.SUFFIXES:
+            raise DataError(
+                f"{entry.where}: {path} is {path.suffix or 'without suffix'}; files can be {', '.join(files.SUFFIXES)}."
+            )
+        return [path]
+    found = [
+        file for file in sorted(path.rglob("*")) if file.suffix in files.SUFFIXES and not file.name.startswith(".")
+    ]
+    found = [file for file in found if file.name != "dataset_info.json"]
+    if not found:
+        raise DataError(f"{entry.where}: the folder {path} holds no {', '.join(files.SUFFIXES)} file.")
+    if entry.split:
+        word = re.compile(rf"(?<![a-z0-9]){re.escape(entry.split)}(?![a-z])", re.IGNORECASE)
+        chosen = [file for file in found if word.search(str(file.relative_to(path)))]
+        if not chosen:
+            names = ", ".join(str(file.relative_to(path)) for file in found[:10])
+            raise DataError(
+                f"{entry.where}: no file in {path} carries the split '{entry.split}' in its name. It holds: {names}."
+            )
+        found = chosen
+    kinds = sorted({file.suffix for file in found})
+    if len(kinds) > 1 and kinds != [".json", ".jsonl"]:
+        raise DataError(
+            f"{entry.where}: the files of {path} are of several kinds: {', '.join(kinds)}. Name one file, or sort them."
+        )
+    return found
+
+
+def _file_identity(path: Path) -> str:
+    with path.open("rb") as file:
+        return (
+            f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            if hasattr(hashlib, "file_digest")
+            else _digest(path)
+        )
+
+
+def _digest(path: Path) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(files.CHUNK):
+            digest.update(part)
+    return f"{path.name}:{digest.hexdigest()}"
+
+
+def _fetch_cloud(entry: Entry, cache: Path, *, offline: bool) -> Path:
+    """Copy a file or folder of a cloud store here, once for each version of it, and return where it is.
+
+    Raises:
+        StorageError: it cannot be reached, or the store's package is not installed.
+    """
+    import fsspec
+
+    # The folder's name is the digest of what is there, so the last copy can be found without asking.
+    record = cache / (hashlib.sha256(entry.location.encode()).hexdigest()[:16] + ".json")
+    name = entry.location.rstrip("/").rpartition("/")[2]
+    if offline:
+        if record.is_file():
+            return cache / json.loads(record.read_text(encoding="utf-8"))["version"] / name
+        raise StorageError(f"{entry.where} is {entry.location}, which is not on this machine, and `offline` is true.")
+    try:
+        store, path = fsspec.url_to_fs(entry.location)
+        listed = store.find(path, detail=True) if store.isdir(path) else {path: store.info(path)}
+        stamps = {
+            file: {key: str(info.get(key)) for key in ("size", "ETag", "etag", "mtime", "LastModified", "updated")}
+            for file, info in listed.items()
+        }
+        version = hashlib.sha256(json.dumps([entry.location, stamps], sort_keys=True).encode()).hexdigest()[:16]
+        if not (cache / version).is_dir():
+            staging = cache / f"{version}.{os.getpid()}.part"
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            store.get(path, str(staging / name), recursive=store.isdir(path))
+            staging.rename(cache / version)
+    except ImportError as error:
+        raise StorageError(f"{entry.where} is {entry.location}: {error}") from error
+    except Exception as error:  # each store's client has exceptions of its own (botocore, gcsfs, ...)
+        raise StorageError(
+            f"{entry.where}: {entry.location} cannot be read ({type(error).__name__}: {error})."
+        ) from error
+    record.write_text(json.dumps({"version": version}), encoding="utf-8")
+    return cache / version / name
+
+
+def _checked(rows: Rows) -> Rows:
+    """Look at the first rows: are there any, what is their formatting, are the needed columns there?"""
+    first = list(islice(rows, PEEK))
+    entry = rows.entry
+    if not first:
+        raise DataError(f"{entry.where} has no rows.")
+    if not entry.formatting:
+        entry = _with_detected_formatting(entry, first)
+    found = columns_of(first)
+    for meaning in REQUIRED_COLUMNS[entry.formatting]:
+        check_column(entry, meaning, found)
+    return replace(rows, entry=entry)
+
+
+def columns_of(rows: list[Row]) -> set[str]:
+    return {key for row in rows for key in row}
+
+
+def check_column(entry: Entry, meaning: str, found: set[str]) -> None:
+    """Raise DataError unless the column with this meaning is among those found."""
+    column = entry.columns[meaning]
+    if column in found:
+        return
+    advice = did_you_mean(column, found)
+    if "text" in found and meaning == "response":
+        advice = ' For plain text write "formatting": "text".'
+    raise DataError(
+        f"{entry.where}: there is no column '{column}', which it uses as `{meaning}`.{advice} "
+        f"The data has: {', '.join(sorted(found)) or 'no columns'}."
+    )
+
+
+def _with_detected_formatting(entry: Entry, rows: list[Row]) -> Entry:
+    from trainer.data.registry import parse_entry
+
+    proposal: dict[str, Any] | None = detect(rows)
+    if proposal is None:
+        raise DataError(
+            f"{entry.where}: the meaning of its columns is not plain: {', '.join(sorted(columns_of(rows)))}. Write a "
+            f"registry "
+            f"entry that names them (`tunewright data add` proposes one), or rename them."
+        )
+    parsed = parse_entry(entry.name, {**proposal, "file_name": entry.location}, Path("."))
+    return replace(entry, formatting=parsed.formatting, columns=parsed.columns, tags=parsed.tags)

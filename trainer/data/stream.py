@@ -1,0 +1,92 @@
+"""Rows that are rendered while training, for data that does not fit on a disk or in a day of preparation.
+
+Every rank reads and renders the whole stream and takes its share of each global batch: rendering costs little beside
+training, and the rows of a step are the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import IterableDataset as RowStream
+from datasets import interleave_datasets
+from torch.utils.data import DataLoader, IterableDataset
+
+from launch.batching import BatchPlan
+from launch.schema import DataConfig, Mix
+from trainer.data.formats import Unusable, to_conversation
+from trainer.data.render import Renderer
+from trainer.data.sources import Rows
+
+RENDERED = 64  # rows rendered at once
+STOPPING = {
+    Mix.interleave_under: "first_exhausted",
+    Mix.interleave_over: "all_exhausted",
+    Mix.interleave_once: "all_exhausted_without_replacement",
+}
+
+
+class TokenStream(IterableDataset):  # type: ignore[type-arg]
+    """Examples {"input_ids": array (length,), "labels": array (length,)} in training order, epoch after epoch."""
+
+    def __init__(self, datasets: list[Rows], data: DataConfig, renderer: Renderer, seed: int) -> None:
+        self.datasets, self.data, self.renderer, self.seed = datasets, data, renderer, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        rows = iter(self._mixed().shuffle(seed=self.seed + self.epoch, buffer_size=self.data.shuffle_buffer))
+        while part := list(islice(rows, RENDERED)):
+            sources = []
+            for item in part:
+                try:
+                    sources.append(to_conversation(item["row"], self.datasets[item["dataset"]].entry))
+                except Unusable:
+                    continue  # counted on the sample before training
+            for examples in self.renderer.render(sources):
+                if not isinstance(examples, Unusable):
+                    yield from ({"input_ids": one.input_ids, "labels": one.labels} for one in examples)
+
+    def _mixed(self) -> RowStream:
+        streams = [
+            RowStream.from_generator(_numbered, gen_kwargs={"number": number, "rows": rows})
+            for number, rows in enumerate(self.datasets)
+        ]
+        if len(streams) == 1:
+            return streams[0]
+        weights = [float(weight) for weight in self.data.weights] or [1.0] * len(streams)
+        return interleave_datasets(
+            streams,
+            probabilities=[weight / sum(weights) for weight in weights],
+            seed=self.seed + self.epoch,
+            stopping_strategy=STOPPING[self.data.mix],
+        )
+
+
+def _numbered(number: int, rows: Rows) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        yield {"dataset": number, "row": row}
+
+
+class StreamedMicroBatches(IterableDataset):  # type: ignore[type-arg]
+    """The micro-batches of one rank, each a list of examples; begins again when the stream ends."""
+
+    def __init__(self, stream: TokenStream, plan: BatchPlan, rank: int) -> None:
+        self.stream, self.plan, self.rank = stream, plan, rank
+
+    def __iter__(self) -> Iterator[list[dict[str, np.ndarray]]]:
+        examples = iter(self.stream)
+        while batch := list(islice(examples, self.plan.global_batch)):
+            yield from self.plan.share(batch, self.rank)
+
+
+class StreamDataLoader(DataLoader):  # type: ignore[type-arg]
+    """A `DataLoader` of micro-batches that passes the epoch on, as transformers' Trainer asks for."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.stream.set_epoch(epoch)  # type: ignore[attr-defined]

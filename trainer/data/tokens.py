@@ -1,0 +1,294 @@
+"""Rows to tokens: read in this process, rendered and tokenised in several, written to Arrow files as they come.
+
+    tokens.arrow   one line for each example   row, input_ids, labels
+    rows.arrow     one line for each row read  what became of it: see ROWS
+
+Rows pass through in chunks, and only a few chunks are under way at a time, so that memory does not grow with the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+
+from launch.errors import DataError
+from trainer.data.files import Row
+from trainer.data.formats import Conversation, Plain, Unusable, to_conversation
+from trainer.data.registry import Entry
+from trainer.data.render import IGNORED, Renderer
+from trainer.data.similar import PERMUTATIONS, sketches
+from trainer.data.sources import Rows, check_column
+
+CHUNK = 500  # rows handed to a worker at once
+EXCERPTS = 3  # dropped rows shown for each reason
+EXCERPT_LENGTH = 200  # characters
+Progress = Callable[[int], None]  # rows done
+
+TOKENS = pyarrow.schema(
+    {
+        "row": pyarrow.int64(),
+        "input_ids": pyarrow.list_(pyarrow.int32()),
+        "labels": pyarrow.list_(pyarrow.int32()),
+    }
+)
+ROWS = pyarrow.schema(
+    {
+        "reason": pyarrow.int16(),  # index into the report's reasons of dropping, -1 for a row that is kept
+        "tokens": pyarrow.int32(),  # of all of its examples
+        "scored": pyarrow.int32(),  # tokens with a label
+        "answer": pyarrow.int32(),  # characters of the last answer
+        "truncated": pyarrow.bool_(),
+        "unended": pyarrow.bool_(),  # no token that stops generation is learnt
+        "digest": pyarrow.uint64(),  # of the whole conversation
+        "question": pyarrow.uint64(),  # digest of the conversation up to the last answer
+        "sketch": pyarrow.binary(4 * PERMUTATIONS),  # MinHash of the text
+    }
+)
+
+
+@dataclass
+class Chunk:
+    """What a worker made of some rows; `rows` has a list for each column of ROWS but `sketch`."""
+
+    examples: dict[str, np.ndarray]  # row, lengths, input_ids, labels: the last two flat
+    rows: dict[str, list[Any]]
+    sketches: np.ndarray  # (rows, PERMUTATIONS) uint32
+    reasons: list[str]  # those of this chunk, which `rows["reason"]` counts in
+    excerpts: list[tuple[str, int, str]]  # (reason, row number, beginning of the row)
+    columns: set[str]
+
+
+@dataclass
+class Outcome:
+    """What became of the rows of a dataset; kept beside its tokens as JSON."""
+
+    read: int = 0
+    kept: int = 0
+    examples: int = 0
+    tokens: int = 0
+    scored: int = 0
+    truncated: int = 0
+    unended: int = 0
+    longest: int = 0
+    reasons: list[str] = field(default_factory=list)  # why rows were dropped
+    dropped: list[int] = field(default_factory=list)  # how many, for each reason
+    excerpts: list[list[dict[str, Any]]] = field(default_factory=list)  # a few of them, for each reason
+
+
+def tokenize(
+    rows: Rows,
+    renderer: Renderer,
+    folder: Path,
+    *,
+    workers: int,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Write tokens.arrow and rows.arrow into `folder` and return what became of the rows.
+
+    Raises:
+        DataError: the file is broken, or a column that the entry names is in no row.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome, columns = Outcome(), set[str]()
+    with (
+        pyarrow.OSFile(str(folder / "tokens.arrow"), "wb") as tokens_file,
+        pyarrow.OSFile(str(folder / "rows.arrow"), "wb") as rows_file,
+        pyarrow.ipc.new_stream(tokens_file, TOKENS) as tokens_writer,
+        pyarrow.ipc.new_stream(rows_file, ROWS) as rows_writer,
+    ):
+        for chunk in _tokenized(_chunks(islice(rows, limit)), rows.entry, renderer, workers):
+            columns |= chunk.columns
+            _add(outcome, chunk)
+            tokens_writer.write(_token_batch(chunk))
+            rows_writer.write(_row_batch(chunk))
+            if progress:
+                progress(outcome.read)
+    if limit is None:
+        for meaning in sorted(rows.entry.named):
+            check_column(rows.entry, meaning, columns)
+    return outcome
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
+    """Yield (number of the first row, rows)."""
+    rows, start = iter(rows), 0
+    while chunk := list(islice(rows, CHUNK)):
+        yield start, chunk
+        start += len(chunk)
+
+
+def _tokenized(
+    chunks: Iterator[tuple[int, list[Row]]], entry: Entry, renderer: Renderer, workers: int
+) -> Iterator[Chunk]:
+    first = list(islice(chunks, 2))
+    if workers == 1 or len(first) < 2:
+        for start, rows in (*first, *chunks):
+            yield make_chunk(start, rows, entry, renderer)
+        return
+    # Forked workers find the tokenizer in their memory: loading it again would take each of them seconds.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, context, _begin_worker, (entry, renderer)) as pool:
+        waiting: deque[Future[Chunk]] = deque()
+        try:
+            for start, rows in (*first, *chunks):
+                waiting.append(pool.submit(_work, start, rows))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[Entry, Renderer]  # of a worker process: what the pool was begun with
+
+
+def _begin_worker(entry: Entry, renderer: Renderer) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
+    _worker = entry, renderer
+
+
+def _work(start: int, rows: list[Row]) -> Chunk:
+    return make_chunk(start, rows, *_worker)
+
+
+def make_chunk(start: int, rows: list[Row], entry: Entry, renderer: Renderer) -> Chunk:
+    """Render and tokenise some rows, the first of which has the number `start`."""
+    sources: list[Conversation | Plain | Unusable] = []
+    for row in rows:
+        try:
+            sources.append(to_conversation(row, entry))
+        except Unusable as unusable:
+            sources.append(unusable)
+    rendered = iter(renderer.render([source for source in sources if not isinstance(source, Unusable)]))
+    made = [source if isinstance(source, Unusable) else next(rendered) for source in sources]
+
+    reasons: dict[str, int] = {}
+    excerpts: list[tuple[str, int, str]] = []
+    table: dict[str, list[Any]] = {name: [] for name in ROWS.names if name != "sketch"}
+    numbers, ids, labels = [], [], []
+    for index, (source, examples) in enumerate(zip(sources, made, strict=True)):
+        usable = [] if isinstance(examples, Unusable) else examples
+        for example in usable:
+            numbers.append(start + index)
+            ids.append(example.input_ids)
+            labels.append(example.labels)
+        table["tokens"].append(sum(len(example.input_ids) for example in usable))
+        table["scored"].append(sum(int(np.count_nonzero(example.labels[1:] != IGNORED)) for example in usable))
+        table["truncated"].append(any(example.truncated for example in usable))
+        table["unended"].append(not all(example.ended for example in usable))
+        table["answer"].append(-1 if isinstance(source, Unusable) else len(source.answer.strip()))
+        for key, digest in zip(("digest", "question"), _digests(source), strict=True):
+            table[key].append(digest)
+        if isinstance(examples, Unusable):
+            reason = str(examples)
+            table["reason"].append(reasons.setdefault(reason, len(reasons)))
+            if sum(known == reason for known, _, _ in excerpts) < EXCERPTS:
+                excerpts.append((reason, start + index, excerpt(rows[index])))
+        else:
+            table["reason"].append(-1)
+    lengths = np.array([len(part) for part in ids], np.int64)
+    flat = {
+        "row": np.array(numbers, np.int64),
+        "lengths": lengths,
+        "input_ids": np.concatenate(ids) if ids else np.array([], np.int32),
+        "labels": np.concatenate(labels) if labels else np.array([], np.int32),
+    }
+    columns = {key for row in rows for key in row}
+    return Chunk(flat, table, sketches([_said(source) for source in sources]), list(reasons), excerpts, columns)
+
+
+def excerpt(row: Row) -> str:
+    """Return the beginning of a row as JSON."""
+    text = json.dumps(row, ensure_ascii=False, default=str).encode(errors="replace").decode()
+    return text if len(text) <= EXCERPT_LENGTH else text[:EXCERPT_LENGTH] + " ..."
+
+
+def _digests(source: Conversation | Plain | Unusable) -> tuple[int, int]:
+    """Return the digests of the whole and of the part before the last answer."""
+    if isinstance(source, Unusable):
+        return 0, 0
+    if isinstance(source, Plain):
+        parts = [source.prompt, source.completion]
+    else:
+        parts = [
+            f"{message['role']}\0{message['content']}\0{message.get('tool_calls', '')}" for message in source.messages
+        ]
+        parts[0] = f"{source.tools or ''}\0{parts[0]}"
+    question = hashlib.blake2b("\0\0".join(parts[:-1]).encode(errors="replace"), digest_size=8)
+    whole = question.copy()
+    whole.update(parts[-1].encode(errors="replace"))
+    return int.from_bytes(whole.digest(), "little"), int.from_bytes(question.digest(), "little")
+
+
+def _said(source: Conversation | Plain | Unusable) -> str:
+    """Return the text that makes a row like another: without the system message, which many rows share."""
+    if isinstance(source, Unusable):
+        return ""
+    if isinstance(source, Plain):
+        return f"{source.prompt} {source.completion}"
+    return " ".join(message["content"] for message in source.messages if message["role"] != "system")
+
+
+def _add(outcome: Outcome, chunk: Chunk) -> None:
+    table = chunk.rows
+    outcome.read += len(table["reason"])
+    outcome.kept += sum(reason < 0 for reason in table["reason"])
+    outcome.examples += len(chunk.examples["row"])
+    outcome.tokens += sum(table["tokens"])
+    outcome.scored += sum(table["scored"])
+    outcome.truncated += sum(table["truncated"])
+    outcome.unended += sum(table["unended"])
+    outcome.longest = max(outcome.longest, *chunk.examples["lengths"].tolist(), 0)
+    known = {reason: index for index, reason in enumerate(outcome.reasons)}
+    for reason in chunk.reasons:
+        if reason not in known:
+            known[reason] = len(known)
+            outcome.reasons.append(reason)
+            outcome.dropped.append(0)
+            outcome.excerpts.append([])
+    table["reason"] = [-1 if reason < 0 else known[chunk.reasons[reason]] for reason in table["reason"]]
+    for reason in table["reason"]:
+        if reason >= 0:
+            outcome.dropped[reason] += 1
+    for text, number, beginning in chunk.excerpts:
+        shown = outcome.excerpts[known[text]]
+        if len(shown) < EXCERPTS:
+            shown.append({"row": number, "text": beginning})
+
+
+def _token_batch(chunk: Chunk) -> Any:
+    offsets = pyarrow.array(np.concatenate([[0], np.cumsum(chunk.examples["lengths"])]).astype(np.int32))
+    lists = [
+        pyarrow.ListArray.from_arrays(offsets, pyarrow.array(chunk.examples[key])) for key in ("input_ids", "labels")
+    ]
+    return pyarrow.record_batch([pyarrow.array(chunk.examples["row"]), *lists], schema=TOKENS)
+
+
+def _row_batch(chunk: Chunk) -> Any:
+    columns = [pyarrow.array(chunk.rows[name], ROWS.field(name).type) for name in ROWS.names if name != "sketch"]
+    buffer = pyarrow.py_buffer(np.ascontiguousarray(chunk.sketches, np.uint32))
+    sketch = pyarrow.Array.from_buffers(ROWS.field("sketch").type, len(chunk.sketches), [None, buffer])
+    return pyarrow.record_batch([*columns, sketch], schema=ROWS)
+
+
+def no_row_left(name: str, outcome: Outcome) -> DataError:
+    """Return the error of a dataset all of whose rows were dropped."""
+    reasons = "; ".join(
+        f"{count} rows: {reason}" for reason, count in zip(outcome.reasons, outcome.dropped, strict=True)
+    )
+    return DataError(f"No row of {name} can be trained on. {reasons}.")
