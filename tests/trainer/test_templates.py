@@ -23,8 +23,6 @@ TOOL_NAMES = ["chatml", "llama3", "qwen"]
 BOS, EOS = "<s>", "</s>"
 MARKERS = {"chatml": "<|im_end|>", "qwen": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
 MARKERS["phi3"] = "<|end|>"  # the others end a turn with the tokenizer's own end-of-sequence token
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
-SPECIAL += ["<end_of_turn>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 TOOL_JSON = '{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}'
 Message = dict[str, Any]
@@ -56,18 +54,6 @@ def conversations(draw: st.DrawFn, name: str) -> tuple[list[Message], list[Messa
             messages += [say("assistant", draw(texts | st.none()), *calls), *(say("tool", draw(texts)) for _ in calls)]
         messages.append(say("assistant", draw(texts)))
     return messages, tools or None
-
-
-@pytest.fixture(scope="session")
-def small_tokenizer() -> Any:
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(["A user asks.", "An assistant answers."], 400, special_tokens=[BOS, EOS, *SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer, bos_token=BOS, eos_token=EOS, extra_special_tokens=SPECIAL
-    )
 
 
 @pytest.fixture(scope="session")

@@ -166,7 +166,8 @@ class Renderer:
         bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("")["input_ids"] else None
         begin = bos if bos and not text.startswith(bos) else ""
         end = "" if text.endswith(tokenizer.eos_token) else tokenizer.eos_token
-        return _Drawn(begin + text + end, [(len(begin + source.prompt), len(begin + text + end))], source)
+        # A space between the two is in one token with the completion's first word.
+        return _Drawn(begin + text + end, [(len(begin + source.prompt.rstrip()), len(begin + text + end))], source)
 
     def _templated(self, requests: list[tuple[list[Message], Any, bool]]) -> list[str | TemplateError]:
         """Render many (messages, tools, generation prompt?), those without tools in one call."""

@@ -1,0 +1,326 @@
+"""Conversations become the template's own tokens, labelled where the assistant speaks and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launch.errors import ConfigError, DataError
+from launch.schema import Overlong
+from launch.templates import template_names
+from trainer.data.formats import Conversation, Message, Plain, Unusable
+from trainer.data.render import IGNORED, Example, Renderer
+from trainer.templates import install_template, settle_end_of_turn
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+WITH_TOOLS = ("chatml", "llama3", "qwen")
+# A reasoning model's template in short: the thinking of earlier turns is left out, the last turn always has some.
+REASONING = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+    "{%- endfor %}{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+many = settings(max_examples=25, deadline=None, database=None)
+every_template = pytest.mark.parametrize("name", template_names())
+texts = st.text("ab \n<>é中🙂", min_size=1, max_size=20).filter(str.strip)
+
+
+@pytest.fixture(scope="session")
+def renderer(small_tokenizer: Any) -> Any:
+    def make(template: str, cutoff_len: int = 100_000, **options: Any) -> Renderer:
+        tokenizer = copy.deepcopy(small_tokenizer)
+        if template in template_names():
+            install_template(tokenizer, template)
+        else:
+            tokenizer.chat_template = template
+        settle_end_of_turn(tokenizer)
+        return Renderer(tokenizer, cutoff_len, **options)
+
+    return make
+
+
+@st.composite
+def conversations(draw: st.DrawFn, name: str = "chatml", most: int = 3, words: Any = texts) -> Conversation:
+    """Random turns with a system message, tool calls and unlearnt answers now and then."""
+    messages: list[Message] = [{"role": "system", "content": draw(words)}] if draw(st.booleans()) else []
+    learnt = [False] * len(messages)
+    tools = draw(st.booleans()) if name in WITH_TOOLS else False
+    for _ in range(draw(st.integers(1, most))):
+        messages.append({"role": "user", "content": draw(words)})
+        learnt.append(False)
+        if tools and draw(st.booleans()):
+            function = {"name": "weather", "arguments": {"city": draw(words)}}
+            call = {"type": "function", "id": "call00000", "function": function}
+            messages += [
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": draw(words), "tool_call_id": "call00000"},
+            ]
+            learnt += [True, False]
+        messages.append({"role": "assistant", "content": draw(words)})
+        learnt.append(draw(st.booleans()))
+    learnt[-1] = True
+    return Conversation(messages, learnt, TOOLS if tools else None)
+
+
+def chat(*contents: str, system: str | None = None) -> Conversation:
+    """Turns of user and assistant by turns, all answers learnt."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
+    return Conversation(messages, [message["role"] == "assistant" for message in messages])
+
+
+def one(renderer: Renderer, source: Conversation | Plain) -> Example:
+    (examples,) = renderer.render([source])
+    assert not isinstance(examples, Unusable), examples
+    assert len(examples) == 1
+    return examples[0]
+
+
+def reason(renderer: Renderer, source: Conversation | Plain) -> str:
+    (result,) = renderer.render([source])
+    assert isinstance(result, Unusable)
+    return str(result)
+
+
+def learnt_text(renderer: Renderer, example: Example) -> str:
+    return str(renderer.tokenizer.decode([int(label) for label in example.labels if label != IGNORED]))
+
+
+# ---- ids and labels -------------------------------------------------------------------------------------------------
+
+
+@every_template
+@given(data=st.data())
+@many
+def test_ids_are_the_templates_and_labels_the_learnt_turns(name: str, renderer: Any, data: st.DataObject) -> None:
+    conversation = data.draw(conversations(name))
+    made = renderer(name)
+    example = one(made, conversation)
+    tokenizer, messages, tools = made.tokenizer, conversation.messages, conversation.tools
+    assert example.input_ids.tolist() == tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
+    expected = ""
+    for turn, learnt in enumerate(conversation.learnt):
+        if learnt:
+            before = tokenizer.apply_chat_template(
+                messages[:turn], tools=tools, tokenize=False, add_generation_prompt=True
+            )
+            expected += tokenizer.apply_chat_template(messages[: turn + 1], tools=tools, tokenize=False)[len(before) :]
+    # A token that holds the end of the header and the beginning of the answer belongs to the header.
+    assert expected.endswith(learnt_text(made, example)) or _without_merged(expected, learnt_text(made, example))
+    same = example.labels != IGNORED
+    assert (example.labels[same] == example.input_ids[same]).all()
+    assert example.ended
+
+
+def _without_merged(expected: str, found: str) -> bool:
+    """Tell whether only line breaks and spaces at the beginning of answers are missing."""
+    return "".join(expected.split()) == "".join(found.split())
+
+
+@every_template
+def test_the_end_of_turn_token_is_learnt_and_stops_generation(name: str, renderer: Any) -> None:
+    made = renderer(name)
+    example = one(made, chat("a", "b"))
+    assert made.tokenizer.eos_token_id in example.labels
+
+
+@given(data=st.data())
+@many
+def test_rendering_together_is_rendering_one_by_one(renderer: Any, data: st.DataObject) -> None:
+    sources = data.draw(st.lists(conversations(), min_size=2, max_size=5))
+    made = renderer("chatml")
+    for source, examples in zip(sources, made.render(sources), strict=True):
+        assert not isinstance(examples, Unusable)
+        assert examples[0].input_ids.tolist() == one(made, source).input_ids.tolist()
+
+
+def test_train_on_prompt_learns_every_token(renderer: Any) -> None:
+    example = one(renderer("chatml", train_on_prompt=True), chat("a", "b", system="s"))
+    assert (example.labels == example.input_ids).all()
+
+
+def test_mask_history_learns_the_last_answer_only(renderer: Any) -> None:
+    made = renderer("chatml", mask_history=True)
+    assert learnt_text(made, one(made, chat("a", "first", "b", "second"))) == "second<|im_end|>\n"
+
+
+def test_a_turn_with_loss_false_is_not_learnt(renderer: Any) -> None:
+    made = renderer("chatml")
+    conversation = chat("a", "first", "b", "second")
+    quiet = Conversation(conversation.messages, [False, False, False, True])
+    assert learnt_text(made, one(made, quiet)) == "second<|im_end|>\n"
+
+
+def test_plain_text_is_learnt_whole_and_ended(renderer: Any) -> None:
+    made = renderer("chatml")
+    made.tokenizer.eos_token = "</s>"
+    assert learnt_text(made, one(made, Plain("", "some text"))) == "some text</s>"
+    example = one(made, Plain("question: ", "answer"))
+    assert made.tokenizer.decode(example.input_ids) == "question: answer</s>"
+    assert learnt_text(made, example) == " answer</s>"
+
+
+# ---- special tokens in text -----------------------------------------------------------------------------------------
+
+
+@given(before=texts, after=texts, role=st.sampled_from(["system", "user", "assistant"]))
+@many
+def test_special_tokens_in_text_stay_text(renderer: Any, before: str, after: str, role: str) -> None:
+    made = renderer("chatml")
+    said = {"system": "s", "user": "u", "assistant": "a"} | {role: f"{before}<|im_end|><s>{after}"}
+    conversation = chat(said["user"], said["assistant"], system=said["system"])
+    example = one(made, conversation)
+    end, bos = made.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<s>"])
+    assert (example.input_ids == end).sum() == 3  # one for each turn, and none from the text
+    assert bos not in example.input_ids
+    tokenizer = made.tokenizer
+    assert tokenizer.decode(example.input_ids) == tokenizer.apply_chat_template(conversation.messages, tokenize=False)
+    learnt = tokenizer.decode(example.labels[example.labels != IGNORED])
+    assert "".join(learnt.split()) == "".join((said["assistant"] + "<|im_end|>").split())
+
+
+def test_special_tokens_in_plain_text_are_tokens(renderer: Any) -> None:
+    made = renderer("chatml")
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>"
+    assert one(made, Plain("", text)).input_ids.tolist() == made.tokenizer(text)["input_ids"]
+
+
+# ---- templates that rewrite or refuse -------------------------------------------------------------------------------
+
+
+def test_a_template_that_rewrites_history_gives_an_example_for_each_answer(renderer: Any) -> None:
+    made = renderer(REASONING)
+    conversation = chat("a", "first", "b", "second")
+    (examples,) = made.render([conversation])
+    assert [learnt_text(made, example) for example in examples] == [
+        "<think>\n\n</think>\n\nfirst<|im_end|>",
+        "<think>\n\n</think>\n\nsecond<|im_end|>",
+    ]
+    for example, end in zip(examples, (2, 4), strict=True):
+        expected = made.tokenizer.apply_chat_template(conversation.messages[:end], return_dict=False)
+        assert example.input_ids.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            REASONING.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"),
+            "leaves out a part of the answer",
+        ),
+        (REASONING.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>bot\n{% endif %}"), "differently"),
+        ("{{ raise_exception('no such role') }}", "refuses it: no such role"),
+    ],
+)
+def test_a_template_that_would_be_mismasked_is_refused(renderer: Any, template: str, said: str) -> None:
+    assert said in reason(renderer(template), chat("a", "<think>hm</think>b"))
+
+
+def test_without_a_template_the_error_names_the_setting(small_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"model\.template"):
+        Renderer(small_tokenizer, 100).render([chat("a", "b")])
+
+
+def test_a_template_whose_markers_are_no_tokens_is_refused_with_those_that_fit(tiny_tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"<start_of_turn> are not tokens.*fit it: .*chatml"):
+        install_template(copy.deepcopy(tiny_tokenizer), "gemma")
+
+
+def test_the_templates_end_of_turn_becomes_the_end_token(small_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(small_tokenizer)
+    install_template(tokenizer, "llama3")
+    settle_end_of_turn(tokenizer)
+    assert tokenizer.eos_token == "<|eot_id|>"
+
+
+# ---- truncation -----------------------------------------------------------------------------------------------------
+
+
+@every_template
+@given(data=st.data())
+@many
+def test_a_cut_row_keeps_system_question_header_and_end(name: str, renderer: Any, data: st.DataObject) -> None:
+    conversation = data.draw(
+        conversations(name, most=4, words=st.text("XYZ ", min_size=1, max_size=30).filter(str.strip))
+    )
+    made = renderer(name)
+    whole = one(made, conversation).input_ids
+    cutoff = data.draw(st.integers(16, max(16, len(whole) - 1)))
+    short = renderer(name, cutoff)
+    (result,) = short.render([conversation])
+    if isinstance(result, Unusable):
+        assert len(whole) > cutoff
+        return
+    (example,) = result
+    assert len(example.input_ids) <= cutoff
+    assert (example.labels[1:] != IGNORED).any()
+    assert example.truncated == (len(whole) > cutoff)
+    assert example.ended
+    tokenizer, messages, tools = made.tokenizer, conversation.messages, conversation.tools
+    text = tokenizer.decode(example.input_ids)
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    last = max(turn for turn, message in enumerate(messages) if message["role"] == "user")
+    rest = [*system, *messages[last:]]
+    prompt = tokenizer.apply_chat_template(rest[:-1], tools=tools, tokenize=False, add_generation_prompt=True)
+    answer = tokenizer.apply_chat_template(rest, tools=tools, tokenize=False)[len(prompt) :]
+    assert all(message["content"] in text for message in system)
+    kept = prompt[prompt.rindex(messages[last]["content"]) :]  # the last question to the header of the last answer
+    said = text[text.rindex(kept) + len(kept) :]
+    end = tokenizer.eos_token + answer.rpartition(tokenizer.eos_token)[2]
+    assert said.endswith(end)
+    assert answer.startswith(said.removesuffix(end))
+    assert len(said) > len(end)
+
+
+def test_old_turns_go_first(renderer: Any) -> None:
+    conversation = chat("old question", "old answer", "new question", "new answer", system="rules")
+    whole = len(one(renderer("chatml"), conversation).input_ids)
+    made = renderer("chatml", whole - 1)
+    example = one(made, conversation)
+    shorter = chat("new question", "new answer", system="rules")
+    assert example.input_ids.tolist() == one(made, shorter).input_ids.tolist()
+    assert example.truncated
+
+
+def test_as_few_turns_as_possible_go(renderer: Any) -> None:
+    conversation = chat(*[f"turn {number}" for number in range(12)])
+    shorter = chat(*[f"turn {number}" for number in range(4, 12)])
+    made = renderer("chatml", len(one(renderer("chatml"), shorter).input_ids))
+    assert made.tokenizer.decode(one(made, conversation).input_ids).count("turn") == 8
+
+
+def test_a_long_answer_loses_its_end_and_keeps_its_end_token(renderer: Any) -> None:
+    made = renderer("chatml", 60)
+    example = one(made, chat("question", "word " * 200))
+    text = made.tokenizer.decode(example.input_ids)
+    assert text.startswith("<|im_start|>user\nquestion<|im_end|>\n<|im_start|>assistant\nword word")
+    assert text.endswith("<|im_end|>\n")
+    assert len(example.input_ids) == 60
+
+
+def test_a_question_that_fills_the_cutoff_drops_the_row(renderer: Any) -> None:
+    assert "no room for an answer" in reason(renderer("chatml", 60), chat("word " * 200, "answer"))
+
+
+def test_a_tool_call_is_never_cut(renderer: Any) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "x" * 300}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    whole = Conversation(messages, [False, True])
+    length = len(one(renderer("chatml"), whole).input_ids)
+    assert "a tool call would be cut" in reason(renderer("chatml", length - 1), whole)
+
+
+def test_overlong_drop_drops(renderer: Any) -> None:
+    made = renderer("chatml", 30, overlong=Overlong.drop)
+    assert "longer than data.cutoff_len = 30" in reason(made, chat("question", "word " * 200))
+
+
+def test_labels_of_the_cached_type(renderer: Any) -> None:
+    example = one(renderer("chatml"), chat("a", "b"))
+    assert (example.input_ids.dtype, example.labels.dtype) == (np.int32, np.int32)
