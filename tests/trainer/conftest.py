@@ -12,7 +12,6 @@ from launch.compose import compose_config
 from launch.rundir import Claim, RunDir, prepare_folder
 from trainer.prepare import prepare
 
-
 # What the shipped chat templates write around turns.
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
 SPECIAL += ["<end_of_turn>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]

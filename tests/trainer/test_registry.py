@@ -1,4 +1,5 @@
-"""A wrong registry, file or row is told with the place and what to write instead."""
+"""A dataset's name finds its entry, whatever the registry says, and what is wrong is told with what to write "
+"instead."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from launch.compose import compose_config
 from launch.errors import DataError
-from trainer.data.registry import load_entry
-from trainer.data.rows import read_rows, to_messages
+from launch.schema import Compat
+from trainer.data.registry import Entry, Place, load_entry, parse_entry
+from trainer.data.sources import Rows, open_datasets
 
 ROW = {"instruction": "Say hello.", "input": "", "output": "Hello."}
+CHAT_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 
 
 def registry(folder: Path, entry: Any = None, rows: Any = None, name: str = "mine") -> Path:
@@ -23,97 +27,228 @@ def registry(folder: Path, entry: Any = None, rows: Any = None, name: str = "min
     return folder
 
 
-def test_columns_that_are_not_named_keep_their_defaults(tmp_path: Path) -> None:
-    entry = load_entry("mine", registry(tmp_path, {"file_name": "rows.json", "columns": {"prompt": "instruction"}}))
-    assert to_messages(read_rows(entry)[0], entry.columns) == [
-        {"role": "user", "content": "Say hello."},
-        {"role": "assistant", "content": "Hello."},
-    ]
+def entry_of(name: str, folder: Path, *overrides: str) -> Entry:
+    return load_entry(name, compose_config([f"data.dir={folder}", *overrides]).data)
 
 
-def test_names_outside_ascii_are_found(tmp_path: Path) -> None:
-    assert load_entry("甄嬛", registry(tmp_path, name="甄嬛")).path.name == "rows.json"
+def opened(folder: Path, *names: str, offline: bool = False, split: str | None = None, **data: Any) -> list[Rows]:
+    overrides = [f"data.dir={folder}", f"data.cache_dir={folder}/cache", *(f"data.{key}={data[key]}" for key in data)]
+    return open_datasets(list(names), compose_config(overrides).data, offline=offline, split=split)
+
+
+# ---- entries --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "place", "location"),
+    [
+        ({"file_name": "a.json", "file_sha1": "0" * 40}, Place.file, "dir/a.json"),
+        ({"cloud_file_name": "s3://bucket/a.jsonl"}, Place.cloud, "s3://bucket/a.jsonl"),
+        ({"hf_hub_url": "org/a", "ms_hub_url": "org/b", "om_hub_url": "org/c"}, Place.hub, "org/a"),
+        ({"ms_hub_url": "org/b", "subset": "en", "split": "train_sft", "folder": "x"}, Place.modelscope, "org/b"),
+        (
+            {"hf_hub_url": "org/a", "formatting": "sharegpt", "tags": {**CHAT_TAGS, "system_tag": "system"}},
+            Place.hub,
+            "org/a",
+        ),
+        ({"hf_hub_url": "org/a", "ranking": True, "columns": {"chosen": "c", "rejected": "r"}}, Place.hub, "org/a"),
+        (
+            {"file_name": "a.json", "columns": {"messages": "m", "images": "i", "kto_tag": "k"}},
+            Place.file,
+            "dir/a.json",
+        ),
+        ({"file_name": "wiki.txt", "columns": {"prompt": "text"}, "num_samples": 10}, Place.file, "dir/wiki.txt"),
+    ],
+)
+@pytest.mark.parametrize("compat", list(Compat))
+def test_every_shape_of_entry_parses(raw: Any, place: Place, location: str, compat: Compat) -> None:
+    entry = parse_entry("甄嬛", raw, Path("dir/dataset_info.json"), compat)
+    assert (entry.place, entry.location) == (place, location)
+    for key in ("subset", "split", "folder", "num_samples"):
+        assert getattr(entry, key) == raw.get(key)
+
+
+def test_columns_and_tags_that_are_not_named_keep_their_defaults() -> None:
+    raw = {"file_name": "a.json", "formatting": "sharegpt", "columns": {"system": "s"}, "tags": {"user_tag": "user"}}
+    entry = parse_entry("x", raw, Path("r.json"))
+    assert entry.columns == {"messages": "conversations", "system": "s", "tools": "tools"}
+    assert entry.tags["user_tag"] == "user"
+    assert entry.tags["role_tag"] == "from"
+
+
+def test_compat_leaves_them_out_as_llamafactory_does() -> None:
+    raw = {"file_name": "a.json", "formatting": "sharegpt", "columns": {"messages": "m"}, "tags": CHAT_TAGS, "note": 1}
+    entry = parse_entry("x", raw, Path("r.json"), Compat.llamafactory)
+    assert entry.columns == {"messages": "m"}
+    assert entry.tags["system_tag"] is None
+
+
+def test_a_column_can_be_left_out_with_null() -> None:
+    entry = parse_entry("x", {"file_name": "a.json", "columns": {"query": None}}, Path("r.json"))
+    assert "query" not in entry.columns
 
 
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({}, "no `file_name`"),
-        ({"filename": "rows.json"}, "Did you mean 'filename'"),
-        ({"file_name": "missing.json"}, "there is no file"),
-        ({"file_name": "rows.json", "formatting": "sharegpt"}, "`formatting` is 'sharegpt'"),
+        ({}, "names no source"),
+        ({"filename": "rows.json"}, "no key 'filename'. Did you mean 'file_name'"),
+        ({"file_name": "rows.json", "colums": {}}, "Did you mean 'columns'"),
+        ({"file_name": "missing.json"}, "there is no file or folder"),
+        ({"file_name": "row.json"}, "Did you mean 'rows.json'"),
+        ({"file_name": "rows.json", "formatting": "sharegp"}, "Did you mean 'sharegpt'"),
         ({"file_name": "rows.json", "ranking": True}, "preference data"),
+        ({"file_name": "rows.json", "columns": {"chosen": "a", "rejected": "b"}}, "preference data"),
+        ({"file_name": "rows.json", "columns": {"images": "pictures"}}, "trains on text"),
         ({"file_name": "rows.json", "columns": {"promt": "instruction"}}, "Did you mean 'prompt'"),
+        ({"file_name": "rows.json", "columns": {"prompt": 3}}, "must be a column's name"),
+        ({"file_name": "rows.json", "columns": {"response": "answer"}}, "no column 'answer'.*It has|The data has"),
+        ({"file_name": "rows.json", "columns": {"response": None}}, "nothing to learn"),
+        ({"file_name": "rows.json", "num_samples": "many"}, "must be int"),
+        ({"file_name": "rows.json", "formatting": "sharegpt"}, "no column 'conversations'"),
+        ({"script_url": "mine.py"}, "Python code from elsewhere"),
+        ({"om_hub_url": "org/name"}, "OpenMind"),
+        ({"file_name": "../outside.json"}, "reaches outside its own folder"),
+        ({"file_name": "/etc/passwd"}, r"outside its own folder: /etc/passwd.*data\.allow_outside=true"),
+        ({"file_name": "link.json"}, "reaches outside its own folder"),
         ("rows.json", "must be an object"),
     ],
 )
-def test_a_wrong_entry_is_told(tmp_path: Path, entry: Any, said: str) -> None:
+def test_a_wrong_entry_is_told_with_its_place(tmp_path: Path, entry: Any, said: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "outside.json").write_text(json.dumps([ROW]))
+    (tmp_path / "data" / "link.json").symlink_to(tmp_path / "outside.json")
     with pytest.raises(DataError, match=said) as caught:
-        load_entry("mine", registry(tmp_path, entry))
-    assert str(tmp_path / "dataset_info.json") in str(caught.value)
+        opened(registry(tmp_path / "data", entry), "mine")
+    assert "entry 'mine' of " + str(tmp_path / "data" / "dataset_info.json") in str(caught.value)
+
+
+def test_allow_outside_reads_what_a_registry_names_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "outside.json").write_text(json.dumps([ROW]))
+    folder = registry(tmp_path / "data", {"file_name": "../outside.json"})
+    assert list(opened(folder, "mine", allow_outside=True)[0]) == [ROW]
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_registry(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Did you mean 'mine'") as caught:
-        load_entry("mein", registry(tmp_path))
+        entry_of("mein", registry(tmp_path))
     assert str(tmp_path / "dataset_info.json") in str(caught.value)
 
 
-def test_no_registry_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no registry at .*`data\.dir`"):
-        load_entry("mine", tmp_path)
+def test_names_outside_ascii_are_found(tmp_path: Path) -> None:
+    assert entry_of("甄嬛", registry(tmp_path, name="甄嬛")).location.endswith("rows.json")
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'[\n  {"instruction": "a", "output": }\n]', r"rows\.json:2:34: not JSON"),
-        (b'[{"instruction": "\xff"}]', "not UTF-8: byte 18 is 0xff"),
-        (b"", "has no rows"),
-        (b"[]", "has no rows"),
-        (b'{"instruction": "a"}', "must hold a list"),
-        (b'["a"]', "row 0: expected an object"),
-        (b'[{"instruction": "a", "answer": "b"}]', "no column 'output'.*It has: answer, instruction"),
+        (b'{"a": }', "dataset_info.json:1:7: not JSON"),
+        (b'{"\xff"}', "byte 2 is 0xff"),
+        (b"[]", "object of name: entry"),
     ],
 )
-def test_a_broken_file_is_told_with_the_place(tmp_path: Path, content: bytes, said: str) -> None:
-    registry(tmp_path)
-    (tmp_path / "rows.json").write_bytes(content)
+def test_a_broken_registry_is_told_with_the_place(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "dataset_info.json").write_bytes(content)
     with pytest.raises(DataError, match=said):
-        read_rows(load_entry("mine", tmp_path))
+        entry_of("a", tmp_path)
 
 
-def test_a_broken_line_of_jsonl_is_told_with_its_number(tmp_path: Path) -> None:
-    registry(tmp_path, {"file_name": "rows.jsonl"})
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n\n{broken\n")
-    with pytest.raises(DataError, match=r"rows\.jsonl:3:2"):
-        read_rows(load_entry("mine", tmp_path))
+def test_without_a_registry_the_setting_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no registry at .*data\.dir"):
+        entry_of("a", tmp_path)
+
+
+def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
+    registry(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"a": 1}\nno\n')
+    with pytest.raises(DataError) as caught:
+        opened(tmp_path, "mein", "mine", str(tmp_path / "bad.jsonl"), str(tmp_path / "none.json"))
+    lines = str(caught.value).splitlines()
+    assert ["'mein'" in lines[0], "bad.jsonl:2:1" in lines[1], "none.json" in lines[2]] == [True, True, True]
+
+
+# ---- names that need no registry, folders, splits -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("row", "formatting"),
     [
-        ({"output": ""}, "`output` is empty"),
-        ({"output": None}, "`output` is empty"),
-        ({"output": 3}, "`output` is int, not text"),
-        ({"instruction": ""}, "`instruction` is empty"),
-        ({"history": [["only a question"]]}, "`history` must be a list of"),
+        (ROW, "alpaca"),
+        ({"question": "a", "answer": "b"}, "alpaca"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "openai"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "sharegpt"),
+        ({"chat": [{"from": "user", "text": "a"}, {"from": "assistant", "text": "b"}]}, "sharegpt"),
+        ({"prompt": "a", "completion": "b"}, "prompt_completion"),
+        ({"text": "a"}, "text"),
     ],
 )
-def test_an_unusable_row_says_why(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
-    entry = load_entry("mine", registry(tmp_path))
-    assert reason in to_messages({**ROW, **change}, entry.columns)
+def test_a_path_is_read_by_what_its_columns_are_called(tmp_path: Path, row: Any, formatting: str) -> None:
+    from trainer.data.formats import to_conversation
+
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (rows,) = opened(tmp_path, str(tmp_path / "rows.json"))
+    assert rows.entry.formatting == formatting
+    assert to_conversation(next(iter(rows)), rows.entry).answer in ("b", "Hello.", "a")
 
 
-def test_system_and_history_become_turns(tmp_path: Path) -> None:
-    entry = load_entry("mine", registry(tmp_path))
-    messages = to_messages(
-        {**ROW, "system": "Be brief.", "history": [["Hi", "Hello"]], "input": "Loudly."}, entry.columns
-    )
-    assert [(turn["role"], turn["content"]) for turn in messages] == [
-        ("system", "Be brief."),
-        ("user", "Hi"),
-        ("assistant", "Hello"),
-        ("user", "Say hello.\nLoudly."),
-        ("assistant", "Hello."),
-    ]
+def test_columns_without_a_plain_meaning_are_an_error_that_lists_them(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([{"left": "a", "right": "b"}]))
+    with pytest.raises(DataError, match="not plain: left, right"):
+        opened(tmp_path, str(tmp_path / "rows.json"))
+
+
+def test_an_entry_goes_before_a_file_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry(tmp_path, name="demo")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert entry_of("demo", tmp_path).location.endswith("rows.json")
+
+
+def test_a_folder_is_its_files_in_order_and_a_split_those_that_carry_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for name in ("b-validation.jsonl", "a-train-00.jsonl", "a-train-01.jsonl"):
+        (folder / name).write_text(json.dumps({**ROW, "output": name}) + "\n")
+
+    def outputs(split: str | None) -> list[str]:
+        return [row["output"] for row in opened(tmp_path, str(folder), split=split)[0]]
+
+    assert outputs(None) == ["a-train-00.jsonl", "a-train-01.jsonl", "b-validation.jsonl"]
+    assert outputs("train") == ["a-train-00.jsonl", "a-train-01.jsonl"]
+    assert outputs("validation") == ["b-validation.jsonl"]
+    with pytest.raises(DataError, match=r"split 'test' in its name\. It holds: a-train-00\.jsonl"):
+        opened(tmp_path, str(folder), split="test")
+    (folder / "c.csv").write_text("instruction,output\na,b\n")
+    with pytest.raises(DataError, match=r"several kinds: \.csv, \.jsonl"):
+        opened(tmp_path, str(folder))
+
+
+@pytest.mark.parametrize(("content", "said"), [("[]", "has no rows"), ("", "has no rows"), ("[{}]", "not plain")])
+def test_empty_files_are_told(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(DataError, match=said):
+        opened(tmp_path, str(tmp_path / "rows.json"))
+
+
+def test_a_cloud_file_is_copied_once_and_read_offline(tmp_path: Path) -> None:
+    (tmp_path / "store.jsonl").write_text(json.dumps(ROW) + "\n")
+    folder = registry(tmp_path, {"cloud_file_name": f"file://{tmp_path}/store.jsonl"})
+    assert list(opened(folder, "mine")[0]) == [ROW]
+    before = opened(folder, "mine")[0].identity
+    (tmp_path / "store.jsonl").write_text(json.dumps({**ROW, "output": "changed"}) + "\n")
+    assert opened(folder, "mine", offline=True)[0].identity == before
+    assert opened(folder, "mine")[0].identity != before
+
+
+@pytest.mark.parametrize(
+    ("location", "said"),
+    [("file:///none/such.jsonl", "cannot be read"), ("nostore://a/b.json", "cannot be read|nostore")],
+)
+def test_a_cloud_file_that_is_not_there_is_a_storage_error(tmp_path: Path, location: str, said: str) -> None:
+    from launch.errors import StorageError
+
+    with pytest.raises(StorageError, match=said):
+        opened(registry(tmp_path, {"cloud_file_name": location}), "mine")
+    with pytest.raises(StorageError, match="`offline` is true"):
+        opened(registry(tmp_path, {"cloud_file_name": location}), "mine", offline=True)

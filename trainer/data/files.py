@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,7 @@ LARGEST_ROW = 1 << 26  # characters: JSON that does not end within this many is 
 MOST_PROBLEMS = 20  # broken lines shown of one file
 BATCH = 1000  # rows of a columnar file converted at once
 
+SPACE = re.compile(r"[ \t\r\n]*")
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 
 
@@ -65,9 +67,11 @@ def read_saved_dataset(folder: Path, split: str | None) -> Iterator[Row]:
 
 def _read_json(path: Path) -> Iterator[Row]:
     """A list of objects, or an object on each line, whatever the suffix says."""
+    start = b""
     with path.open("rb") as file:
-        start = file.read(4096).decode("utf-8-sig", errors="ignore").lstrip()
-    return _json_list(path) if start.startswith("[") else _json_lines(path)
+        while not start and (part := file.read(CHUNK)):
+            start = part.removeprefix(codecs.BOM_UTF8).lstrip()
+    return _json_list(path) if start.startswith(b"[") else _json_lines(path)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -92,7 +96,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             if number == 1 and line.strip() == "{":
                 raise DataError(
@@ -170,7 +174,7 @@ class _Text:
 
     def skip_space(self) -> None:
         while self.peek() and self.peek() in " \t\r\n":
-            self._position += 1
+            self._position = SPACE.match(self._buffer, self._position).end()  # type: ignore[union-attr]
 
     def take(self, expected: str) -> None:
         if self.peek() != expected:
