@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from datagen.cli import add_parser as add_datagen
 from launch import __version__
 from launch.errors import TunewrightError
+from trainer.data.cli import add_parser as add_data
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -21,6 +22,7 @@ examples:
   tunewright train strategy=zero2 model=qwen2_5_7b data=registry data.names=[huanhuan] train.learning_rate=1e-4
   tunewright train experiment=demo strategy=zero3 --dry-run
   tunewright train --multirun method.r=4,16,64              one run for each value
+  tunewright data check huanhuan data.cutoff_len=512        what is in the data: lengths, copies, dropped rows
   tunewright compare runs/demo/*
   tunewright chat runs/demo/tiny-demo-lora-zero2
 
@@ -81,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train the shipped task three ways, compare, and ask")
     demo.add_argument("--root", type=Path, default=Path("runs/demo"), help="folder for the runs")
     demo.set_defaults(run=_demo)
+    add_data(commands)
     add_datagen(commands)
     return top
 

@@ -179,6 +179,11 @@ def _check_data(config: DictConfig) -> None:
         )
     if config.model.template:
         template_file(config.model.template)
+    if not isinstance(config.model.template_kwargs, (DictConfig, type(None))):
+        raise ConfigError(
+            f"`model.template_kwargs` is {config.model.template_kwargs!r}: write a mapping such as "
+            f"{{enable_thinking: false}}."
+        )
     if not data.streaming:
         return
     if train.max_steps is None:

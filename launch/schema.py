@@ -5,7 +5,6 @@ The YAML files in `configs/hydra` hold the values; these classes say which keys 
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, Optional, get_type_hints
@@ -47,9 +46,9 @@ class Launcher(Enum):
 
 
 def option(default: Any, help: str) -> Any:
-    """A data-class field with its help text; lists and dictionaries get a fresh copy each time."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: copy(default), metadata={"help": help})
+    """A data-class field with its help text; lists get a fresh copy each time."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -87,9 +86,8 @@ class ModelConfig:
     template: Optional[str] = option(
         None, "chat template instead of the tokenizer's own: a name in configs/templates, or a .jinja file"
     )
-    template_kwargs: dict[str, Any] = option(
-        {}, "variables for the chat template, for example {enable_thinking: false}"
-    )
+    # Any, because OmegaConf lets no key into a mapping that was empty.
+    template_kwargs: Any = option(None, "variables for the chat template, for example {enable_thinking: false}")
 
 
 @dataclass

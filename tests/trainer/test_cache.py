@@ -1,4 +1,4 @@
-"""The token cache: right ids, kept by a key of everything that matters, split the same way under a seed."""
+"""The token cache: the renderer's ids, made once under a key of all that matters, and refused when it is bad."""
 
 from __future__ import annotations
 
@@ -9,107 +9,223 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import DictConfig
 
 from launch.compose import compose_config
 from launch.errors import DataError
-from trainer.data.cache import build_cache, cache_key, open_cache, split_rows
-from trainer.data.render import IGNORED, render
+from trainer.data.cache import TokenCache, as_json, build_cache, cache_key, describe, find_cache, open_rows
+from trainer.data.formats import to_conversation
+from trainer.data.render import IGNORED, Renderer
+from trainer.models import load_tokenizer
 
 ROWS = [{"instruction": f"Say {number}.", "input": "", "output": f"{number} it is"} for number in range(40)]
 
 
-def data_in(folder: Path, *overrides: str, rows: list[dict[str, Any]] | None = None) -> Any:
-    (folder / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "rows.json"}}))
-    (folder / "rows.json").write_text(json.dumps(ROWS if rows is None else rows))
-    base = ["data=registry", "data.names=[mine]", f"data.dir={folder}", f"data.cache_dir={folder / 'cache'}"]
-    return compose_config([*base, *overrides]).data
+def configured(folder: Path, *overrides: str, rows: list[dict[str, Any]] | None = None) -> DictConfig:
+    if rows is not None or not (folder / "rows.json").exists():
+        (folder / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "rows.json"}}))
+        (folder / "rows.json").write_text(json.dumps(ROWS if rows is None else rows))
+    return compose_config(["data=registry", "data.names=[mine]", f"data.dir={folder}", *overrides])
 
 
-def test_labels_are_the_answers_tokens_and_nothing_else(tiny_tokenizer: Any) -> None:
-    messages = [
-        {"role": "system", "content": "你是客服。"},
-        {"role": "user", "content": "Where is my parcel?"},
-        {"role": "assistant", "content": "On its way."},
-        {"role": "user", "content": "谢谢"},
-        {"role": "assistant", "content": "不客气"},
-    ]
-    example = render(messages, tiny_tokenizer)
-    assert example.input_ids == tiny_tokenizer.apply_chat_template(messages, return_dict=False)
-    learnt = tiny_tokenizer.decode([label for label in example.labels if label != IGNORED])
-    assert learnt == "On its way.<|im_end|>\n不客气<|im_end|>\n"
+@pytest.fixture
+def build(tmp_path: Path, tiny_model: Path) -> Any:
+    """Build the cache of some rows under overrides."""
+
+    def made(*overrides: str, rows: list[dict[str, Any]] | None = None) -> TokenCache:
+        config = configured(tmp_path, *overrides, rows=rows)
+        config.data.cache_dir = str(tmp_path / "cache")
+        return build_cache(config, tiny_model, _renderer(config, tiny_model))
+
+    return made
 
 
-def test_the_end_of_turn_token_is_learnt(tiny_tokenizer: Any) -> None:
-    example = render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tiny_tokenizer)
-    assert tiny_tokenizer.eos_token_id in example.labels
+def _renderer(config: DictConfig, tiny_model: Path) -> Renderer:
+    return Renderer.of(config.data, config.model, load_tokenizer(tiny_model, config.model))
 
 
-def test_a_cached_row_is_the_rendered_row(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    data = data_in(tmp_path)
-    cache = build_cache(data, 42, "key", tiny_tokenizer)
-    messages = [{"role": "user", "content": "Say 7."}, {"role": "assistant", "content": "7 it is"}]
-    example = render(messages, tiny_tokenizer)
+def test_a_cached_row_is_the_rendered_row(build: Any, tiny_model: Path) -> None:
+    cache = build()
+    renderer = _renderer(compose_config(), tiny_model)
+    (examples,) = renderer.render([to_conversation(ROWS[7], cache.train[0].rows.entry)])
     row = cache.open("train")[7]
-    assert (row["input_ids"], row["labels"]) == (example.input_ids, example.labels)
+    assert row["input_ids"] == examples[0].input_ids.tolist()
+    assert row["labels"] == examples[0].labels.tolist()
     assert cache.open("eval") is None
 
 
-def test_dropped_rows_are_counted_by_reason_with_their_numbers(tmp_path: Path, tiny_tokenizer: Any) -> None:
+def test_several_workers_write_what_one_writes(build: Any) -> None:
+    rows = [{**row, "output": row["output"] * (number % 7)} for number, row in enumerate(ROWS * 60)]
+    options = ("data.max_dropped=1", "data.cutoff_len=40")
+    one = build("data.workers=1", *options, rows=rows)
+    expected, outcome = one.open("train")[:], one.train[0].outcome
+    table = one.train[0].table()
+    (one.train[0].folder / "outcome.json").unlink()
+    (one.train[0].folder).rename(one.train[0].folder.with_suffix(".gone"))
+    several = build("data.workers=3", *options)
+    assert several.open("train")[:] == expected
+    assert several.train[0].outcome == outcome
+    assert several.train[0].table() == table
+    assert outcome.read == 2400
+
+
+def test_dropped_rows_are_counted_by_reason_with_number_and_excerpt(build: Any) -> None:
     rows = [*ROWS, {"instruction": "x", "output": ""}, {"instruction": "long " * 200, "output": "y"}]
-    report = build_cache(data_in(tmp_path, "data.cutoff_len=64", rows=rows), 42, "key", tiny_tokenizer).reports["train"]
-    assert (report.read, report.kept) == (42, 40)
-    assert report.dropped == {"`output` is empty": ["mine:40"], "longer than data.cutoff_len = 64 tokens": ["mine:41"]}
+    cache = build("data.cutoff_len=64", rows=rows)
+    text = "\n".join(describe(cache))
+    assert "mine: 40 of 42 rows" in text
+    assert "dropped 1: `output` is empty (row 40)" in text
+    assert "dropped 1: the question leaves no room for an answer in data.cutoff_len = 64 (row 41)" in text
+    assert '{"instruction": "x", "output": ""}' in text
 
 
-def test_nothing_left_to_train_on_is_an_error_with_the_reasons(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"40 rows: longer than data\.cutoff_len = 8"):
-        build_cache(data_in(tmp_path, "data.cutoff_len=8"), 42, "key", tiny_tokenizer)
-    assert not list((tmp_path / "cache" / "tokens").glob("key/*"))
+def test_cut_rows_are_counted_and_still_learnt(build: Any) -> None:
+    cache = build("data.cutoff_len=64", rows=[*ROWS, {"instruction": "x", "output": "long " * 200}])
+    assert cache.train[0].outcome.truncated == 1
+    last = cache.open("train")[40]
+    assert len(last["input_ids"]) == 64
+    assert any(label != IGNORED for label in last["labels"])
 
 
-def test_a_split_is_the_same_under_a_seed_and_holds_each_row_once(tmp_path: Path) -> None:
-    data = data_in(tmp_path, "data.eval_size=0.25")
-
-    def numbers(seed: int) -> tuple[list[int], list[int]]:
-        splits = split_rows(data, seed)
-        return [number for _, number, _ in splits["train"]], [number for _, number, _ in splits["eval"]]
-
-    assert numbers(1) == numbers(1)
-    assert numbers(1) != numbers(2)
-    train, held_out = numbers(1)
-    assert len(held_out) == 10
-    assert sorted(train + held_out) == list(range(40))
+def test_nothing_left_to_train_on_is_an_error_with_the_reasons(build: Any) -> None:
+    with pytest.raises(DataError, match=r"No row of mine can be trained on. 40 rows: the question leaves no room"):
+        build("data.cutoff_len=16")
 
 
-def test_the_key_changes_with_each_input_that_matters_and_no_other(tmp_path: Path, tiny_model: Path) -> None:
-    def key(*overrides: str, seed: int = 42) -> str:
-        return cache_key(data_in(tmp_path, *overrides), seed, tiny_model)
+def test_too_many_unusable_rows_are_an_error_that_shows_them(build: Any) -> None:
+    rows = [*ROWS[:8], {"instruction": "a", "output": ""}, {"instruction": "b", "output": ""}]
+    with pytest.raises(
+        DataError, match=r"2 of 10 rows of mine cannot be used, more than data.max_dropped = 10%"
+    ) as caught:
+        build(rows=rows)
+    assert "`output` is empty (row 8, 9)" in str(caught.value)
+    assert build("data.max_dropped=0.2").train[0].outcome.kept == 8
 
-    original = key()
-    assert key() == original
-    assert key(f"data.cache_dir={tmp_path}") == original
-    changed = [key("data.cutoff_len=512"), key("data.eval_size=4"), key("data.max_samples=3"), key(seed=1)]
-    data = data_in(tmp_path)
+
+def test_a_column_that_an_entry_names_and_no_row_has_is_an_error(tmp_path: Path, build: Any) -> None:
+    configured(tmp_path)
+    entry = {"file_name": "rows.json", "columns": {"system": "persona"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    with pytest.raises(DataError, match="no column 'persona', which it uses as `system`"):
+        build()
+    assert not list((tmp_path / "cache" / "tokens").glob("*.part"))
+
+
+def test_a_held_out_dataset_is_not_trained_on(tmp_path: Path, build: Any) -> None:
+    configured(tmp_path)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"instruction": "Say more.", "output": "more"}) + "\n")
+    cache = build(f"data.eval_names=[{tmp_path}/other.jsonl]")
+    assert len(cache.open("train")) == 40
+    assert len(cache.open("eval")) == 1
+    assert as_json(cache)["eval"]["examples"] == 1
+
+
+def test_a_named_split_is_held_out(tmp_path: Path, build: Any) -> None:
+    folder = tmp_path / "both"
+    folder.mkdir()
+    for name, rows in (("train.jsonl", ROWS[:30]), ("validation.jsonl", ROWS[30:])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cache = build(f"data.names=[{folder}]", "data.eval_split=validation")
+    assert [len(cache.open(split)) for split in ("train", "eval")] == [30, 10]
+
+
+def test_counts_are_those_of_the_rows_that_are_chosen(build: Any) -> None:
+    cache = build("data.eval_size=0.25", "data.max_samples=7")
+    for split, size in (("train", 7), ("eval", 10)):
+        opened = cache.open(split)
+        tokens = sum(len(row["input_ids"]) for row in opened)
+        scored = sum(label != IGNORED for row in opened for label in row["labels"][1:])
+        assert cache.counts(split) == (size, tokens, scored)
+
+
+KEYS = {
+    "data.cutoff_len=512": True,
+    "data.overlong=drop": True,
+    "data.train_on_prompt=true": True,
+    "data.mask_history=true": True,
+    "model.template=chatml": True,
+    "model.template_kwargs={enable_thinking: false}": True,
+    # Where things are kept, who makes them, and which rows are chosen of them decide no token.
+    "data.cache_dir=elsewhere": False,
+    "data.workers=7": False,
+    "data.max_dropped=0.5": False,
+    "data.eval_size=4": False,
+    "data.max_samples=3": False,
+    "data.mix=interleave_over": False,
+    "data.weights=[2]": False,
+    "train.seed=1": False,
+    "train.learning_rate=1": False,
+    "method=full": False,
+}
+
+
+@pytest.mark.parametrize(("override", "matters"), KEYS.items())
+def test_the_key_changes_with_each_setting_that_matters_and_no_other(
+    tmp_path: Path, tiny_model: Path, override: str, matters: bool
+) -> None:
+    def key(*overrides: str) -> str:
+        config = configured(tmp_path, *overrides)
+        return cache_key(open_rows(config)[0][0], config, tiny_model)
+
+    assert key() == key()
+    assert (key(override) != key()) == matters
+
+
+def test_the_key_changes_with_rows_columns_and_tokenizer(tmp_path: Path, tiny_model: Path) -> None:
+    config = configured(tmp_path)
+
+    def key(model: Path = tiny_model) -> str:
+        return cache_key(open_rows(config)[0][0], config, model)
+
+    keys = [key()]
     (tmp_path / "rows.json").write_text(json.dumps(ROWS[:-1]))
-    changed.append(cache_key(data, 42, tiny_model))
-    assert len({original, *changed}) == 6
+    keys.append(key())
+    entry = {"file_name": "rows.json", "columns": {"query": None}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    keys.append(key())
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (*tiny_model.glob("*token*"), *tiny_model.glob("*template*")):
+        (model / file.name).write_bytes(file.read_bytes())
+    assert key(model) == key()
+    (model / "tokenizer.json").write_bytes(b"{}")
+    keys.append(key(model))
+    assert len(set(keys)) == 4
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry, "another": {"file_name": "b.json"}}))
+    assert key() == keys[2]
+
+
+def test_a_split_and_a_seed_of_its_own_change_the_runs_fingerprint(build: Any) -> None:
+    prints = [build(*overrides).fingerprint for overrides in ((), ("data.eval_size=4",), ("train.seed=7",), ())]
+    assert len(set(prints)) == 3
+    assert prints[0] == prints[3]
 
 
 def test_two_processes_at_once_make_one_cache(tmp_path: Path, tiny_model: Path) -> None:
-    data_in(tmp_path)
+    configured(tmp_path)
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from transformers import AutoTokenizer\n"
         "from launch.compose import compose_config\n"
         "from trainer.data.cache import build_cache\n"
+        "from trainer.data.render import Renderer\n"
+        "from trainer.models import load_tokenizer\n"
         "root, model = sys.argv[1:]\n"
         "where = [f'data.dir={root}', f'data.cache_dir={root}/c']\n"
-        "data = compose_config(['data=registry', 'data.names=[mine]', *where]).data\n"
-        "print(len(build_cache(data, 42, 'key', AutoTokenizer.from_pretrained(model)).open('train')))\n"
+        "config = compose_config(['data=registry', 'data.names=[mine]', *where])\n"
+        "renderer = Renderer.of(config.data, config.model, load_tokenizer(Path(model), config.model))\n"
+        "print(len(build_cache(config, Path(model), renderer).open('train')))\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path), str(tiny_model)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate(timeout=120)[0].strip() for process in started] == ["40", "40"]
-    assert [path.name for path in (tmp_path / "c" / "tokens").iterdir() if path.is_dir()] == ["key"]
-    assert open_cache(data_in(tmp_path, f"data.cache_dir={tmp_path}/c"), "key") is not None
+    assert len([path for path in (tmp_path / "c" / "tokens").iterdir() if path.is_dir()]) == 1
+    assert find_cache(configured(tmp_path, f"data.cache_dir={tmp_path}/c"), tiny_model) is not None
+
+
+def test_what_is_broken_leaves_nothing_behind(tmp_path: Path, build: Any) -> None:
+    configured(tmp_path)
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS * 50)[:-1] + ', {"instruction": }]')
+    with pytest.raises(DataError, match="rows.json:1:[0-9]+: not JSON"):
+        build()
+    assert [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()] == []

@@ -192,6 +192,11 @@ def test_a_path_is_read_by_what_its_columns_are_called(tmp_path: Path, row: Any,
     assert to_conversation(next(iter(rows)), rows.entry).answer in ("b", "Hello.", "a")
 
 
+def test_one_file_has_no_other_split(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="one file, which has no split 'validation'"):
+        opened(registry(tmp_path), "mine", split="validation")
+
+
 def test_columns_without_a_plain_meaning_are_an_error_that_lists_them(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps([{"left": "a", "right": "b"}]))
     with pytest.raises(DataError, match="not plain: left, right"):

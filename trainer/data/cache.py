@@ -134,7 +134,7 @@ def cache_key(rows: Rows, config: DictConfig, model_path: Path | None, limit: in
         "format": FORMAT,
         "rows": [rows.identity, rows.entry.meaning(), limit],
         "render": {key: _plain(data[key]) for key in ("cutoff_len", "overlong", "train_on_prompt", "mask_history")},
-        "template": [model.template, _template_text(model.template), dict(model.template_kwargs)],
+        "template": [model.template, _template_text(model.template), dict(model.template_kwargs or {})],
         "versions": [version("transformers"), version("tokenizers")],
         "tokenizer": _tokenizer_files(model_path) if model_path else None,
     }
@@ -180,20 +180,30 @@ def open_rows(config: DictConfig) -> tuple[list[Rows], list[Rows]]:
     count = len(data.names)
     if data.eval_split and not data.eval_names:
         held = open_datasets(list(data.names), data, offline=config.offline, split=data.eval_split)
-        return open_datasets(list(data.names), data, offline=config.offline), held
+        return open_datasets(list(data.names), data, offline=config.offline, other_split="train"), held
     rows = open_datasets([*data.names, *data.eval_names], data, offline=config.offline)
     return rows[:count], rows[count:]
 
 
 def find_cache(config: DictConfig, model_path: Path) -> TokenCache | None:
-    """Return the finished cache of a configuration, or None when a part of it is not there."""
+    """Return the finished cache of a configuration, or None when a part of it is not there.
+
+    Raises:
+        DataError: see `build_cache`.
+    """
+    found = find_unchecked(config, model_path)
+    return _checked(found) if found else None
+
+
+def find_unchecked(config: DictConfig, model_path: Path) -> TokenCache | None:
+    """Return the same, also of data that cannot be trained on: for `tunewright data`, which shows what is wrong."""
     train, held = open_rows(config)
     found = [_find(rows, config, model_path, streamed=config.data.streaming) for rows in train]
     found += [_find(rows, config, model_path, streamed=False) for rows in held]
     if any(cached is None for cached in found):
         return None
     parts = [cached for cached in found if cached is not None]
-    return _checked(TokenCache(parts[: len(train)], parts[len(train) :], config.data, config.train.seed))
+    return TokenCache(parts[: len(train)], parts[len(train) :], config.data, config.train.seed)
 
 
 def build_cache(

@@ -29,6 +29,7 @@ IGNORED = -100  # the label that PyTorch's cross-entropy skips
 LEAST_ANSWER = 8  # tokens: a row that has room for fewer of its answer is dropped
 # Stand for special-token strings in a text while the template works on it: characters of a private-use plane.
 STAND_INS = 0xF0000
+UNUSABLE_TEXT = re.compile("[\ud800-\udfff\U000f0000-\U0010ffff]")
 
 Span = tuple[int, int]
 
@@ -83,7 +84,7 @@ class Renderer:
             data.overlong,
             data.train_on_prompt,
             data.mask_history,
-            dict(model.template_kwargs),
+            dict(model.template_kwargs or {}),
         )
 
     def render(self, sources: list[Conversation | Plain]) -> list[list[Example] | Unusable]:
@@ -407,12 +408,8 @@ def _says(text: str, message: Message) -> bool:
 
 def _check_text(conversation: Conversation) -> None:
     for message in conversation.messages:
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError as error:
-            raise Unusable("half of a surrogate pair is in the text") from error
-        if any(ord(character) >= STAND_INS for character in message["content"] if character > "\U0001ffff"):
-            raise Unusable("characters of the private-use planes are in the text")
+        if UNUSABLE_TEXT.search(message["content"]):
+            raise Unusable("half of a surrogate pair, or a character of the private-use planes, is in the text")
 
 
 def _since(conversation: Conversation, turn: int) -> Conversation:

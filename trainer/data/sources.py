@@ -35,8 +35,12 @@ class Rows:
         return self.read()
 
 
-def open_datasets(names: list[str], data: DataConfig, *, offline: bool, split: str | None = None) -> list[Rows]:
+def open_datasets(
+    names: list[str], data: DataConfig, *, offline: bool, split: str | None = None, other_split: str | None = None
+) -> list[Rows]:
     """Find several datasets and look at their first rows; what is wrong with any of them is told together.
+
+    `split` goes before the split that an entry names, `other_split` is for entries that name none.
 
     Raises:
         DataError: see `load_entry`, `files.read_file`; or a column that the entry needs is not there.
@@ -46,7 +50,8 @@ def open_datasets(names: list[str], data: DataConfig, *, offline: bool, split: s
     for name in names:
         try:
             entry = load_entry(name, data)
-            opened.append(_checked(_open(replace(entry, split=split) if split else entry, data, offline=offline)))
+            entry = replace(entry, split=split or entry.split or other_split)
+            opened.append(_checked(_open(entry, data, offline=offline)))
         except (DataError, StorageError) as error:
             problems.append(error)
     if problems:
@@ -88,6 +93,8 @@ def _files_of(path: Path, entry: Entry) -> list[Path]:
             raise DataError(
                 f"{entry.where}: {path} is {path.suffix or 'without suffix'}; files can be {', '.join(files.SUFFIXES)}."
             )
+        if entry.split not in (None, "train"):
+            raise DataError(f"{entry.where}: {path} is one file, which has no split '{entry.split}'.")
         return [path]
     found = [
         file for file in sorted(path.rglob("*")) if file.suffix in files.SUFFIXES and not file.name.startswith(".")

@@ -1,4 +1,4 @@
-"""Rows to tokens: read in this process, rendered and tokenised in several, written to Arrow files as they come.
+"""Rows to tokens: read, rendered and tokenised in a few threads, written to Arrow files as they come.
 
     tokens.arrow   one line for each example   row, input_ids, labels
     rows.arrow     one line for each row read  what became of it: see ROWS
@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -31,7 +29,7 @@ from trainer.data.render import IGNORED, Renderer
 from trainer.data.similar import PERMUTATIONS, sketches
 from trainer.data.sources import Rows, check_column
 
-CHUNK = 500  # rows handed to a worker at once
+CHUNK = 500  # rows handed to a thread at once
 EXCERPTS = 3  # dropped rows shown for each reason
 EXCERPT_LENGTH = 200  # characters
 Progress = Callable[[int], None]  # rows done
@@ -60,7 +58,7 @@ ROWS = pyarrow.schema(
 
 @dataclass
 class Chunk:
-    """What a worker made of some rows; `rows` has a list for each column of ROWS but `sketch`."""
+    """What a thread made of some rows; `rows` has a list for each column of ROWS but `sketch`."""
 
     examples: dict[str, np.ndarray]  # row, lengths, input_ids, labels: the last two flat
     rows: dict[str, list[Any]]
@@ -133,37 +131,22 @@ def _chunks(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
 def _tokenized(
     chunks: Iterator[tuple[int, list[Row]]], entry: Entry, renderer: Renderer, workers: int
 ) -> Iterator[Chunk]:
-    first = list(islice(chunks, 2))
-    if workers == 1 or len(first) < 2:
-        for start, rows in (*first, *chunks):
-            yield make_chunk(start, rows, entry, renderer)
-        return
-    # Forked workers find the tokenizer in their memory: loading it again would take each of them seconds.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _begin_worker, (entry, renderer)) as pool:
+    """Yield what becomes of each chunk, in order.
+
+    Threads are enough: the tokenizer leaves Python's lock while it works, and works on all cores by itself; so one
+    thread renders while another tokenises. Forked processes would stop for ever once it has begun threads of its own.
+    """
+    with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Chunk]] = deque()
         try:
-            for start, rows in (*first, *chunks):
-                waiting.append(pool.submit(_work, start, rows))
-                if len(waiting) > 2 * workers:
+            for start, rows in chunks:
+                waiting.append(pool.submit(make_chunk, start, rows, entry, renderer))
+                if len(waiting) > workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-_worker: tuple[Entry, Renderer]  # of a worker process: what the pool was begun with
-
-
-def _begin_worker(entry: Entry, renderer: Renderer) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
-    _worker = entry, renderer
-
-
-def _work(start: int, rows: list[Row]) -> Chunk:
-    return make_chunk(start, rows, *_worker)
 
 
 def make_chunk(start: int, rows: list[Row], entry: Entry, renderer: Renderer) -> Chunk:
