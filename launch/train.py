@@ -92,8 +92,8 @@ def train(
     devices = find_devices()
     jobs = []
     for config in sweep_jobs(overrides, extra_dir, multirun=multirun):
-        check_data(config)
         jobs.append(plan_job(config, devices))
+        check_data(config)
     for number, job in enumerate(jobs, 1):
         if len(jobs) > 1:
             say(f"Run {number} of {len(jobs)}: {job.config.name}")

@@ -51,6 +51,8 @@ def find_prepared(config: DictConfig) -> Prepared | None:
     Raises:
         DataError: the registry or a data file cannot be used.
     """
+    if config.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the Hub's package, which reads it then
     model_path = find_model(config.model, config.data.cache_dir)
     if model_path is None:
         # The tokens' names depend on the tokenizer, but what is wrong with the data should be told now.
@@ -99,8 +101,6 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False) -> Prepared:
     if found:
         return found
     env = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
-    if config.offline:
-        env["HF_HUB_OFFLINE"] = "1"
     env["DS_ACCELERATOR"] = "cpu"  # nothing here needs a GPU, and DeepSpeed need not look for one
     done = subprocess.run(
         [sys.executable, "-m", "trainer.prepare"],

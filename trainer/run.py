@@ -28,6 +28,7 @@ from launch.schema import Launcher
 from trainer import attention
 from trainer.data.cache import TokenCache, as_json
 from trainer.data.render import Renderer
+from trainer.data.stream import TokenStream
 from trainer.methods import adapt, parameter_counts
 from trainer.models import load_model, load_tokenizer, torch_dtype
 from trainer.process import Console
@@ -73,12 +74,13 @@ def train(
     trainer = TunewrightTrainer(
         model=model,
         args=args,
-        train_dataset=_training_rows(config, cache, tokenizer),
+        train_dataset=cache.open("train"),
         eval_dataset=cache.open("eval"),
         processing_class=tokenizer,
         plan=plan,
         dtype=dtype,
         padding_free=config.train.padding_free,
+        stream=_stream(config, cache, tokenizer) if config.data.streaming else None,
     )
     trainer.remove_callback(PrinterCallback)
     callbacks = [StepTimer(trainer.meter), MetricsFile(run.metrics), Progress(console), Proof(config, run, trainer)]
@@ -117,11 +119,7 @@ def train(
     console.say(f"Saved to {run.final}")
 
 
-def _training_rows(config: DictConfig, cache: TokenCache, tokenizer: Any) -> Any:
-    if not config.data.streaming:
-        return cache.open("train")
-    from trainer.data.stream import TokenStream
-
+def _stream(config: DictConfig, cache: TokenCache, tokenizer: Any) -> TokenStream:
     renderer = Renderer.of(config.data, config.model, tokenizer)
     return TokenStream([cached.rows for cached in cache.train], config.data, renderer, config.train.seed)
 

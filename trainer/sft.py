@@ -27,15 +27,27 @@ from trainer.telemetry import Meter, device_peak_flops, matmul_parameters, over_
 
 
 class TunewrightTrainer(SFTTrainer):
-    """See the module's text. `plan` is the batch plan of this world, `dtype` the format of weights and computation."""
+    """See the module's text.
+
+    `plan` is the batch plan of this world, `dtype` the format of weights and computation. A `stream` trains in place of
+    `train_dataset`, which is then a sample of it.
+    """
 
     control: Any  # what callbacks ask for; transformers sets it
 
-    def __init__(self, *args: Any, plan: BatchPlan, dtype: torch.dtype, padding_free: bool, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        plan: BatchPlan,
+        dtype: torch.dtype,
+        padding_free: bool,
+        stream: TokenStream | None = None,
+        **kwargs: Any,
+    ) -> None:
         pad_token_id = kwargs["processing_class"].pad_token_id
         collator = FlatCollator(pad_token_id) if padding_free else PaddedCollator(pad_token_id)
         super().__init__(*args, data_collator=collator, **kwargs)
-        self.plan = plan
+        self.plan, self.stream = plan, stream
         # The loss below is divided by `num_items_in_batch` whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
         # TRL turns the adapters of a quantised base to bfloat16, also where everything else computes in float32.
@@ -50,15 +62,16 @@ class TunewrightTrainer(SFTTrainer):
     # Batches
 
     def get_train_dataloader(self) -> EpochDataLoader | StreamDataLoader:
-        if isinstance(self.train_dataset, TokenStream):
-            batches = StreamedMicroBatches(self.train_dataset, self.plan, self.args.process_index)
-            pin = self.args.device.type == "cuda"
-            # The micro-batches are lists of rows already; a process of its own renders while the model trains.
-            workers = 1 if pin else 0
-            return StreamDataLoader(
-                batches, batch_size=None, collate_fn=self.data_collator, pin_memory=pin, num_workers=workers
-            )
-        return self._loader(self.train_dataset, shuffle=True)
+        if self.stream is None:
+            return self._loader(self.train_dataset, shuffle=True)
+        on_gpu = self.args.device.type == "cuda"
+        return StreamDataLoader(
+            StreamedMicroBatches(self.stream, self.plan, self.args.process_index),
+            batch_size=None,  # these are micro-batches already
+            collate_fn=self.data_collator,
+            pin_memory=on_gpu,
+            num_workers=1 if on_gpu else 0,  # a process of its own renders while the GPU works
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> EpochDataLoader:
         return self._loader(self.eval_dataset if eval_dataset is None else eval_dataset, shuffle=False)

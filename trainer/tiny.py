@@ -166,12 +166,11 @@ def _lines() -> list[dict[str, Any]]:
 
 
 def _train_tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    """Train a vocabulary for Qwen2's own tokenizer, which is what transformers loads for a Qwen2 model."""
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    backend = Qwen2Tokenizer().backend_tokenizer
     texts = [line.get("text") or _spoken(line["messages"]) for line in _lines()]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
@@ -179,12 +178,18 @@ def _train_tokenizer() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
+    backend.train_from_iterator(texts, trainer)
+    model = json.loads(backend.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
+        model_max_length=2048,
     )
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def _spoken(messages: list[dict[str, str]]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,18 @@ def small_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>", extra_special_tokens=SPECIAL
     )
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Any:
+    """The class HubServer of tests/hub_server.py; with importlib mode, tests are no packages."""
+    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).parents[1] / "hub_server.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.HubServer
 
 
 @pytest.fixture(scope="session")

@@ -226,6 +226,6 @@ def test_two_processes_at_once_make_one_cache(tmp_path: Path, tiny_model: Path) 
 def test_what_is_broken_leaves_nothing_behind(tmp_path: Path, build: Any) -> None:
     configured(tmp_path)
     (tmp_path / "rows.json").write_text(json.dumps(ROWS * 50)[:-1] + ', {"instruction": }]')
-    with pytest.raises(DataError, match="rows.json:1:[0-9]+: not JSON"):
+    with pytest.raises(DataError, match=r"rows\.json:1:[0-9]+: not JSON"):
         build()
     assert [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()] == []

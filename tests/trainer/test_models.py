@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,12 @@ def test_the_embedded_model_speaks_its_chat_template(tiny_model: Path) -> None:
     assert tokenizer.decode(tokenizer("快递 parcel 🎁")["input_ids"]) == "快递 parcel 🎁"
     assert config.eos_token_id == tokenizer.eos_token_id
     assert config.model_type == "qwen2"
+
+
+def test_the_embedded_tokenizer_loads_as_it_was_trained(tiny_tokenizer: Any) -> None:
+    trained = tiny._train_tokenizer()
+    for text in tiny._texts(trained):
+        assert tiny_tokenizer(text)["input_ids"] == trained(text)["input_ids"]
 
 
 def test_a_hub_model_in_the_local_cache_is_opened_without_the_network(tiny_model: Path, tmp_path: Path) -> None:

@@ -99,7 +99,9 @@ def fetch_modelscope(entry: Entry, *, offline: bool) -> Path:
             f"{entry.where}: '{entry.location}' is not on this machine, and `offline` is true."
         ) from error
     except OSError as error:
-        raise StorageError(f"{entry.where}: '{entry.location}' cannot be fetched from ModelScope: {error}") from error
+        raise StorageError(
+            f"{entry.where}: '{entry.location}' cannot be fetched from ModelScope: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _stamps(folder: Path) -> str:

@@ -5,6 +5,7 @@ Everything comes from the token cache, as arrays: no row is rendered again, and 
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ LEAST_TEXT = 20  # characters: what is shorter is guessed wrongly too often
 BARS = 30
 NAME_WIDTH = 28  # terminal cells of a dataset's name in the text
 REASONS_SHOWN = 5
+ALL_WELL = "Nothing stands out: every row is used whole, and none repeats another."
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Languages:
 
     sampled: int
     classified: int
-    shares: dict[str, float]  # ISO 639-1 code -> share of the classified, largest first
+    shares: dict[str, float]  # ISO 639 code, or "JSON" -> share of the classified, largest first
 
 
 @dataclass(frozen=True)
@@ -189,9 +191,7 @@ class _Group:
         return self.names[self.dataset[position]], int(self.row[position])
 
 
-def make_report(
-    cache: TokenCache, config: DictConfig, plan: BatchPlan, tokenizer: PreTrainedTokenizerBase
-) -> Report:
+def make_report(cache: TokenCache, config: DictConfig, plan: BatchPlan, tokenizer: PreTrainedTokenizerBase) -> Report:
     """Look at everything in the cache of a configuration.
 
     Raises:
@@ -320,9 +320,20 @@ def _languages(cached: CachedDataset, tokenizer: PreTrainedTokenizerBase) -> Lan
         learnt = labels[labels != IGNORED][:LANGUAGE_TOKENS]
         text = str(tokenizer.decode(learnt.tolist(), skip_special_tokens=True)).strip()
         if len(text) >= LEAST_TEXT:
-            found[py3langid.classify(text)[0]] += 1
+            found["JSON" if _is_json(text) else py3langid.classify(text)[0]] += 1
     shares = {code: times / found.total() for code, times in found.most_common()}
     return Languages(len(chosen), found.total(), shares)
+
+
+def _is_json(text: str) -> bool:
+    """Tell whether a text is a JSON object or list: its marks would be taken for Latin."""
+    if text[0] not in "{[":
+        return False
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _stacked(
@@ -425,17 +436,11 @@ def remarks(report: Report) -> list[Remark]:
 def _losses(dataset: DatasetReport, cutoff_len: int) -> list[Remark]:
     found = []
     if dataset.dropped:
-        lost = dataset.read - dataset.kept
-        found.append(
-            Remark(f"{_part(dataset, lost)} cannot be used and are dropped", dropped_lines(dataset, REASONS_SHOWN))
-        )
+        text = f"{_part(dataset, dataset.read - dataset.kept)} dropped, because they cannot be used"
+        found.append(Remark(text, dropped_lines(dataset, REASONS_SHOWN)))
     if dataset.truncated.count:
-        found.append(
-            Remark(
-                f"{_part(dataset, dataset.truncated.count)} are longer than data.cutoff_len = {cutoff_len} and are cut",
-                [_rows_text(dataset.truncated)],
-            )
-        )
+        text = f"{_part(dataset, dataset.truncated.count)} cut, because they are longer than data.cutoff_len"
+        found.append(Remark(f"{text} = {cutoff_len}", [_rows_text(dataset.truncated)]))
     return found
 
 
@@ -452,9 +457,9 @@ def dropped_lines(dataset: DatasetReport, reasons: int) -> list[str]:
 
 def _overlap_remarks(overlap: Overlap) -> list[Remark]:
     kinds: list[tuple[Repeats, str, str]] = [
-        (overlap.same, "are training rows too, so they measure memory", "="),
-        (overlap.question, "ask what a training row asks, with another answer", "asks like"),
-        (overlap.near, "are nearly the same as a training row", "~"),
+        (overlap.same, "also among the training rows, so they measure memory", "="),
+        (overlap.question, "with the question of a training row and another answer", "asks like"),
+        (overlap.near, "nearly the same as a training row", "~"),
     ]
     return [
         Remark(f"{found.count:,} of {overlap.rows:,} held-out rows {text}", [pairs_text(found, sign, both=True)])
@@ -466,20 +471,16 @@ def _overlap_remarks(overlap: Overlap) -> list[Remark]:
 def _doubts(dataset: DatasetReport) -> list[Remark]:
     found = []
     if dataset.unended.count:
-        found.append(
-            Remark(
-                f"{_part(dataset, dataset.unended.count)} do not teach the model to stop: no stop token is learnt",
-                [_rows_text(dataset.unended)],
-            )
-        )
+        text = f"{_part(dataset, dataset.unended.count)} without a stop token: they do not teach the model to stop"
+        found.append(Remark(text, [_rows_text(dataset.unended)]))
     if dataset.short.count:
-        text = f"{_part(dataset, dataset.short.count)} have an answer of fewer than {SHORT} characters"
+        text = f"{_part(dataset, dataset.short.count)} with an answer of fewer than {SHORT} characters"
         found.append(Remark(text, [_rows_text(dataset.short)]))
     if dataset.exact.count:
-        text = f"{_part(dataset, dataset.exact.count)} are copies of an earlier row"
+        text = f"{_part(dataset, dataset.exact.count)} copied from an earlier row"
         found.append(Remark(text, [pairs_text(dataset.exact, "=")]))
     if dataset.near.count:
-        text = f"{_part(dataset, dataset.near.count)} are nearly the same as an earlier row"
+        text = f"{_part(dataset, dataset.near.count)} nearly the same as an earlier row"
         found.append(Remark(text, [pairs_text(dataset.near, "~")]))
     return found
 
@@ -501,7 +502,8 @@ def _rows_text(found: Found) -> str:
 
 
 def pairs_text(found: Repeats, sign: str, *, both: bool = False, shown: int = SHOWN) -> str:
-    """Return "3 = 1, 7 = other 2": pairs of rows, the dataset of the second where it differs, or with `both` of each."""
+    """Return "row 3 = 1, 7 = other 2": a dataset is named where it differs, or with `both` where there are several."""
+    both = both and len({name for pair in found.pairs for name in (pair.dataset, pair.other_dataset)}) > 1
     texts = []
     for pair in found.pairs[:shown]:
         here = f"{pair.dataset} {pair.row}" if both else str(pair.row)
@@ -514,7 +516,7 @@ def visible(text: str) -> str:
     """Return text with characters that a terminal would obey, or would not show, written as escapes."""
     return "".join(
         character
-        if character.isprintable() or character == " "
+        if character.isprintable() or character == "\u3000"  # the space of Chinese and Japanese
         else character.encode("unicode_escape", "surrogatepass").decode("ascii")
         for character in text
     )
@@ -535,7 +537,7 @@ def report_text(report: Report) -> str:
         for remark in found:
             lines += [f"  ! {remark.text}", *(f"      {line}" for line in remark.details)]
     else:
-        lines.append("Nothing to complain about: every row is used, none twice.")
+        lines.append(ALL_WELL)
     head, rows = figures_table(report)
     lines += ["", *_aligned(head, rows)]
     head, rows = lengths_table(report)
@@ -603,22 +605,25 @@ def _clipped(name: str) -> str:
 
 
 def languages_text(languages: Languages) -> str:
-    """Return "en 50%, zh 48%, others 2% (of 300 guessed)"."""
+    """Return "en 50%, zh 48%, other 2% (of 300 answers)"."""
+    if not languages.sampled:
+        return "no answer to guess from"
     if not languages.classified:
-        return f"no answer of {languages.sampled} has {LEAST_TEXT} characters, too few to guess"
+        return f"all of {languages.sampled} answers are shorter than {LEAST_TEXT} characters, too short to guess"
     named = {code: share for code, share in list(languages.shares.items())[:4] if share >= 0.02}
     texts = [f"{code} {share:.0%}" for code, share in named.items()]
     rest = 1 - sum(named.values())
     if rest > 0.005:
-        texts.append(f"others {rest:.0%}")
+        texts.append(f"other {rest:.0%}")
     skipped = languages.sampled - languages.classified
-    short = f", {skipped} were shorter than {LEAST_TEXT} characters" if skipped else ""
+    short = f"; {skipped} more shorter than {LEAST_TEXT} characters" if skipped else ""
     return f"{', '.join(texts)} (of {languages.classified} answers{short})"
 
 
 def steps_text(report: Report) -> str:
     """Return how many optimiser steps training takes, and why so many."""
     steps = report.steps
+    total = f"{steps.total:,} optimiser step{'' if steps.total == 1 else 's'}"
     if steps.per_epoch is None:
-        return f"{steps.total:,} optimiser steps (train.max_steps); {steps.batch}"
-    return f"{steps.total:,} optimiser steps: {steps.per_epoch:,} an epoch, {steps.epochs:g} epochs; {steps.batch}"
+        return f"{total} (train.max_steps); {steps.batch}"
+    return f"{total}: {steps.per_epoch:,} an epoch, {steps.epochs:.3g} epochs; {steps.batch}"
