@@ -118,6 +118,7 @@ class DataConfig:
     max_dropped: float = option(0.1, "stop when more than this share of a dataset's rows cannot be used")
     streaming: bool = option(False, "read rows while training instead of before it; needs train.max_steps")
     shuffle_buffer: int = option(16384, "rows held in memory for shuffling a stream")
+    prefer_modelscope: bool = option(False, "where an entry is on both hubs, take ms_hub_url before hf_hub_url")
     compat: Compat = option(Compat.none, "llamafactory: its stricter rules, see docs/data.md")
     allow_outside: bool = option(False, "let the registry name files outside its own folder")
     workers: Optional[int] = option(None, "processes that tokenise; null: one for each core")

@@ -64,7 +64,10 @@ def _join_and_prepare(config: DictConfig, claimed: Claim) -> PartialState:
 def _from_launcher(argv: list[str]) -> tuple[DictConfig, Claim]:
     run = RunDir(Path(argv[1]))
     checkpoint = Path(argv[3]) if argv[2:3] == ["--checkpoint"] else None
-    return load_config(run.config), Claim(run, checkpoint)
+    config = load_config(run.config)
+    # The launcher has fetched everything; a hub that changes meanwhile must not give the ranks other rows.
+    config.offline = config.offline or not config.data.streaming
+    return config, Claim(run, checkpoint)
 
 
 def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:

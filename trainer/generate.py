@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from launch.errors import ConfigError
 from launch.rundir import RunDir
 from trainer.data.render import Renderer
-from trainer.models import load_model, load_tokenizer, torch_dtype
+from trainer.models import load_model, load_tokenizer, stop_tokens, torch_dtype
 
 
 def run_of(path: Any) -> RunDir:
@@ -92,12 +92,7 @@ class Answerer:
                 top_p=None,
                 top_k=None,
                 pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=self._end_tokens(),
+                eos_token_id=stop_tokens(self.model, self.tokenizer),
             )
         new = output[:, batch["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-    def _end_tokens(self) -> list[int]:
-        known = self.model.generation_config.eos_token_id
-        ids = known if isinstance(known, list) else [known] if known is not None else []
-        return sorted({*ids, self.tokenizer.eos_token_id})

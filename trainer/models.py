@@ -104,6 +104,13 @@ def load_model(
     return _load(AutoModelForCausalLM.from_pretrained, path, model, **options)  # type: ignore[no-any-return]
 
 
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end an answer: the model's own and the one with which the chat template ends a turn."""
+    known = model.generation_config.eos_token_id
+    ids = known if isinstance(known, list) else [known] if known is not None else []
+    return sorted({*ids, tokenizer.eos_token_id})
+
+
 def _load(load: Callable[..., Any], path: Path, model: ModelConfig, **options: Any) -> Any:
     try:
         return load(str(path), trust_remote_code=model.trust_remote_code, **options)

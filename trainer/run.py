@@ -30,7 +30,7 @@ from trainer.data.cache import TokenCache, as_json
 from trainer.data.render import Renderer
 from trainer.data.stream import TokenStream
 from trainer.methods import adapt, parameter_counts
-from trainer.models import load_model, load_tokenizer, torch_dtype
+from trainer.models import load_model, load_tokenizer, stop_tokens, torch_dtype
 from trainer.process import Console
 from trainer.sft import MetricsFile, StepTimer, TunewrightTrainer
 from trainer.telemetry import hardware, over_ranks, peak_memory
@@ -68,6 +68,7 @@ def train(
     tokenizer = load_tokenizer(model_path, config.model)
     implementation = attention.register() if config.train.padding_free else "sdpa"
     model = load_model(model_path, config.model, dtype, attention=implementation, method=config.method, device=device)
+    model.generation_config.eos_token_id = stop_tokens(model, tokenizer)  # saved with the result, so serving stops too
     # Loading draws random numbers, differently under ZeRO-3: adapters must begin alike under every strategy.
     set_seed(config.train.seed)
     model = adapt(model, config.method)

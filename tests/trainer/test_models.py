@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from launch.errors import ConfigError
 from trainer import tiny
 from trainer.hub import has_weights
 from trainer.methods import adapt, parameter_counts
-from trainer.models import find_model, load_model, torch_dtype
+from trainer.models import find_model, load_model, load_tokenizer, stop_tokens, torch_dtype
 
 
 def test_the_embedded_model_is_kept_under_a_key_of_what_made_it(
@@ -99,3 +100,22 @@ def test_parameters_are_counted_by_hand(tiny_model: Path, method: str, r: int) -
     base = layers * (sum(a * b for a, b in shapes) + biases + norms) + width + 2 * vocabulary * width
     adapter = layers * sum(r * (a + b) for a, b in shapes)
     assert parameter_counts(model) == ((adapter, base + adapter) if r else (base, base))
+
+
+def test_a_named_template_is_saved_with_the_model_and_stops_it(train_here: Callable[..., Path]) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    run = train_here("named", "model.template=human_assistant", "method=full", "train.max_steps=1")
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+    assert text == "Human: a\nAssistant:"
+    stops = GenerationConfig.from_pretrained(run / "final").eos_token_id
+    assert tokenizer.eos_token_id in (stops if isinstance(stops, list) else [stops])
+
+
+def test_the_token_that_ends_the_templates_turns_stops_generation_too(tiny_model: Path) -> None:
+    config = compose_config().model
+    tokenizer = load_tokenizer(tiny_model, config)
+    model = load_model(tiny_model, config, torch_dtype(config.dtype, "cpu"))
+    model.generation_config.eos_token_id = 7  # a base model that ends texts with another token than turns
+    assert stop_tokens(model, tokenizer) == sorted({7, tokenizer.convert_tokens_to_ids("<|im_end|>")})

@@ -68,6 +68,11 @@ def test_every_shape_of_entry_parses(raw: Any, place: Place, location: str, comp
         assert getattr(entry, key) == raw.get(key)
 
 
+def test_the_hub_of_an_entry_on_both_can_be_chosen() -> None:
+    raw = {"hf_hub_url": "org/a", "ms_hub_url": "org/b"}
+    assert parse_entry("x", raw, Path("r.json"), prefer_modelscope=True).location == "org/b"
+
+
 def test_columns_and_tags_that_are_not_named_keep_their_defaults() -> None:
     raw = {"file_name": "a.json", "formatting": "sharegpt", "columns": {"system": "s"}, "tags": {"user_tag": "user"}}
     entry = parse_entry("x", raw, Path("r.json"))

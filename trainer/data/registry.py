@@ -121,7 +121,7 @@ def load_entry(name: str, data: DataConfig) -> Entry:
             f"folder.{did_you_mean(name, registry)} "
             f"The registry has: {known if len(known) < 600 else known[:600] + ' ...'}."
         )
-    entry = parse_entry(name, registry[name], path, data.compat)
+    entry = parse_entry(name, registry[name], path, data.compat, prefer_modelscope=data.prefer_modelscope)
     _check_trainable(entry, registry[name])
     if entry.place is Place.file and not data.allow_outside:
         _check_inside(entry, path.parent)
@@ -145,7 +145,9 @@ def read_registry(path: Path) -> dict[str, Any]:
     return registry
 
 
-def parse_entry(name: str, raw: Any, registry: Path, compat: Compat = Compat.none) -> Entry:
+def parse_entry(
+    name: str, raw: Any, registry: Path, compat: Compat = Compat.none, *, prefer_modelscope: bool = False
+) -> Entry:
     """Read one entry of the registry at `registry`, whatever it is for.
 
     Raises:
@@ -166,7 +168,7 @@ def parse_entry(name: str, raw: Any, registry: Path, compat: Compat = Compat.non
     tags = _filled(
         raw, "tags", tuple(SHAREGPT_TAGS), OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS, where, compat
     )
-    place, location = _source(raw, registry, where)
+    place, location = _source(raw, registry, where, prefer_modelscope=prefer_modelscope)
     for key, kind in (("subset", str), ("split", str), ("folder", str), ("num_samples", int), ("ranking", bool)):
         if raw.get(key) is not None and not isinstance(raw[key], kind):
             raise DataError(f"{where}: `{key}` is {json.dumps(raw[key])}; it must be {kind.__name__}.")
@@ -202,8 +204,8 @@ def _filled(
     return {**defaults, **given}
 
 
-def _source(raw: dict[str, Any], registry: Path, where: str) -> tuple[Place, str]:
-    if raw.get("hf_hub_url"):
+def _source(raw: dict[str, Any], registry: Path, where: str, *, prefer_modelscope: bool) -> tuple[Place, str]:
+    if raw.get("hf_hub_url") and not (prefer_modelscope and raw.get("ms_hub_url")):
         return Place.hub, raw["hf_hub_url"]
     if raw.get("ms_hub_url"):
         return Place.modelscope, raw["ms_hub_url"]

@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 
 from launch.errors import DataError
 from launch.schema import DataConfig, ModelConfig, Overlong
+from launch.templates import template_names
 from trainer.data.formats import Conversation, Message, Plain, Unusable
 
 if TYPE_CHECKING:
@@ -460,6 +461,6 @@ def _runs(flags: list[bool]) -> list[Span]:
 def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise DataError(
-            f"The tokenizer of {tokenizer.name_or_path} has no chat template. Choose one with model.template=NAME; "
-            f"`tunewright config --templates` lists them."
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template. Choose one with model.template: "
+            f"{', '.join(template_names())}, or the path of a .jinja file."
         )
