@@ -1,0 +1,165 @@
+"""Text as token ids, and the learnt characters as learnt tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from launch.errors import DataError
+from trainer.data.draw import Drawn, Span, special_strings
+from trainer.data.formats import Unusable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids (length,) int32, and the [first, end) tokens of each learnt span."""
+
+    ids: np.ndarray
+    spans: list[Span]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How drawn texts become tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def encode(self, items: list[Drawn]) -> Iterator[Encoded | Unusable]:
+        """Yield the tokens of each text, or why they cannot be made.
+
+        Raises:
+            DataError: the tokenizer does not tell which characters its tokens cover.
+        """
+        encodings = iter(self._encodings([item.text for item in items if not item.literals]))
+        for item in items:
+            if item.literals:
+                yield self._encode_literally(item)
+                continue
+            encoding = next(encodings)
+            if self.tokenizer.is_fast:
+                spans = [_tokens_of(encoding, item.text, span) for span in item.spans]
+                yield Encoded(np.array(encoding.ids, np.int32), spans)
+            else:
+                spans = [self._slow_tokens_of(encoding, item.text, span) for span in item.spans]
+                yield Encoded(np.array(encoding, np.int32), spans)
+
+    def _encodings(self, texts: list[str]) -> Iterable[Any]:
+        if not texts:
+            return []
+        if self.tokenizer.is_fast:
+            return self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)  # type: ignore[no-any-return]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
+
+    def _slow_tokens_of(self, ids: list[int], text: str, span: Span) -> Span:
+        """A tokenizer in Python does not tell which characters a token covers: compare with the ids of the prefix."""
+        ends = []
+        for position in span:
+            prefix = self.tokenizer(text[:position], add_special_tokens=False)["input_ids"]
+            if ids[: len(prefix)] != prefix:
+                raise DataError(
+                    f"The tokenizer of {self.tokenizer.name_or_path} is written in Python and does not tell where its "
+                    f"tokens "
+                    f"begin, so the answer's tokens cannot be told apart. Use a model that has a tokenizer.json."
+                )
+            ends.append(len(prefix))
+        return ends[0], ends[1]
+
+    def _encode_literally(self, item: Drawn) -> Encoded | Unusable:
+        """Encode a text in which stand-ins become their strings without becoming special tokens.
+
+        The tokenizer itself splits a text at its special tokens and encodes what is between them one by one; so it is
+        done here, except that only the template's special tokens count.
+        """
+        ids: list[int] = []
+        learnt: list[bool] = []
+        position = 0
+        parts = re.split(f"({self._specials.pattern})", item.text)
+        for index, part in enumerate(parts):
+            begin, position = position, position + len(part)
+            if not part:
+                continue
+            if index % 2:
+                new = [self.tokenizer.convert_tokens_to_ids(part)]
+                offsets = [(0, len(part))]
+            else:
+                encoding = self.tokenizer(
+                    part.translate(item.literals),
+                    add_special_tokens=False,
+                    split_special_tokens=True,
+                    return_offsets_mapping=True,
+                )
+                new, offsets = encoding["input_ids"], _shrunk(encoding["offset_mapping"], part, item.literals)
+            ids += new
+            for start, end in ((begin + start, begin + end) for start, end in offsets):
+                learnt.append(
+                    any(first < end <= last and _belongs(item.text, start, first) for first, last in item.spans)
+                )
+        bare = item.text.translate(dict.fromkeys(item.literals))
+        if self._pieces(bare) != self.tokenizer(bare, add_special_tokens=False)["input_ids"]:
+            return Unusable("a special token's string is in the text, which this tokenizer cannot keep as text")
+        return Encoded(np.array(ids, np.int32), _runs(learnt))
+
+    def _pieces(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for index, part in enumerate(re.split(f"({self._specials.pattern})", text)):
+            if part:
+                ids += (
+                    [self.tokenizer.convert_tokens_to_ids(part)]
+                    if index % 2
+                    else self.tokenizer(part, add_special_tokens=False)["input_ids"]
+                )
+        return ids
+
+    @cached_property
+    def _specials(self) -> re.Pattern[str]:
+        return special_strings(self.tokenizer)
+
+
+def _tokens_of(encoding: Any, text: str, span: Span) -> Span:
+    """Return the [first, end) tokens of a span of characters."""
+    start, end = span
+    first = _token_at(encoding, start, len(text))
+    if first < len(encoding.ids) and not _belongs(text, encoding.token_to_chars(first)[0], start):
+        first += 1
+    # A token that begins before `end` and goes on after it is the one found there, so it stays out.
+    return first, _token_at(encoding, end, len(text))
+
+
+def _belongs(text: str, token_start: int, start: int) -> bool:
+    """Tell whether a token that covers character `start` belongs to the span that begins there.
+
+    Where a prompt ends with a space, many tokenizers put that into one token with the answer's first word.
+    """
+    return token_start >= start or text[token_start:start].isspace()
+
+
+def _token_at(encoding: Any, position: int, length: int) -> int:
+    """Return the first token at or after a character; normalisers may have dropped the character itself."""
+    for character in range(position, length):
+        token = encoding.char_to_token(character)
+        if token is not None:
+            return int(token)
+    return len(encoding.ids)
+
+
+def _shrunk(offsets: list[Span], part: str, literals: dict[int, str]) -> list[Span]:
+    """Map offsets in a text with strings back to the text with one character in place of each."""
+    where: list[int] = []
+    for index, character in enumerate(part):
+        where += [index] * len(literals.get(ord(character), "x"))
+    where.append(len(part))
+    return [(where[start], where[end - 1] + 1 if end > start else where[start]) for start, end in offsets]
+
+
+def _runs(flags: list[bool]) -> list[Span]:
+    """Return the [first, end) runs of true flags."""
+    edges = np.flatnonzero(np.diff(np.array([False, *flags, False], np.int8)))
+    return [(int(first), int(end)) for first, end in edges.reshape(-1, 2)]
