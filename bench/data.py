@@ -11,6 +11,7 @@ token ids and labels are compared row by row, so that a time is only printed bes
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -25,14 +26,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 from omegaconf import OmegaConf
 
-from launch.compose import compose_config
+from launch.compose import compose_config, load_config
+from trainer.prepare import find_prepared
 from trainer.tiny import tiny_folder
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BENCH = Path(__file__).resolve().parent
 CORES = len(os.sched_getaffinity(0))
@@ -146,13 +151,21 @@ class Command:
 
 @dataclass(frozen=True)
 class Contender:
-    """How to start it, how to start it again when all is done already, and where its `save_to_disk` folder is then."""
+    """How to start it, how to start it again when all is done already, and how to open what it made."""
 
     name: str
     start: Callable[[Task], Command]
     start_again: Callable[[Task], Command]
-    result: Callable[[Task], Path]
+    result: Callable[[Task], Dataset]
     python: str = sys.executable
+
+
+def saved(task: Task) -> Dataset:
+    """Open what `save_to_disk` wrote: a dataset, or splits of which `train` is meant."""
+    from datasets import DatasetDict, load_from_disk
+
+    dataset = load_from_disk(str(task.out / "tokens"))
+    return dataset["train"] if isinstance(dataset, DatasetDict) else dataset
 
 
 def map_contender(processes: int | None = None) -> Contender:
@@ -160,7 +173,7 @@ def map_contender(processes: int | None = None) -> Contender:
         argv = [BENCH / "map_script.py", task.registry / "bench.json", task.model, task.out / "tokens"]
         return Command([sys.executable, *map(str, argv), *([str(processes)] if processes else [])])
 
-    return Contender(f"datasets.map, {_processes(processes)}", start, start, lambda task: task.out / "tokens")
+    return Contender(f"datasets.map, {_processes(processes)}", start, start, saved)
 
 
 def llamafactory_contender(peer: Path, workers: int | None = None) -> Contender:
@@ -188,7 +201,7 @@ def llamafactory_contender(peer: Path, workers: int | None = None) -> Contender:
         return Command([python, str(BENCH / "llamafactory_script.py"), str(path)])
 
     name = f"LLaMA-Factory, {_processes(workers)}"
-    return Contender(name, start, start, lambda task: task.out / "tokens", python)
+    return Contender(name, start, start, saved, python)
 
 
 def tunewright_contender() -> Contender:
@@ -202,9 +215,11 @@ def tunewright_contender() -> Contender:
         found += "assert find_prepared(load_config(sys.stdin))"
         return Command([sys.executable, "-c", found], _tunewright_config(task))
 
-    def result(task: Task) -> Path:
-        (folder,) = (task.out / "tokens").glob("*/train")
-        return folder
+    def result(task: Task) -> Dataset:
+        prepared = find_prepared(load_config(io.StringIO(_tunewright_config(task))))
+        dataset = prepared and prepared.cache.open("train")
+        assert dataset is not None
+        return dataset
 
     return Contender("tunewright", start, start_again, result)
 
@@ -256,17 +271,19 @@ def run(command: Command, task: Task) -> Usage:
     if process.returncode:
         raise RuntimeError(f"{' '.join(command.argv)} exited with {process.returncode}:\n{log.read_text()[-3000:]}")
     cpu = used.ru_utime + used.ru_stime
-    return Usage(wall, cpu, max(_busy() - busy - cpu, 0.0), memory.rss / MIB, memory.private / MIB)
+    rss = max(memory.rss, used.ru_maxrss * 1024)  # the kernel's mark misses no moment, but is of one process
+    return Usage(wall, cpu, max(_busy() - busy - cpu, 0.0), rss / MIB, memory.private / MIB)
 
 
 def _busy() -> float:
-    """Return seconds that all cores have spent on anything since the machine started."""
+    """Return seconds that all cores have spent since the machine started, on anything but this process."""
     times = psutil.cpu_times()
-    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+    idle = times.idle + times.iowait + times.guest + times.guest_nice  # guest time is part of user time
+    return float(sum(times) - idle - time.process_time())
 
 
 class Memory:
-    """The largest sum over a process and its descendants, looked at ten times a second from a thread."""
+    """The largest sum over a process and its descendants, looked at from a thread, up to ten times a second."""
 
     def __init__(self, pid: int) -> None:
         self.rss = self.private = 0
@@ -280,7 +297,9 @@ class Memory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(0.1):
+        pause = 0.1
+        while not self._stopped.wait(pause):
+            started = time.thread_time()
             try:
                 pids = [self._root.pid, *(child.pid for child in self._root.children(recursive=True))]
             except psutil.NoSuchProcess:
@@ -288,6 +307,8 @@ class Memory:
             sizes = [_memory_of(pid) for pid in pids]
             self.rss = max(self.rss, sum(rss for rss, _ in sizes))
             self.private = max(self.private, sum(private for _, private in sizes))
+            # The kernel walks every page for it: take no more than 2 % of a core away from what is measured.
+            pause = max(0.1, 50 * (time.thread_time() - started))
 
 
 def _memory_of(pid: int) -> tuple[int, int]:
@@ -309,12 +330,8 @@ class Tokens:
     ends: np.ndarray
 
     @classmethod
-    def read(cls, folder: Path) -> Tokens:
-        """Read what `save_to_disk` wrote: a dataset, or splits of which `train` is meant."""
-        from datasets import DatasetDict, load_from_disk
-
-        dataset = load_from_disk(str(folder))
-        table = (dataset["train"] if isinstance(dataset, DatasetDict) else dataset).data
+    def of(cls, dataset: Dataset) -> Tokens:
+        table = dataset.with_format("arrow")[:]
         ids, labels = (table.column(name).combine_chunks() for name in ("input_ids", "labels"))
         flat = (column.flatten().to_numpy(zero_copy_only=False).astype(np.int32) for column in (ids, labels))
         return cls(next(flat), next(flat), np.cumsum(ids.value_lengths().to_numpy(zero_copy_only=False)))
@@ -376,7 +393,7 @@ def measure(contender: Contender, small: Path, data: Path, model: Path, scratch:
         cold = run(contender.start(task), task)
         disk = sum(file.stat().st_size for file in task.out.rglob("*") if file.is_file())
         again = run(contender.start_again(task), task)
-        tokens = Tokens.read(contender.result(task))
+        tokens = Tokens.of(contender.result(task))
     speed = (len(tokens.ends) - STARTUP_ROWS) / max(cold.wall_s - startup.wall_s, 1e-3)
     return Result(contender.name, startup, cold, again, speed, disk / MIB, tokens.counts()), tokens
 

@@ -163,8 +163,7 @@ def _check_data(config: DictConfig) -> None:
     if data.train_on_prompt and data.mask_history:
         raise ConfigError(
             "`data.train_on_prompt` and `data.mask_history` are both true: one learns every token, the other only the "
-            "last "
-            "answer. Set one of them to false."
+            "last answer. Set one of them to false."
         )
     held = [key for key in ("eval_names", "eval_split", "eval_size") if data[key]]
     if len(held) > 1:
@@ -174,8 +173,7 @@ def _check_data(config: DictConfig) -> None:
     if data.weights and (len(data.weights) != len(data.names) or min(data.weights) <= 0):
         raise ConfigError(
             f"`data.weights` is {list(data.weights)}: write one positive number for each of the {len(data.names)} "
-            f"datasets "
-            f"of `data.names`."
+            f"datasets of `data.names`."
         )
     if config.model.template:
         template_file(config.model.template)
@@ -197,6 +195,5 @@ def _check_data(config: DictConfig) -> None:
     if len(data.names) > 1 and data.mix is Mix.concat:
         raise ConfigError(
             "`data.mix` is concat, which would stream one dataset after the other: choose interleave_under, "
-            "interleave_over "
-            "or interleave_once."
+            "interleave_over or interleave_once."
         )

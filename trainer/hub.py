@@ -10,6 +10,8 @@ from launch.schema import ModelConfig
 
 # Other formats of the same weights, which transformers does not read.
 IGNORED = ["original/*", "consolidated*", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pth", "*.tflite"]
+# What a tokenizer and its chat template need: enough to look at data, without the weights.
+TOKENIZER_FILES = ["*token*", "*vocab*", "merges.txt", "*.jinja", "*.model", "*.tiktoken", "*config.json"]
 
 
 def find_hub(model: ModelConfig) -> Path | None:
@@ -24,22 +26,27 @@ def find_hub(model: ModelConfig) -> Path | None:
     return folder if has_weights(folder) else None
 
 
-def fetch_hub(model: ModelConfig, *, offline: bool = False) -> Path:
-    """Download a Hub model, with progress, and return its folder.
+def fetch_hub(model: ModelConfig, *, offline: bool = False, weights: bool = True) -> Path:
+    """Download a Hub model, or its tokenizer alone, with progress, and return its folder.
 
     Raises:
         StorageError: it does not exist, is gated, or the Hub cannot be reached or must not be.
     """
-    if offline:
+    if offline and weights:
         raise StorageError(
-            f"`model.path` is '{model.path}', which is not whole on this machine, and `offline` is true. Fetch it on "
-            f"a machine "
-            f"with a network first, or use a folder (model=folder model.path=...)."
+            f"`model.path` is '{model.path}', which is not whole on this machine, and `offline` is true. Fetch it on a "
+            f"machine with a network first, or use a folder (model=folder model.path=...)."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
+        if not weights:
+            return Path(
+                snapshot_download(
+                    model.path, revision=model.revision, allow_patterns=TOKENIZER_FILES, local_files_only=offline
+                )
+            )
         # Many repositories hold the weights twice: the older .bin files are fetched only where there is nothing else.
         folder = Path(snapshot_download(model.path, revision=model.revision, ignore_patterns=[*IGNORED, "*.bin"]))
         if not has_weights(folder):
@@ -58,8 +65,8 @@ def fetch_hub(model: ModelConfig, *, offline: bool = False) -> Path:
         ) from error
 
 
-def fetch_modelscope(model: ModelConfig, *, offline: bool = False) -> Path:
-    """Download a ModelScope model unless it is there, and return its folder.
+def fetch_modelscope(model: ModelConfig, *, offline: bool = False, weights: bool = True) -> Path:
+    """Download a ModelScope model, or its tokenizer alone, unless it is there, and return its folder.
 
     Raises:
         ConfigError: the modelscope package is not installed.
@@ -73,7 +80,10 @@ def fetch_modelscope(model: ModelConfig, *, offline: bool = False) -> Path:
             "`model.source=modelscope` needs the modelscope package: pip install 'tunewright[modelscope]'."
         ) from error
     try:
-        return Path(snapshot_download(model.path, revision=model.revision, local_files_only=offline))
+        wanted = None if weights else TOKENIZER_FILES
+        return Path(
+            snapshot_download(model.path, revision=model.revision, allow_patterns=wanted, local_files_only=offline)
+        )
     except CacheNotFound as error:
         raise StorageError(
             f"`model.path` is '{model.path}', which is not on this machine, and `offline` is true."

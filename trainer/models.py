@@ -37,15 +37,20 @@ def find_model(model: ModelConfig, cache_dir: str) -> Path | None:
     return hub.find_hub(model) if model.source is Source.hub else None
 
 
-def fetch_model(model: ModelConfig, cache_dir: str, progress: tiny.Progress, *, offline: bool = False) -> Path:
-    """Return the folder of a model, built or downloaded first where it is not there yet."""
+def fetch_model(
+    model: ModelConfig, cache_dir: str, progress: tiny.Progress, *, offline: bool = False, weights: bool = True
+) -> Path:
+    """Return the folder of a model, built or downloaded first where it is not there yet.
+
+    Without `weights` the files of the tokenizer are enough.
+    """
     found = find_model(model, cache_dir)
     if found:
         return found
     if model.source is Source.embedded:
         return tiny.build_tiny(cache_folder(cache_dir), progress)
     fetch = hub.fetch_modelscope if model.source is Source.modelscope else hub.fetch_hub
-    return fetch(model, offline=offline)
+    return fetch(model, offline=offline, weights=weights)
 
 
 def load_tokenizer(path: Path, model: ModelConfig) -> PreTrainedTokenizerBase:

@@ -62,12 +62,17 @@ def find_prepared(config: DictConfig) -> Prepared | None:
     return Prepared(model_path, cache) if cache else None
 
 
-def prepare(config: DictConfig, say: Callable[[str], None] = print) -> Prepared:
-    """Make what is missing, with progress; several processes may call it at once."""
+def prepare(config: DictConfig, say: Callable[[str], None] = print, *, weights: bool = True) -> Prepared:
+    """Make what is missing, with progress; several processes may call it at once.
+
+    Without `weights` a model on a hub is fetched as far as its tokenizer needs.
+    """
     folder = cache_folder(config.data.cache_dir)
     if config.model.source is Source.embedded and not tiny.is_built(folder):
         say(f"Building the embedded model in {tiny.tiny_folder(folder)} (once, about a minute)")
-    model_path = fetch_model(config.model, config.data.cache_dir, tiny.progress_lines(say), offline=config.offline)
+    model_path = fetch_model(
+        config.model, config.data.cache_dir, tiny.progress_lines(say), offline=config.offline, weights=weights
+    )
     cache = find_cache(config, model_path)
     if cache is None:
         say(f"Tokenising {', '.join([*config.data.names, *config.data.eval_names])}")

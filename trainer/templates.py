@@ -31,8 +31,7 @@ def install_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         usable = [name for name in template_names() if _fits(name, known)]
         raise ConfigError(
             f"`model.template` is '{template}', whose {', '.join(missing)} are not tokens of this model. Templates "
-            f"that fit "
-            f"it: {', '.join(usable)}."
+            f"that fit it: {', '.join(usable)}."
         )
     # Llama and its kin begin every text with a token that a template for all models cannot count on.
     begins = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]

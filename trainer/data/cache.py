@@ -278,8 +278,7 @@ def _checked(cache: TokenCache) -> TokenCache:
         elif outcome.unended == outcome.kept and not cache.data.train_on_prompt:
             problems.append(
                 f"In no row of {cached.name} the model would learn to stop: the chat template ends an answer with "
-                f"nothing "
-                f"that stops generation. Choose another one with model.template."
+                f"nothing that stops generation. Choose another one with model.template."
             )
     if problems:
         raise DataError("\n".join(problems))
@@ -306,9 +305,8 @@ def describe(cache: TokenCache) -> list[str]:
         share = outcome.scored / max(outcome.tokens, 1)
         cut = f", {outcome.truncated:,} cut" if outcome.truncated else ""
         lines.append(
-            f"{cached.name}: {outcome.kept:,} of {outcome.read:,} rows{cut}, {outcome.tokens:,} tokens, {share:.0%} "
-            f"of them "
-            f"learnt, longest {outcome.longest}"
+            f"{cached.name}: {outcome.kept:,} of {outcome.read:,} rows{cut}, {outcome.tokens:,} tokens, {share:.0%} of "
+            f"them learnt, longest {outcome.longest}"
         )
         lines += dropped_lines(outcome)
     return lines

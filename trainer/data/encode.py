@@ -66,8 +66,7 @@ class Encoder:
             if ids[: len(prefix)] != prefix:
                 raise DataError(
                     f"The tokenizer of {self.tokenizer.name_or_path} is written in Python and does not tell where its "
-                    f"tokens "
-                    f"begin, so the answer's tokens cannot be told apart. Use a model that has a tokenizer.json."
+                    f"tokens begin, so the answer's tokens cannot be told apart. Use a model that has a tokenizer.json."
                 )
             ends.append(len(prefix))
         return ends[0], ends[1]

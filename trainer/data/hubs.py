@@ -60,8 +60,7 @@ def _commit(entry: Entry, records: Path, *, offline: bool) -> str:
         return str(json.loads(record.read_text(encoding="utf-8"))["commit"])
     raise StorageError(
         f"{entry.where} is the Hub's dataset '{entry.location}', which is not on this machine, {problem}. Use a file, "
-        f"or "
-        f"ModelScope (`ms_hub_url`, modelscope:ORG/NAME)."
+        f"or ModelScope (`ms_hub_url`, modelscope:ORG/NAME)."
     )
 
 

@@ -110,8 +110,7 @@ def load_entry(name: str, data: DataConfig) -> Entry:
         problem = f"There is no file or folder '{name}', and" if "/" in name or direct.suffix else "There is"
         raise DataError(
             f"{problem} no registry at {path}, which `data.names` looks '{name}' up in. Set `data.dir` to the folder "
-            f"that "
-            f"holds {REGISTRY_NAME}, or name a file, a folder or hub:ORG/NAME."
+            f"that holds {REGISTRY_NAME}, or name a file, a folder or hub:ORG/NAME."
         )
     registry = read_registry(path)
     if name not in registry:
@@ -214,8 +213,7 @@ def _source(raw: dict[str, Any], registry: Path, where: str, *, prefer_modelscop
     if raw.get("script_url"):
         raise DataError(
             f"{where} is a loading script (`script_url`): Python code from elsewhere that would run here, and that "
-            f"datasets "
-            f"has not run since version 4. Save its rows as JSON or parquet and name the file."
+            f"datasets has not run since version 4. Save its rows as JSON or parquet and name the file."
         )
     if raw.get("cloud_file_name"):
         return Place.cloud, raw["cloud_file_name"]
@@ -231,8 +229,7 @@ def _check_trainable(entry: Entry, raw: dict[str, Any]) -> None:
         marks = [key for key in ("ranking", *PREFERENCE_COLUMNS) if raw.get(key) or key in entry.columns]
         raise DataError(
             f"{entry.where} is preference data ({', '.join(f'`{mark}`' for mark in marks)}), which supervised "
-            f"fine-tuning "
-            f"cannot use. Write an entry whose `response` (or `messages`) is the preferred answer alone."
+            f"fine-tuning cannot use. Write an entry whose `response` (or `messages`) is the preferred answer alone."
         )
     media = [key for key in MEDIA_COLUMNS if key in entry.columns]
     if media:

@@ -214,8 +214,7 @@ def _with_detected_formatting(entry: Entry, rows: list[Row]) -> Entry:
     if proposal is None:
         raise DataError(
             f"{entry.where}: the meaning of its columns is not plain: {', '.join(sorted(columns_of(rows)))}. Write a "
-            f"registry "
-            f"entry that names them (`tunewright data add` proposes one), or rename them."
+            f"registry entry that names them (`tunewright data add` proposes one), or rename them."
         )
     parsed = parse_entry(entry.name, {**proposal, "file_name": entry.location}, Path("."))
     return replace(entry, formatting=parsed.formatting, columns=parsed.columns, tags=parsed.tags)
