@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from launch.errors import ConfigError, StorageError
 from launch.schema import Dtype, ModelConfig, Source
 from trainer import hub, tiny
-from trainer.templates import install_template, settle_end_of_turn
+from trainer.templates import install_template, settle_end_of_turn, stop_ids
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     """Return the ids that end an answer: the model's own and the one with which the chat template ends a turn."""
     known = model.generation_config.eos_token_id
     ids = known if isinstance(known, list) else [known] if known is not None else []
-    return sorted({*ids, tokenizer.eos_token_id})
+    return sorted({*ids, *stop_ids(tokenizer)})
 
 
 def _load(load: Callable[..., Any], path: Path, model: ModelConfig, **options: Any) -> Any:

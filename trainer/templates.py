@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Markers that a template relies on being one token, written out in its text.
-MARKER = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>")
+MARKER = re.compile(r"<\|[a-z_]+\|>|<｜\w+｜>|<(?:start|end)_of_turn>")
 
 
 def install_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
@@ -48,13 +48,27 @@ def settle_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> None:
 
     Base models often end a text with one token and their template a turn with another, and never stop in a chat.
     """
+    before, ends = _probe(tokenizer)
+    if ends and tokenizer.eos_token_id not in ends:
+        known = tokenizer.eos_token
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[-1])
+        if _probe(tokenizer)[0] != before:  # the template writes the end token elsewhere
+            tokenizer.eos_token = known
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids that end an answer: the end token, and the last special token of a turn of the template."""
+    ends = _probe(tokenizer)[1] if tokenizer.chat_template else []
+    return {tokenizer.eos_token_id, *([] if tokenizer.eos_token_id in ends else ends[-1:])}
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
+    """Return a conversation's text, and the special tokens after its answer."""
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "ANSWER"}
     try:
-        text = tokenizer.apply_chat_template([question, answer], tokenize=False)
+        text = str(tokenizer.apply_chat_template([question, answer], tokenize=False))
     except TemplateError:
-        return  # it wants more than a question and an answer: what it ends them with is checked on real rows
-    ids = tokenizer(text[text.rindex("ANSWER") + len("ANSWER") :], add_special_tokens=False)["input_ids"]
+        return "", []  # it wants more than a question and an answer
+    tail = text.rpartition("ANSWER")[2] if "ANSWER" in text else ""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = [token for token in ids if token in special]
-    if ends and ends[0] != tokenizer.eos_token_id:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    return text, [token for token in tokenizer(tail, add_special_tokens=False)["input_ids"] if token in special]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
 
 from launch.errors import ConfigError, DataError
 from launch.schema import Overlong
@@ -163,6 +168,57 @@ def test_plain_text_is_learnt_whole_and_ended(renderer: Any) -> None:
     example = one(made, Plain("question: ", "answer"))
     assert made.tokenizer.decode(example.input_ids) == "question: answer</s>"
     assert learnt_text(made, example) == " answer</s>"
+
+
+# ---- the templates of real models -----------------------------------------------------------------------------------
+
+OF_MODELS = Path(trl.__file__).parent / "chat_templates"
+# Refused: their generation prompt begins a thought that their answers do not have.
+THINKING = ("deepseek_r1_distill", "deepseekv3", "nemotron_3_nano")
+WHOLE = (
+    "cohere", "cohere2", "gemma3", "gptoss", "lfm2", "llama3", "llama3_1", "llama3_2", "phi3", "phi3_5", "qwen2_5",
+    "qwen3", "qwen3_5_nothink", "qwen3_instruct_2507",
+)  # fmt: skip
+
+
+def of_model(name: str) -> Any:
+    """A small tokenizer with the chat template of a real model and the markers that it writes."""
+    template = (OF_MODELS / f"{name}.jinja").read_text(encoding="utf-8")
+    markers = sorted(set(re.findall(r"<\|\w+\|>|<｜[^｜]+｜>|<(?:start|end)_of_turn>", template)))
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(["a b"], 400, special_tokens=["<s>", "</s>", *markers])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>", extra_special_tokens=markers
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_template_of_a_model_gives_its_own_ids_and_labels_from_its_generation_prompt(name: str) -> None:
+    tokenizer = of_model(name)
+    conversation = chat("Hi there", "Hello you", "Bye", "So long", system="Be brief.")
+    made = copy.deepcopy(tokenizer)
+    settle_end_of_turn(made)
+    (examples,) = Renderer(made, 10_000).render([conversation])
+    assert not isinstance(examples, Unusable)
+    for example, end in zip(examples, (5,) if len(examples) == 1 else (3, 5), strict=True):
+        messages = conversation.messages[:end]
+        expected = tokenizer.apply_chat_template(messages, return_dict=False)
+        before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+        assert example.input_ids.tolist() == expected
+        assert example.labels[len(before) :].tolist() == expected[len(before) :]
+        first = (example.labels != IGNORED).sum() == len(expected) - len(before)
+        assert first == (len(examples) > 1)
+        assert example.ended
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_a_model_that_thinks_is_refused_unless_it_is_told_not_to(name: str) -> None:
+    said = reason(Renderer(of_model(name), 10_000), chat("Hi there", "Hello you"))
+    assert "differently from its generation prompt: try model.template_kwargs={enable_thinking: false}" in said
+    if name.startswith("nemotron"):
+        assert one(Renderer(of_model(name), 10_000, template_kwargs={"enable_thinking": False}), chat("a", "b"))
 
 
 # ---- special tokens in text -----------------------------------------------------------------------------------------

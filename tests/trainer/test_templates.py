@@ -152,6 +152,7 @@ ALPACA = "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nHello</s>\n\n### I
 EXPECTED = {
     "alpaca": ALPACA,
     "chatml": CHATML,
+    "deepseek3": "<s>Be brief.<｜User｜>Hi<｜Assistant｜>Hello</s><｜User｜>Bye<｜Assistant｜>",
     "deepseek": "<s>Be brief.\n\nUser: Hi\n\nAssistant: Hello</s>User: Bye\n\nAssistant:",
     "gemma": GEMMA,
     "human_assistant": "Be brief.\nHuman: Hi\nAssistant: Hello</s>\nHuman: Bye\nAssistant:",

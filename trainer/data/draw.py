@@ -187,7 +187,8 @@ def _drawn(plan: _Plan, texts: list[str | TemplateError]) -> list[Drawn] | Unusa
         before, through = str(texts[2 * number]), str(texts[2 * number + 1])
         if not through.startswith(before):
             return Unusable(
-                "the chat template writes the answer differently from its generation prompt; see model.template"
+                "the chat template writes the answer differently from its generation prompt: try "
+                "model.template_kwargs={enable_thinking: false}, or another model.template"
             )
         if not _says(through[len(before) :], plan.given.messages[turn]):
             return Unusable("the chat template leaves out a part of the answer; see model.template")

@@ -17,6 +17,7 @@ from launch.schema import DataConfig, ModelConfig, Overlong
 from trainer.data.draw import Drawer, Drawn
 from trainer.data.encode import Encoded, Encoder
 from trainer.data.formats import Conversation, Message, Plain, Unusable
+from trainer.templates import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +92,7 @@ class Renderer:
 
     @cached_property
     def _stop_ids(self) -> set[int]:
-        return {self.tokenizer.eos_token_id}
+        return stop_ids(self.tokenizer)
 
     def _finish(self, item: Drawn, encoded: Encoded | Unusable) -> Example | Unusable:
         if isinstance(encoded, Unusable):
