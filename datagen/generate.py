@@ -36,7 +36,6 @@ def generate(config: DatagenConfig, endpoint: Endpoint, *, dry_run: bool, say: C
     """
     files = Files(Path(config.out), config.name)
     try:
-        files.read_registry()
         files.check_ours()
         if dry_run:
             return _show(config, endpoint, files, say)

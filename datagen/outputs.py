@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock
 
 from datagen.replies import ReplyLog, Row, Tally
 from datagen.settings import DatagenConfig, Endpoint
 from launch import __version__
-from launch.errors import ConfigError, DataError
+from launch.errors import ConfigError
 from launch.rundir import write_json
+from trainer.data.registry import edited_registry, read_registry
 
 EVAL_SHARE = 0.1
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
@@ -33,20 +30,16 @@ class Files:
         self.lock = out / f".{name}.datagen.lock"
         self.registry = out / "dataset_info.json"
 
-    def read_registry(self) -> dict[str, Any]:
-        try:
-            registry = json.loads(self.registry.read_text(encoding="utf-8-sig")) if self.registry.exists() else {}
-        except ValueError as error:
-            raise DataError(f"{self.registry} is not JSON, so no entry can be added: {error}.") from error
-        if not isinstance(registry, dict):
-            raise DataError(f"{self.registry} must hold an object of name: entry, found {type(registry).__name__}.")
-        return registry
-
     def check_ours(self) -> None:
-        """Raise ConfigError when the name belongs to a dataset that was not generated here."""
+        """Raise ConfigError when the name belongs to a dataset that was not generated here.
+
+        Raises:
+            DataError: the registry is broken, which should be told before anything is paid for.
+        """
+        known = read_registry(self.registry, unique=True) if self.registry.is_file() else {}
         if self.log.exists() or self.manifest.exists():
             return
-        taken = {self.name, f"{self.name}_eval"} & self.read_registry().keys()
+        taken = {self.name, f"{self.name}_eval"} & known.keys()
         files = [path for path in (self.rows, self.eval_rows) if path.exists()]
         if self.rows == self.registry or taken or files:
             found = f"{self.registry} has an entry '{min(taken)}'" if taken else f"{(files or [self.rows])[0]} is there"
@@ -80,15 +73,12 @@ def write_outputs(
         if rows:
             write_json(path, [{**row, "system": system} for row in rows])
             entries[name] = {"file_name": path.name, "columns": COLUMNS}
-    with FileLock(files.out / ".dataset_info.lock", timeout=60):
-        registry = files.read_registry()
+    with edited_registry(files.registry) as registry:
         for name in (config.name, f"{config.name}_eval"):
             if name in entries:
                 registry[name] = {**registry.get(name, {}), **entries[name]}
             else:
                 registry.pop(name, None)
-        if registry:
-            write_json(files.registry, registry)
     if not held:
         files.eval_rows.unlink(missing_ok=True)
     manifest = {

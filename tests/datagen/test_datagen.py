@@ -14,14 +14,20 @@ from typing import Any
 
 import pytest
 
-from trainer.data.registry import load_entry
-from trainer.data.rows import read_rows, to_messages
+from launch.compose import compose_config
+from trainer.data.formats import Conversation, to_conversation
+from trainer.data.sources import Rows, open_datasets
 
 TASK = "Answer a riddle with a single word, said plainly, e.g. ${echo}: 谜语."
 RunDatagen = Callable[..., tuple[int, str]]
 FILES = ("riddles.json", "riddles_eval.json", "dataset_info.json", "riddles.manifest.json")
 COMMAND = "import argparse, sys; from datagen.cli import add_parser; p = argparse.ArgumentParser()\n"
 COMMAND += "add_parser(p.add_subparsers()); a = p.parse_args(sys.argv[1:]); sys.exit(a.run(a))"
+
+
+def generated(name: str, folder: Path) -> Rows:
+    """Return the rows of a dataset as training reads them."""
+    return open_datasets([name], compose_config([f"data.dir={folder}"]).data, offline=True)[0]
 
 
 def settings(server: Any, out: Path, **changed: Any) -> list[str]:
@@ -63,10 +69,12 @@ def test_a_description_becomes_a_dataset_that_the_trainer_reads(
     (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "mine.json", "tags": {"a": "b"}}}')
     code, text = datagen(*settings(server, tmp_path))
     assert code == 0, text
-    rows = {name: read_rows(load_entry(name, tmp_path)) for name in ("riddles", "riddles_eval")}
+    rows = {name: list(generated(name, tmp_path)) for name in ("riddles", "riddles_eval")}
     assert (len(rows["riddles"]), len(rows["riddles_eval"])) == (18, 2)
     assert not {row["instruction"] for row in rows["riddles"]} & {row["instruction"] for row in rows["riddles_eval"]}
-    messages = to_messages(rows["riddles"][0], load_entry("riddles", tmp_path).columns)
+    conversation = to_conversation(rows["riddles"][0], generated("riddles", tmp_path).entry)
+    assert isinstance(conversation, Conversation)
+    messages = conversation.messages
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
     assert messages[0]["content"] == fake.SYSTEM_MESSAGE
     registry = json.loads((tmp_path / "dataset_info.json").read_text())
@@ -266,7 +274,7 @@ def test_a_low_yield_writes_what_there_is_and_ends_with_3(
     assert len(cells(server)) == 15
     assert "4 of 5 rows" in text
     assert "not JSON 11" in text
-    assert len(read_rows(load_entry("riddles", tmp_path))) == 3
+    assert len(list(generated("riddles", tmp_path))) == 3
 
 
 def test_rows_with_one_instruction_are_not_split_over_training_and_held_out(
@@ -277,7 +285,7 @@ def test_rows_with_one_instruction_are_not_split_over_training_and_held_out(
     code, text = datagen(*settings(server, tmp_path))
     assert code == 0
     assert "Nothing is held out" in text
-    assert len(read_rows(load_entry("riddles", tmp_path))) == 20
+    assert len(list(generated("riddles", tmp_path))) == 20
     assert "riddles_eval" not in json.loads((tmp_path / "dataset_info.json").read_text())
 
 

@@ -12,7 +12,7 @@ import pytest
 from launch.compose import compose_config
 from launch.errors import DataError
 from launch.schema import Compat
-from trainer.data.registry import Entry, Place, load_entry, parse_entry
+from trainer.data.registry import Entry, Place, edited_registry, load_entry, parse_entry
 from trainer.data.sources import Rows, open_datasets
 
 ROW = {"instruction": "Say hello.", "input": "", "output": "Hello."}
@@ -157,6 +157,18 @@ def test_a_broken_registry_is_told_with_the_place(tmp_path: Path, content: bytes
     (tmp_path / "dataset_info.json").write_bytes(content)
     with pytest.raises(DataError, match=said):
         entry_of("a", tmp_path)
+
+
+def test_a_name_that_is_there_twice_is_not_lost_by_writing(tmp_path: Path) -> None:
+    text = '{"a": {"file_name": "x"}, "a": {"file_name": "y"}}'
+    (tmp_path / "dataset_info.json").write_text(text)
+    assert entry_of("a", tmp_path).location.endswith("y")
+    with (
+        pytest.raises(DataError, match="has 'a' twice"),
+        edited_registry(tmp_path / "dataset_info.json") as entries,
+    ):
+        entries["b"] = {}
+    assert (tmp_path / "dataset_info.json").read_text() == text
 
 
 def test_without_a_registry_the_setting_is_named(tmp_path: Path) -> None:

@@ -8,12 +8,17 @@ that nobody reads is an error instead of being passed over.
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launch.errors import DataError, did_you_mean
+from launch.rundir import write_json
 from launch.schema import Compat, DataConfig
 
 REGISTRY_NAME = "dataset_info.json"
@@ -127,14 +132,16 @@ def load_entry(name: str, data: DataConfig) -> Entry:
     return entry
 
 
-def read_registry(path: Path) -> dict[str, Any]:
-    """Read a registry.
+def read_registry(path: Path, *, unique: bool = False) -> dict[str, Any]:
+    """Read a registry; of a key that is there twice the last one counts, unless `unique` refuses it.
 
     Raises:
-        DataError: not UTF-8, not JSON, or not an object.
+        DataError: not UTF-8, not JSON, or not an object; or a key that is there twice.
     """
     try:
-        registry = json.loads(path.read_bytes().decode("utf-8-sig"))
+        registry = json.loads(
+            path.read_bytes().decode("utf-8-sig"), object_pairs_hook=partial(_once, path) if unique else None
+        )
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}.") from error
     except json.JSONDecodeError as error:
@@ -142,6 +149,34 @@ def read_registry(path: Path) -> dict[str, Any]:
     if not isinstance(registry, dict):
         raise DataError(f"{path} must hold an object of name: entry, found {type(registry).__name__}.")
     return registry
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = Counter(key for key, _ in pairs)
+    twice = [key for key, count in keys.items() if count > 1]
+    if twice:
+        raise DataError(f"{path} has {', '.join(repr(key) for key in twice)} twice; remove one of them.")
+    return dict(pairs)
+
+
+@contextmanager
+def edited_registry(path: Path) -> Iterator[dict[str, Any]]:
+    """Give the entries of a registry to change, and write them when the context ends; one writer at a time.
+
+    The file is made when there is none, replaced in one step, and left alone when nothing changed.
+
+    Raises:
+        DataError: the file is broken, or has a name twice, one of which would be lost.
+    """
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock"), timeout=60):
+        before = read_registry(path, unique=True) if path.is_file() else {}
+        entries = dict(before)
+        yield entries
+        if entries != before:
+            write_json(path.resolve(), entries)  # a link stays a link
 
 
 def parse_entry(
