@@ -26,8 +26,9 @@ class BatchPlan:
         return math.ceil(rows / self.global_batch)
 
     def describe(self) -> str:
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         return (
-            f"{self.global_batch} rows a step = {self.world_size} ranks x {self.accumulation} micro-batches of "
+            f"{self.global_batch} rows a step = {ranks} x {self.accumulation} micro-batches of "
             f"at most {self.micro_batch}"
         )
 

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     die_with_parent()
     try:
         config, claimed = _from_launcher(argv) if argv[:1] == ["--run"] else _from_overrides(argv)
-        prepared = ensure_prepared(config, quiet=rank() > 0)
+        prepared = ensure_prepared(config, quiet=rank() > 0 or launched())
     except TunewrightError as error:
         if rank() == 0 and not error.shown:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -16,12 +16,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from launch.batching import batch_plan
 from launch.compose import load_config
 from launch.errors import TunewrightError
+from launch.hardware import find_devices
+from launch.legality import world_size
 from launch.schema import Source
 from trainer import tiny
 from trainer.data.cache import TokenCache, build_cache, describe, find_cache, open_rows
 from trainer.data.render import Renderer
+from trainer.data.report import Report, make_report, report_text
 from trainer.models import cache_folder, fetch_model, find_model, load_tokenizer
 
 # What launchers tell their ranks; OMP_NUM_THREADS is a rank's share of the cores.
@@ -78,8 +82,6 @@ def prepare(config: DictConfig, say: Callable[[str], None] = print, *, weights: 
         say(f"Tokenising {', '.join([*config.data.names, *config.data.eval_names])}")
         renderer = Renderer.of(config.data, config.model, load_tokenizer(model_path, config.model))
         cache = build_cache(config, model_path, renderer, _row_lines(say))
-    for line in describe(cache):
-        say(f"  {line}")
     return Prepared(model_path, cache)
 
 
@@ -104,6 +106,8 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False) -> Prepared:
     """
     found = find_prepared(config)
     if found:
+        if not quiet:
+            print("\n".join(describe(found.cache)), flush=True)
         return found
     env = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
     env["DS_ACCELERATOR"] = "cpu"  # nothing here needs a GPU, and DeepSpeed need not look for one
@@ -118,6 +122,12 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False) -> Prepared:
         raise PrepareFailed(done.returncode)
     found = find_prepared(config)
     return found or prepare(config, lambda line: None)
+
+
+def _report(config: DictConfig, prepared: Prepared) -> Report:
+    """Report on data that was just made ready, as `tunewright data check` does."""
+    plan = batch_plan(config.train, world_size(config, find_devices()))
+    return make_report(prepared.cache, config, plan, load_tokenizer(prepared.model_path, config.model))
 
 
 class PrepareFailed(TunewrightError):
@@ -135,7 +145,9 @@ def main() -> int:
     for library in ("DATASETS", "TRANSFORMERS"):  # our own lines tell how far it is
         os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     try:
-        prepare(load_config(sys.stdin), lambda line: print(line, flush=True))
+        config = load_config(sys.stdin)
+        prepared = prepare(config, lambda line: print(line, flush=True))
+        print(report_text(_report(config, prepared)), flush=True)
     except TunewrightError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

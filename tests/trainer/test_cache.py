@@ -88,7 +88,7 @@ def test_cut_rows_are_counted_and_still_learnt(build: Any) -> None:
 
 
 def test_nothing_left_to_train_on_is_an_error_with_the_reasons(build: Any) -> None:
-    with pytest.raises(DataError, match=r"No row of mine can be trained on. 40 rows: the question leaves no room"):
+    with pytest.raises(DataError, match=r"No row of mine can be trained on. 40 x the question leaves no room"):
         build("data.cutoff_len=16")
 
 
@@ -98,7 +98,7 @@ def test_too_many_unusable_rows_are_an_error_that_shows_them(build: Any) -> None
         DataError, match=r"2 of 10 rows of mine cannot be used, more than data.max_dropped = 10%"
     ) as caught:
         build(rows=rows)
-    assert "`output` is empty (row 8, 9)" in str(caught.value)
+    assert "`output` is empty (rows 8, 9)" in str(caught.value)
     assert build("data.max_dropped=0.2").train[0].outcome.kept == 8
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from launch.compose import compose_config
 from launch.errors import DataError
-from trainer.data.cli import add_entry, propose, run_add
+from trainer.data.add import add_entry, propose, run
 from trainer.data.registry import load_entry
 
 ROWS = [{"instruction": "", "output": "no question"}, {"instruction": "Say seven.", "input": "", "output": "Seven."}]
@@ -31,7 +31,7 @@ def folder_with(folder: Path, rows: Any = ROWS) -> Path:
 
 
 def add(file: Path, folder: Path, name: str | None = None, *, copy: bool = False, dry_run: bool = False) -> int:
-    return run_add(Namespace(file=file, name=name, dir=folder, copy=copy, dry_run=dry_run))
+    return run(Namespace(file=file, name=name, dir=folder, copy=copy, dry_run=dry_run))
 
 
 def registry_of(folder: Path) -> Any:
@@ -159,7 +159,7 @@ def test_two_processes_at_once_lose_no_entry(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from trainer.data.cli import add_entry\n"
+        "from trainer.data.add import add_entry\n"
         "sys.stdin.readline()\n"  # both have started
         "for number in range(40):\n"
         "    add_entry(Path(sys.argv[1]), f'{sys.argv[2]}{number}', {'file_name': f'{number}.json'})\n"

@@ -17,7 +17,7 @@ import pytest
 from launch.errors import ConfigError
 from launch.hardware import Devices
 from launch.legality import check
-from trainer.data.cli import Tokens, compose, make_tokens
+from trainer.data.check import Tokens, compose, make_tokens
 from trainer.data.page import report_html
 from trainer.data.report import Pair, Report, make_report, remarks, report_json, report_text
 

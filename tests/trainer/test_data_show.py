@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from launch.errors import DataError, StorageError
-from trainer.data.cli import Tokens, compose, dump, make_tokens, pieces, row_lines
+from trainer.data.check import Tokens, compose, make_tokens
 from trainer.data.render import IGNORED
+from trainer.data.show import dump, pieces, row_lines
 
 ROWS = [
     {"instruction": "Say seven.", "input": "", "output": "Seven it is."},

@@ -277,6 +277,14 @@ def test_a_template_that_would_be_mismasked_is_refused(renderer: Any, template: 
     assert said in reason(renderer(template), chat("a", "<think>hm</think>b"))
 
 
+def test_a_template_that_leaves_out_a_tool_call_is_refused(renderer: Any) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    template = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+    prompted = template + "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    assert "leaves out a part of the answer" in reason(renderer(prompted), Conversation(messages, [False, True]))
+
+
 def test_without_a_template_the_error_names_the_setting(small_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"model\.template"):
         Renderer(small_tokenizer, 100).render([chat("a", "b")])

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from trainer.data.render import Renderer
 
-FORMAT = 2  # raise it when the meaning of the cached columns changes
+FORMAT = 3  # raise it when the meaning of the cached columns changes
 OUTCOME_NAME = "outcome.json"
 SPLITS = ("train", "eval")
 SAMPLE = 1000  # rows of a streamed dataset that are checked before training
@@ -292,7 +292,8 @@ def dropped_lines(outcome: Outcome) -> list[str]:
         shown = outcome.excerpts[index]
         numbers = ", ".join(str(one["row"]) for one in shown)
         more = ", ..." if outcome.dropped[index] > len(shown) else ""
-        lines.append(f"  dropped {outcome.dropped[index]:,}: {outcome.reasons[index]} (row {numbers}{more})")
+        what = "row" if outcome.dropped[index] == 1 else "rows"
+        lines.append(f"  dropped {outcome.dropped[index]:,}: {outcome.reasons[index]} ({what} {numbers}{more})")
         lines.append(f"    {shown[0]['text']}")
     return lines
 

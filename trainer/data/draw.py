@@ -205,9 +205,11 @@ def _drawn(plan: _Plan, texts: list[str | TemplateError]) -> list[Drawn] | Unusa
 
 
 def _says(text: str, message: Message) -> bool:
-    """Tell whether the text of a turn holds all of what the message says, spaces aside."""
+    """Tell whether the text of a turn holds all of what the message says, spaces aside, and its calls."""
     content = message["content"]
-    return content in text or "".join(content.split()) in "".join(text.split())
+    calls = [call["function"]["name"] for call in message.get("tool_calls") or ()]
+    said = content in text or "".join(content.split()) in "".join(text.split())
+    return said and all(name in text for name in calls)
 
 
 def _check_text(conversation: Conversation) -> None:

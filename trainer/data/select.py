@@ -34,7 +34,9 @@ def held_out_rows(sizes: list[int], data: DataConfig, seed: int) -> list[np.ndar
     total = sum(sizes)
     count = round(data.eval_size * total) if data.eval_size < 1 else int(data.eval_size)
     if count >= total and total:
-        raise DataError(f"`data.eval_size` is {data.eval_size}, which holds out {count} of {total} rows: none is left.")
+        raise DataError(
+            f"`data.eval_size` is {data.eval_size:g}, which holds out {count} of {total} rows: none is left."
+        )
     mask = np.zeros(total, bool)
     mask[np.random.default_rng([seed, 0]).permutation(total)[:count]] = True
     return np.split(mask, np.cumsum(sizes)[:-1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 SHINGLE = 5  # characters
-PERMUTATIONS = 32  # of a sketch; two sketches agree in a share of them that estimates the Jaccard similarity
+PERMUTATIONS = 64  # of a sketch; two sketches agree in a share of them that estimates the Jaccard similarity
 ROWS_PER_BAND = 4
 SIMILAR = 0.8  # estimated Jaccard similarity from which two texts are called nearly the same
 SEED = 1

@@ -213,8 +213,8 @@ def _with_detected_formatting(entry: Entry, rows: list[Row]) -> Entry:
     proposal: dict[str, Any] | None = detect(rows)
     if proposal is None:
         raise DataError(
-            f"{entry.where}: the meaning of its columns is not plain: {', '.join(sorted(columns_of(rows)))}. Write a "
-            f"registry entry that names them (`tunewright data add` proposes one), or rename them."
+            f"{entry.where}: the meaning of its columns is not plain: {', '.join(sorted(columns_of(rows)))}. Rename "
+            f"them, or write a registry entry that says which column is the prompt and which the response."
         )
     parsed = parse_entry(entry.name, {**proposal, "file_name": entry.location}, Path("."))
     return replace(entry, formatting=parsed.formatting, columns=parsed.columns, tags=parsed.tags)

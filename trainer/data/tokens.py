@@ -271,7 +271,5 @@ def _row_batch(chunk: Chunk) -> Any:
 
 def no_row_left(name: str, outcome: Outcome) -> DataError:
     """Return the error of a dataset all of whose rows were dropped."""
-    reasons = "; ".join(
-        f"{count} rows: {reason}" for reason, count in zip(outcome.reasons, outcome.dropped, strict=True)
-    )
+    reasons = "; ".join(f"{count:,} x {reason}" for reason, count in zip(outcome.reasons, outcome.dropped, strict=True))
     return DataError(f"No row of {name} can be trained on. {reasons}.")
