@@ -85,15 +85,20 @@ def prepare(config: DictConfig, say: Callable[[str], None] = print, *, weights: 
     return Prepared(model_path, cache)
 
 
-def _row_lines(say: Callable[[str], None]) -> Callable[[str, int], None]:
-    started = last = time.monotonic()
+def _row_lines(say: Callable[[str], None]) -> Callable[[str, int, int | None], None]:
+    started: dict[str, float] = {}
+    last = 0.0
 
-    def show(name: str, done: int) -> None:
+    def show(name: str, done: int, expected: int | None) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last > 2:
+        begun = started.setdefault(name, now)
+        if now - max(last, begun) > 2:
             last = now
-            say(f"  {name}: {done:,} rows, {done / (now - started):,.0f} a second")
+            speed = done / (now - begun)
+            left = f" of about {expected:,}" if expected else ""
+            eta = f", {max(expected - done, 0) / speed:.0f} s left" if expected else ""
+            say(f"  {name}: {done:,}{left} rows, {speed:,.0f} a second{eta}")
 
     return show
 
@@ -144,6 +149,7 @@ def main() -> int:
     """Prepare for the configuration on standard input."""
     for library in ("DATASETS", "TRANSFORMERS"):  # our own lines tell how far it is
         os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each of our threads tokenises on a core of its own
     try:
         config = load_config(sys.stdin)
         prepared = prepare(config, lambda line: print(line, flush=True))

@@ -151,3 +151,8 @@ def test_the_lists_of_choices_and_keys_are_complete() -> None:
     assert all(f"  {name}" in listed for _, name in ALL_CHOICES)
     keys = keys_text()
     assert all(f"train.{key}" in keys for key in schema.help_of(schema.TrainConfig))
+
+
+@pytest.mark.parametrize("name", ["my/rows.jsonl", "hub:org/rows", "modelscope:org/rows", "rows"])
+def test_a_run_is_named_after_its_data_whatever_that_is_called_by(name: str) -> None:
+    assert compose_config(["data=registry", f"data.names=[{name}]"]).name == "tiny-rows-lora-single"

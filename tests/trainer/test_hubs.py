@@ -128,3 +128,36 @@ def test_a_new_commit_is_seen(read: Any, hub: Any) -> None:
 )
 def test_what_is_not_there_is_told(read: Any, name: str, overrides: list[str], said: str) -> None:
     assert re.search(said, read(name, *overrides))
+
+
+@pytest.mark.parametrize("source", ["hub", "modelscope"])
+def test_looking_at_data_fetches_a_models_tokenizer_and_no_weights(
+    hub: Any, tunewright: Any, tmp_path: Path, tiny_model: Path, source: str
+) -> None:
+    model = tmp_path / "hub" / "models" / "org" / "tiny"
+    model.mkdir(parents=True)
+    for file in tiny_model.iterdir():
+        if file.is_file():
+            (model / file.name).write_bytes(file.read_bytes())
+    command = ["data", "check", "hub:org/plain", f"model.source={source}", "model.path=org/tiny", "--json"]
+    command.append(f"data.cache_dir={tmp_path}/cache")
+    done = tunewright(*command, **hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["splits"]["train"]["examples"] == 2
+    assert any("tokenizer.json" in request for request in hub.requests)
+    assert not [request for request in hub.requests if "safetensors" in request and "GET" in request]
+    hub.requests.clear()
+    again = tunewright(*command, "offline=true", **hub.environment(tmp_path / "home"))
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == json.loads(done.stdout)
+    assert hub.requests == []
+
+
+def test_offline_refuses_a_model_that_is_not_there(hub: Any, tunewright: Any, tmp_path: Path) -> None:
+    for source in ("hub", "modelscope"):
+        model = ["model=folder", f"model.source={source}", "model.path=org/none", "offline=true"]
+        done = tunewright("train", *model, f"output_root={tmp_path}", **hub.environment(tmp_path / "home"))
+        assert done.returncode == 4, done.stderr
+        assert "on this machine, and `offline` is true" in done.stderr
+    assert hub.requests == []
+    assert not list(tmp_path.glob("folder-*"))

@@ -38,7 +38,7 @@ FORMAT = 3  # raise it when the meaning of the cached columns changes
 OUTCOME_NAME = "outcome.json"
 SPLITS = ("train", "eval")
 SAMPLE = 1000  # rows of a streamed dataset that are checked before training
-Progress = Callable[[str, int], None]  # (dataset, rows done)
+Progress = Callable[[str, int, int | None], None]  # (dataset, rows done, about how many in all)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def find_unchecked(config: DictConfig, model_path: Path) -> TokenCache | None:
 
 
 def build_cache(
-    config: DictConfig, model_path: Path, renderer: Renderer, progress: Progress = lambda name, done: None
+    config: DictConfig, model_path: Path, renderer: Renderer, progress: Progress = lambda name, done, expected: None
 ) -> TokenCache:
     """Tokenise every dataset that is not cached. Safe to call from several processes at once.
 
@@ -252,7 +252,7 @@ def _build(
                 staging,
                 workers=config.data.workers or len(os.sched_getaffinity(0)),
                 limit=SAMPLE if streamed else None,
-                progress=lambda done: progress(rows.entry.name, done),
+                progress=lambda done: progress(rows.entry.name, done, rows.expected),
             )
             (staging / OUTCOME_NAME).write_text(
                 json.dumps(asdict(outcome), ensure_ascii=False, indent=1), encoding="utf-8"

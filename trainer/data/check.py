@@ -122,6 +122,7 @@ def settle(config: DictConfig) -> None:
     """Tell libraries, before they are imported, what `trainer.prepare` tells them."""
     for library in ("DATASETS", "TRANSFORMERS"):  # our own lines tell how far it is
         os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["DS_ACCELERATOR"] = "cpu"  # nothing here needs a GPU, and DeepSpeed need not look for one

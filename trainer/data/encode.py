@@ -126,7 +126,7 @@ def _tokens_of(encoding: Any, text: str, span: Span) -> Span:
     """Return the [first, end) tokens of a span of characters."""
     start, end = span
     first = _token_at(encoding, start, len(text))
-    if first < len(encoding.ids) and not _belongs(text, encoding.token_to_chars(first)[0], start):
+    if first < len(encoding) and not _belongs(text, encoding.token_to_chars(first)[0], start):
         first += 1
     # A token that begins before `end` and goes on after it is the one found there, so it stays out.
     return first, _token_at(encoding, end, len(text))
@@ -146,7 +146,7 @@ def _token_at(encoding: Any, position: int, length: int) -> int:
         token = encoding.char_to_token(character)
         if token is not None:
             return int(token)
-    return len(encoding.ids)
+    return len(encoding)
 
 
 def _shrunk(offsets: list[Span], part: str, literals: dict[int, str]) -> list[Span]:

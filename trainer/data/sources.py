@@ -30,6 +30,8 @@ class Rows:
     entry: Entry
     read: Callable[[], Iterator[Row]]
     identity: tuple[str, ...]  # changes when the content does
+    size: int | None = None  # bytes, of files whose rows are text
+    expected: int | None = None  # about so many rows, where that can be told before all are read
 
     def __iter__(self) -> Iterator[Row]:
         return self.read()
@@ -83,7 +85,8 @@ def _open_path(entry: Entry, path: Path) -> Rows:
         for file in paths:
             yield from files.read_file(file)
 
-    return Rows(entry, read, tuple(_file_identity(file) for file in paths))
+    size = sum(file.stat().st_size for file in paths) if paths[0].suffix not in (".parquet", ".arrow") else None
+    return Rows(entry, read, tuple(_file_identity(file) for file in paths), size)
 
 
 def _files_of(path: Path, entry: Entry) -> list[Path]:
@@ -186,7 +189,17 @@ def _checked(rows: Rows) -> Rows:
     found = columns_of(first)
     for meaning in REQUIRED_COLUMNS[entry.formatting]:
         check_column(entry, meaning, found)
-    return replace(rows, entry=entry)
+    return replace(rows, entry=entry, expected=_expected(first, rows.size))
+
+
+def _expected(first: list[Row], size: int | None) -> int | None:
+    """Estimate the number of rows from the first ones and the size of the files."""
+    if len(first) < PEEK:
+        return len(first)
+    if size is None:
+        return None
+    text = sum(len(json.dumps(row, ensure_ascii=False, default=str).encode(errors="replace")) for row in first)
+    return max(PEEK, round(size / (text / len(first))))
 
 
 def columns_of(rows: list[Row]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Rows to tokens: read, rendered and tokenised in a few threads, written to Arrow files as they come.
+"""Rows to tokens: read here, rendered and tokenised by several workers, written to Arrow files as they come.
 
     tokens.arrow   one line for each example   row, input_ids, labels
     rows.arrow     one line for each row read  what became of it: see ROWS
@@ -10,10 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
+import pickle
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +35,8 @@ from trainer.data.render import IGNORED, Renderer
 from trainer.data.similar import PERMUTATIONS, sketches
 from trainer.data.sources import Rows, check_column
 
-CHUNK = 500  # rows handed to a thread at once
+CHUNK = 500  # rows handed to a worker at once
+PROCESSES_FROM = 20_000  # rows: with fewer, processes would take longer to start than they save
 EXCERPTS = 3  # dropped rows shown for each reason
 EXCERPT_LENGTH = 200  # characters
 Progress = Callable[[int], None]  # rows done
@@ -58,7 +65,7 @@ ROWS = pyarrow.schema(
 
 @dataclass
 class Chunk:
-    """What a thread made of some rows; `rows` has a list for each column of ROWS but `sketch`."""
+    """What a worker made of some rows; `rows` has a list for each column of ROWS but `sketch`."""
 
     examples: dict[str, np.ndarray]  # row, lengths, input_ids, labels: the last two flat
     rows: dict[str, list[Any]]
@@ -107,7 +114,7 @@ def tokenize(
         pyarrow.ipc.new_stream(tokens_file, TOKENS) as tokens_writer,
         pyarrow.ipc.new_stream(rows_file, ROWS) as rows_writer,
     ):
-        for chunk in _tokenized(_chunks(islice(rows, limit)), rows.entry, renderer, workers):
+        for chunk in _tokenized(_chunks(islice(rows, limit)), rows, renderer, workers):
             columns |= chunk.columns
             _add(outcome, chunk)
             tokens_writer.write(_token_batch(chunk))
@@ -129,24 +136,65 @@ def _chunks(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
 
 
 def _tokenized(
-    chunks: Iterator[tuple[int, list[Row]]], entry: Entry, renderer: Renderer, workers: int
+    chunks: Iterator[tuple[int, list[Row]]], rows: Rows, renderer: Renderer, workers: int
 ) -> Iterator[Chunk]:
-    """Yield what becomes of each chunk, in order.
-
-    Threads are enough: the tokenizer leaves Python's lock while it works, and works on all cores by itself; so one
-    thread renders while another tokenises. Forked processes would stop for ever once it has begun threads of its own.
-    """
-    with ThreadPoolExecutor(workers) as pool:
+    """Yield what becomes of each chunk, in order."""
+    with _pool(rows, renderer, workers) as (pool, make):
         waiting: deque[Future[Chunk]] = deque()
         try:
-            for start, rows in chunks:
-                waiting.append(pool.submit(make_chunk, start, rows, entry, renderer))
-                if len(waiting) > workers:
+            for start, part in chunks:
+                waiting.append(pool.submit(make, start, part))
+                if len(waiting) > workers + 1:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _pool(rows: Rows, renderer: Renderer, workers: int) -> Iterator[tuple[Executor, Callable[..., Chunk]]]:
+    """Give an executor and what it is to call with the number of the first row and the rows.
+
+    Few rows are made in threads, which share the tokenizer: it leaves Python's lock while it works. Many are made in
+    processes, which take seconds to start and then share nothing. These are spawned: a forked process would stop for
+    ever in a tokenizer that has begun threads of its own.
+    """
+    few = rows.expected is not None and rows.expected < PROCESSES_FROM
+    if workers == 1 or few or not _can_be_sent(renderer):
+        with ThreadPoolExecutor(workers) as pool:
+            yield pool, partial(_make_chunk_in_thread, rows.entry, renderer)
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, _begin_process, (rows.entry, renderer)) as processes:
+            yield processes, _make_chunk_in_process
+
+
+def _can_be_sent(renderer: Renderer) -> bool:
+    """A tokenizer whose code came with its model may not be there in another process."""
+    try:
+        pickle.dumps(renderer)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def _make_chunk_in_thread(entry: Entry, renderer: Renderer, start: int, rows: list[Row]) -> Chunk:
+    return make_chunk(start, rows, entry, renderer)
+
+
+_process: tuple[Entry, Renderer]  # what a process of the pool was begun with
+
+
+def _begin_process(entry: Entry, renderer: Renderer) -> None:
+    global _process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
+    _process = entry, renderer
+
+
+def _make_chunk_in_process(start: int, rows: list[Row]) -> Chunk:
+    return make_chunk(start, rows, *_process)
 
 
 def make_chunk(start: int, rows: list[Row], entry: Entry, renderer: Renderer) -> Chunk:
