@@ -115,9 +115,10 @@ class Drawer:
         messages, tools, prompt = request
         try:
             if not tools and all(len(message) == 2 for message in messages):
-                # What `apply_chat_template` does, without the copies that it makes of every message: two thirds of
-                # its time for messages of a role and a text.
-                return str(self._compiled.render(messages=messages, add_generation_prompt=prompt, **self._variables))
+                # What `apply_chat_template` does, without the copies that it makes of every message, and without
+                # Jinja's of all its globals: three quarters of the time for messages of a role and a text.
+                given = {**self._variables, "messages": messages, "add_generation_prompt": prompt}
+                return "".join(self._compiled.root_render_func(self._compiled.new_context(given, shared=True)))
             return self._apply_library(messages, tools, prompt=prompt)
         except TemplateError as error:
             return error
@@ -139,7 +140,8 @@ class Drawer:
 
     @cached_property
     def _variables(self) -> dict[str, Any]:
-        return {"tools": None, "documents": None, **self.tokenizer.special_tokens_map, **self.template_kwargs}
+        known = {"tools": None, "documents": None, **self.tokenizer.special_tokens_map, **self.template_kwargs}
+        return {**self._compiled.globals, **known}
 
     def _without_specials(self, conversation: Conversation) -> tuple[Conversation, dict[int, str]]:
         """Put stand-ins where a text says what is a special token, so that it stays text."""

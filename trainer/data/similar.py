@@ -10,9 +10,11 @@ import numpy as np
 SHINGLE = 5  # characters
 PERMUTATIONS = 64  # of a sketch; two sketches agree in a share of them that estimates the Jaccard similarity
 ROWS_PER_BAND = 4
+LONG = 256  # characters: of longer texts a sample of the shingles is compared
 SIMILAR = 0.8  # estimated Jaccard similarity from which two texts are called nearly the same
 SEED = 1
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads neighbouring code points
+# Odd numbers that spread neighbouring code points: powers of 2^64 / golden ratio.
+FACTORS = [np.uint64(pow(0x9E3779B97F4A7C15, power, 2**64)) for power in range(1, SHINGLE + 1)]
 
 
 def sketches(texts: list[str]) -> np.ndarray:
@@ -23,18 +25,24 @@ def sketches(texts: list[str]) -> np.ndarray:
         return np.zeros((0, PERMUTATIONS), np.uint32)
     normal = [" ".join(text.casefold().split()).ljust(SHINGLE) for text in texts]
     codes = np.frombuffer("".join(normal).encode("utf-32-le", "replace"), np.uint32).astype(np.uint64)
-    hashes = np.zeros(len(codes) - SHINGLE + 1, np.uint64)
-    for offset in range(SHINGLE):
-        hashes = (hashes + codes[offset : offset + len(hashes)]) * MULTIPLIER
-        hashes ^= hashes >> np.uint64(29)
-    # The last SHINGLE - 1 hashes of a text reach into the next one and are left out.
+    count = len(codes) - SHINGLE + 1
+    hashes = np.zeros(count, np.uint64)
+    for offset, factor in enumerate(FACTORS):
+        hashes += codes[offset : offset + count] * factor
+    hashes ^= hashes >> np.uint64(32)
+    hashes *= FACTORS[0]
+    hashes ^= hashes >> np.uint64(29)
+    # Of a long text every fourth shingle is enough, chosen by its hash and so alike in every text.
     lengths = np.array([len(text) for text in normal])
+    chosen = (hashes & np.uint64(3) == 0) | np.repeat(lengths < LONG, lengths)[: len(hashes)]
+    # The last SHINGLE - 1 hashes of a text reach into the next one and are left out.
     ends = np.cumsum(lengths)
-    inside = np.ones(len(codes), bool)
     for back in range(1, SHINGLE):
-        inside[ends - back] = False
-    offsets = np.concatenate([[0], np.cumsum(lengths - SHINGLE + 1)]).astype(np.uint64)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes[inside[: len(hashes)]], offsets, PERMUTATIONS, SEED)
+        reaching = ends - back
+        chosen[reaching[reaching < len(chosen)]] = False
+    offsets = np.concatenate([[0], np.cumsum(chosen)])[np.concatenate([[0], np.minimum(ends, len(chosen))])]
+    flat = hashes[chosen]
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets.astype(np.uint64), PERMUTATIONS, SEED)
     return np.array(matrix.to_rows(), np.uint32)
 
 

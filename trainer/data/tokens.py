@@ -8,6 +8,7 @@ Rows pass through in chunks, and only a few chunks are under way at a time, so t
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -190,6 +191,9 @@ def _begin_process(entry: Entry, renderer: Renderer) -> None:
     global _process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
+    # The collector would look through the rows of a chunk again and again, and find nothing: a tenth of the time.
+    gc.freeze()
+    gc.set_threshold(200_000)
     _process = entry, renderer
 
 
