@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +24,10 @@ from launch.hardware import find_devices
 from launch.legality import world_size
 from launch.schema import Source
 from trainer import tiny
-from trainer.data.cache import TokenCache, build_cache, describe, find_cache, open_rows
+from trainer.data.cache import TokenCache, build_cache, describe, find_cache, open_rows, thread_count, wants_processes
 from trainer.data.render import Renderer
 from trainer.data.report import Report, make_report, report_text
+from trainer.data.workers import started_workers
 from trainer.models import cache_folder, fetch_model, find_model, load_tokenizer
 
 # What launchers tell their ranks; OMP_NUM_THREADS is a rank's share of the cores.
@@ -80,8 +82,9 @@ def prepare(config: DictConfig, say: Callable[[str], None] = print, *, weights: 
     cache = find_cache(config, model_path)
     if cache is None:
         say(f"Tokenising {', '.join([*config.data.names, *config.data.eval_names])}")
-        renderer = Renderer.of(config.data, config.model, load_tokenizer(model_path, config.model))
-        cache = build_cache(config, model_path, renderer, _row_lines(say))
+        with started_workers(thread_count(config)) if wants_processes(config) else nullcontext() as processes:
+            renderer = Renderer.of(config.data, config.model, load_tokenizer(model_path, config.model))
+            cache = build_cache(config, model_path, renderer, _row_lines(say), processes)
     return Prepared(model_path, cache)
 
 

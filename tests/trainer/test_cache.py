@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from omegaconf import DictConfig
 
 from launch.compose import compose_config
 from launch.errors import DataError
+from trainer.data import cache as cache_module
 from trainer.data.cache import TokenCache, as_json, build_cache, cache_key, describe, find_cache, open_rows
 from trainer.data.formats import to_conversation
 from trainer.data.render import IGNORED, Renderer
+from trainer.data.tokens import tokenize
+from trainer.data.workers import started_workers
 from trainer.models import load_tokenizer
 
 ROWS = [{"instruction": f"Say {number}.", "input": "", "output": f"{number} it is"} for number in range(40)]
@@ -54,19 +58,47 @@ def test_a_cached_row_is_the_rendered_row(build: Any, tiny_model: Path) -> None:
     assert cache.open("eval") is None
 
 
-def test_several_workers_write_what_one_writes(build: Any) -> None:
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_several_workers_write_what_one_writes(
+    tmp_path: Path, tiny_model: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [{**row, "output": row["output"] * (number % 7)} for number, row in enumerate(ROWS * 60)]
-    options = ("data.max_dropped=1", "data.cutoff_len=40")
-    one = build("data.workers=1", *options, rows=rows)
-    expected, outcome = one.open("train")[:], one.train[0].outcome
-    table = one.train[0].table()
-    (one.train[0].folder / "outcome.json").unlink()
-    (one.train[0].folder).rename(one.train[0].folder.with_suffix(".gone"))
-    several = build("data.workers=3", *options)
-    assert several.open("train")[:] == expected
-    assert several.train[0].outcome == outcome
-    assert several.train[0].table() == table
-    assert outcome.read == 2400
+    configured(tmp_path, rows=rows)
+
+    def made(folder: str, workers: int, processes: Any = None) -> TokenCache:
+        config = configured(tmp_path, "data.max_dropped=1", "data.cutoff_len=40", f"data.workers={workers}")
+        config.data.cache_dir = str(tmp_path / folder)
+        return build_cache(config, tiny_model, _renderer(config, tiny_model), processes=processes)
+
+    one = made("one", 1)
+    if kind == "threads":
+        several = made("several", 3)
+    else:
+        monkeypatch.setattr(cache_module, "PROCESSES_FROM", 1000)
+        with started_workers(2) as pool:
+            several = made("several", 2, pool)
+    assert several.open("train")[:] == one.open("train")[:]
+    assert several.train[0].outcome == one.train[0].outcome
+    assert several.train[0].table() == one.train[0].table()
+    assert one.train[0].outcome.read == 2400
+
+
+def test_a_tokenizer_that_cannot_be_sent_is_used_in_threads(tmp_path: Path, tiny_model: Path) -> None:
+    config = configured(tmp_path, rows=ROWS * 30)
+    renderer = _renderer(config, tiny_model)
+    renderer.tokenizer.from_elsewhere = lambda text: text  # has no name that another process could import
+    rows = replace(open_rows(config)[0][0], expected=None)
+    with started_workers(2) as pool:
+        outcome = tokenize(rows, renderer, tmp_path / "tokens", threads=2, processes=pool)
+    assert outcome.kept == 1200
+
+
+def test_an_error_in_a_process_is_told_as_it_is(tmp_path: Path, tiny_model: Path) -> None:
+    config = configured(tmp_path, rows=ROWS * 30)
+    renderer = _renderer(config, tiny_model)
+    renderer.tokenizer.chat_template = None
+    with started_workers(2) as pool, pytest.raises(DataError, match="has no chat template"):
+        tokenize(open_rows(config)[0][0], renderer, tmp_path / "tokens", threads=2, processes=pool)
 
 
 def test_dropped_rows_are_counted_by_reason_with_number_and_excerpt(build: Any) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
 
     from trainer.data.render import Renderer
 
-FORMAT = 3  # raise it when the meaning of the cached columns changes
+FORMAT = 4  # raise it when the meaning of the cached columns changes
 OUTCOME_NAME = "outcome.json"
 SPLITS = ("train", "eval")
+PROCESSES_FROM = 20_000  # rows
 SAMPLE = 1000  # rows of a streamed dataset that are checked before training
 Progress = Callable[[str, int, int | None], None]  # (dataset, rows done, about how many in all)
 
@@ -198,34 +200,68 @@ def find_cache(config: DictConfig, model_path: Path) -> TokenCache | None:
 def find_unchecked(config: DictConfig, model_path: Path) -> TokenCache | None:
     """Return the same, also of data that cannot be trained on: for `tunewright data`, which shows what is wrong."""
     train, held = open_rows(config)
-    found = [_find(rows, config, model_path, streamed=config.data.streaming) for rows in train]
-    found += [_find(rows, config, model_path, streamed=False) for rows in held]
+    limit = SAMPLE if config.data.streaming else None
+    keys = [*(cache_key(rows, config, model_path, limit) for rows in train)]
+    keys += [cache_key(rows, config, model_path) for rows in held]
+    found = [_find(rows, _root(config) / key) for rows, key in zip((*train, *held), keys, strict=True)]
     if any(cached is None for cached in found):
         return None
     parts = [cached for cached in found if cached is not None]
     return TokenCache(parts[: len(train)], parts[len(train) :], config.data, config.train.seed)
 
 
+def wants_processes(config: DictConfig) -> bool:
+    """Tell whether some dataset is so large that processes would save more time than they take to start."""
+    return thread_count(config) > 1 and any(_is_large(rows) for group in open_rows(config) for rows in group)
+
+
+def thread_count(config: DictConfig) -> int:
+    return int(config.data.workers or len(os.sched_getaffinity(0)))
+
+
+def _is_large(rows: Rows) -> bool:
+    return rows.expected is None or rows.expected >= PROCESSES_FROM
+
+
 def build_cache(
-    config: DictConfig, model_path: Path, renderer: Renderer, progress: Progress = lambda name, done, expected: None
+    config: DictConfig,
+    model_path: Path,
+    renderer: Renderer,
+    progress: Progress = lambda name, done, expected: None,
+    processes: Executor | None = None,
 ) -> TokenCache:
     """Tokenise every dataset that is not cached. Safe to call from several processes at once.
 
     Raises:
         DataError: a file is broken, no row is left, or more than `data.max_dropped` of the rows cannot be used.
     """
+
+    def built(rows: Rows, limit: int | None) -> CachedDataset:
+        def write(folder: Path) -> Outcome:
+            return tokenize(
+                rows,
+                renderer,
+                folder,
+                threads=thread_count(config),
+                processes=processes if _is_large(rows) and limit is None else None,
+                limit=limit,
+                progress=lambda done: progress(rows.entry.name, done, rows.expected),
+            )
+
+        key = cache_key(rows, config, model_path, limit)
+        return _find(rows, _root(config) / key) or _build(rows, _root(config) / key, write)
+
     train, held = open_rows(config)
-    built = [_build(rows, config, model_path, renderer, progress, streamed=config.data.streaming) for rows in train]
-    built += [_build(rows, config, model_path, renderer, progress, streamed=False) for rows in held]
-    return _checked(TokenCache(built[: len(train)], built[len(train) :], config.data, config.train.seed))
+    limit = SAMPLE if config.data.streaming else None
+    parts = [*(built(rows, limit) for rows in train), *(built(rows, None) for rows in held)]
+    return _checked(TokenCache(parts[: len(train)], parts[len(train) :], config.data, config.train.seed))
 
 
 def _root(config: DictConfig) -> Path:
     return Path(config.data.cache_dir).expanduser() / "tokens"
 
 
-def _find(rows: Rows, config: DictConfig, model_path: Path, *, streamed: bool) -> CachedDataset | None:
-    folder = _root(config) / cache_key(rows, config, model_path, SAMPLE if streamed else None)
+def _find(rows: Rows, folder: Path) -> CachedDataset | None:
     try:
         outcome = Outcome(**json.loads((folder / OUTCOME_NAME).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -233,34 +269,23 @@ def _find(rows: Rows, config: DictConfig, model_path: Path, *, streamed: bool) -
     return CachedDataset(rows, folder, outcome)
 
 
-def _build(
-    rows: Rows, config: DictConfig, model_path: Path, renderer: Renderer, progress: Progress, *, streamed: bool
-) -> CachedDataset:
-    key = cache_key(rows, config, model_path, SAMPLE if streamed else None)
-    root = _root(config)
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{key}.lock"):
-        found = _find(rows, config, model_path, streamed=streamed)
+def _build(rows: Rows, folder: Path, write: Callable[[Path], Outcome]) -> CachedDataset:
+    """Let `write` fill a folder aside, and give it its name once it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        found = _find(rows, folder)  # another process may have made it meanwhile
         if found:
             return found
-        staging = root / f"{key}.{os.getpid()}.part"
+        staging = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            outcome = tokenize(
-                rows,
-                renderer,
-                staging,
-                workers=config.data.workers or len(os.sched_getaffinity(0)),
-                limit=SAMPLE if streamed else None,
-                progress=lambda done: progress(rows.entry.name, done, rows.expected),
-            )
-            (staging / OUTCOME_NAME).write_text(
-                json.dumps(asdict(outcome), ensure_ascii=False, indent=1), encoding="utf-8"
-            )
-            staging.rename(root / key)
+            outcome = write(staging)
+            text = json.dumps(asdict(outcome), ensure_ascii=False, indent=1)
+            (staging / OUTCOME_NAME).write_text(text, encoding="utf-8")
+            staging.rename(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    return CachedDataset(rows, root / key, outcome)
+    return CachedDataset(rows, folder, outcome)
 
 
 def _checked(cache: TokenCache) -> TokenCache:

@@ -8,17 +8,12 @@ Rows pass through in chunks, and only a few chunks are under way at a time, so t
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
-import multiprocessing
-import os
-import pickle
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -35,12 +30,13 @@ from trainer.data.registry import Entry
 from trainer.data.render import IGNORED, Renderer
 from trainer.data.similar import PERMUTATIONS, sketches
 from trainer.data.sources import Rows, check_column
+from trainer.data.workers import sent
 
 CHUNK = 500  # rows handed to a worker at once
-PROCESSES_FROM = 20_000  # rows: with fewer, processes would take longer to start than they save
 EXCERPTS = 3  # dropped rows shown for each reason
 EXCERPT_LENGTH = 200  # characters
 Progress = Callable[[int], None]  # rows done
+Maker = tuple[Entry, Renderer]  # what rows mean and how they are rendered
 
 TOKENS = pyarrow.schema(
     {
@@ -98,7 +94,8 @@ def tokenize(
     renderer: Renderer,
     folder: Path,
     *,
-    workers: int,
+    threads: int,
+    processes: Executor | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -115,7 +112,7 @@ def tokenize(
         pyarrow.ipc.new_stream(tokens_file, TOKENS) as tokens_writer,
         pyarrow.ipc.new_stream(rows_file, ROWS) as rows_writer,
     ):
-        for chunk in _tokenized(_chunks(islice(rows, limit)), rows, renderer, workers):
+        for chunk in _tokenized(_chunks(islice(rows, limit)), (rows.entry, renderer), threads, processes):
             columns |= chunk.columns
             _add(outcome, chunk)
             tokens_writer.write(_token_batch(chunk))
@@ -137,72 +134,30 @@ def _chunks(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
 
 
 def _tokenized(
-    chunks: Iterator[tuple[int, list[Row]]], rows: Rows, renderer: Renderer, workers: int
+    chunks: Iterator[tuple[int, list[Row]]], maker: Maker, threads: int, processes: Executor | None
 ) -> Iterator[Chunk]:
-    """Yield what becomes of each chunk, in order."""
-    with _pool(rows, renderer, workers) as (pool, make):
+    """Yield what becomes of each chunk, in order.
+
+    Without processes in threads, which share the tokenizer: it leaves Python's lock while it works.
+    """
+    with sent(maker) if processes else nullcontext() as call, ThreadPoolExecutor(threads) as own:
+        pool, task = (processes, partial(call, make_chunk)) if processes and call else (own, partial(make_chunk, maker))
         waiting: deque[Future[Chunk]] = deque()
         try:
-            for start, part in chunks:
-                waiting.append(pool.submit(make, start, part))
-                if len(waiting) > workers + 1:
+            for start, rows in chunks:
+                waiting.append(pool.submit(task, start, rows))
+                if len(waiting) > 2 * threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            for future in waiting:
+                future.cancel()
 
 
-@contextmanager
-def _pool(rows: Rows, renderer: Renderer, workers: int) -> Iterator[tuple[Executor, Callable[..., Chunk]]]:
-    """Give an executor and what it is to call with the number of the first row and the rows.
-
-    Few rows are made in threads, which share the tokenizer: it leaves Python's lock while it works. Many are made in
-    processes, which take seconds to start and then share nothing. These are spawned: a forked process would stop for
-    ever in a tokenizer that has begun threads of its own.
-    """
-    few = rows.expected is not None and rows.expected < PROCESSES_FROM
-    if workers == 1 or few or not _can_be_sent(renderer):
-        with ThreadPoolExecutor(workers) as pool:
-            yield pool, partial(_make_chunk_in_thread, rows.entry, renderer)
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, _begin_process, (rows.entry, renderer)) as processes:
-            yield processes, _make_chunk_in_process
-
-
-def _can_be_sent(renderer: Renderer) -> bool:
-    """A tokenizer whose code came with its model may not be there in another process."""
-    try:
-        pickle.dumps(renderer)
-    except (pickle.PicklingError, TypeError, AttributeError):
-        return False
-    return True
-
-
-def _make_chunk_in_thread(entry: Entry, renderer: Renderer, start: int, rows: list[Row]) -> Chunk:
-    return make_chunk(start, rows, entry, renderer)
-
-
-_process: tuple[Entry, Renderer]  # what a process of the pool was begun with
-
-
-def _begin_process(entry: Entry, renderer: Renderer) -> None:
-    global _process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
-    # The collector would look through the rows of a chunk again and again, and find nothing: a tenth of the time.
-    gc.freeze()
-    gc.set_threshold(200_000)
-    _process = entry, renderer
-
-
-def _make_chunk_in_process(start: int, rows: list[Row]) -> Chunk:
-    return make_chunk(start, rows, *_process)
-
-
-def make_chunk(start: int, rows: list[Row], entry: Entry, renderer: Renderer) -> Chunk:
+def make_chunk(maker: Maker, start: int, rows: list[Row]) -> Chunk:
     """Render and tokenise some rows, the first of which has the number `start`."""
+    entry, renderer = maker
     sources: list[Conversation | Plain | Unusable] = []
     for row in rows:
         try:

@@ -1,0 +1,74 @@
+"""Processes that render and tokenise many rows. They take seconds to start, so they start before there is a tokenizer.
+
+They are spawned: a forked process would stop for ever in a tokenizer that has begun threads of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def started_workers(count: int) -> Iterator[Executor]:
+    """Give a pool of so many processes, on their way up."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, _begin) as pool:
+        for _ in range(count):  # a process starts with the first task that finds no idle one
+            pool.submit(_warm)
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def sent(value: Any) -> Iterator[Callable[..., Any] | None]:
+    """Give a function for a pool that calls `function(value, ...)`; the value goes to each process once, by a file.
+
+    None when the value cannot be sent: a tokenizer whose code came with its model may not be there in a process.
+    """
+    try:
+        data = pickle.dumps(value)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="tunewright-") as folder:
+        path = Path(folder) / "value.pickle"
+        path.write_bytes(data)
+        yield partial(_call, str(path))
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
+
+
+def _warm() -> None:
+    """Import what unpickling a tokenizer will need."""
+    from transformers import PreTrainedTokenizerFast  # noqa: F401
+
+    import trainer.data.tokens  # noqa: F401
+
+    # The collector would look through the rows of a chunk again and again, and find nothing: a tenth of the time.
+    gc.freeze()
+    gc.set_threshold(200_000)
+
+
+def _call(path: str, function: Callable[..., Any], *args: Any) -> Any:
+    return function(_received(path), *args)
+
+
+@lru_cache(maxsize=1)
+def _received(path: str) -> Any:
+    return pickle.loads(Path(path).read_bytes())  # written by our parent
