@@ -26,7 +26,8 @@ from launch.schema import Source
 from trainer import tiny
 from trainer.data.cache import TokenCache, build_cache, describe, find_cache, open_rows, thread_count, wants_processes
 from trainer.data.render import Renderer
-from trainer.data.report import Report, make_report, report_text
+from trainer.data.report import Report, make_report
+from trainer.data.report_text import report_text
 from trainer.data.workers import started_workers
 from trainer.models import cache_folder, fetch_model, find_model, load_tokenizer
 

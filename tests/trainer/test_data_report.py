@@ -19,7 +19,8 @@ from launch.hardware import Devices
 from launch.legality import check
 from trainer.data.check import Tokens, compose, make_tokens
 from trainer.data.page import report_html
-from trainer.data.report import Pair, Report, make_report, remarks, report_json, report_text
+from trainer.data.report import Pair, Report, make_report
+from trainer.data.report_text import remarks, report_json, report_text
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 WORDS = ("river", "copper", "seven", "gladly", "under", "window", "music", "never", "paper", "orange", "quick", "stone")

@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     """
     from launch.hardware import find_devices
     from launch.legality import check
-    from trainer.data.report import make_report, report_json, report_text
+    from trainer.data.report import make_report
+    from trainer.data.report_text import report_json, report_text
 
     names = [item for item in args.overrides if _is_name(item)]
     config = compose(names, [item for item in args.overrides if not _is_name(item)], args.config_dir)

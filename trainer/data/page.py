@@ -9,14 +9,10 @@ from pathlib import Path
 from launch.compare import write_atomically
 from launch.errors import StorageError
 from launch.report import PAGE, STYLE
-from trainer.data.report import (
+from trainer.data.report import DatasetReport, Histogram, Overlap, Repeats, Report
+from trainer.data.report_text import (
     ALL_WELL,
-    DatasetReport,
-    Histogram,
-    Overlap,
     Remark,
-    Repeats,
-    Report,
     figures_table,
     headline,
     languages_text,

@@ -137,7 +137,7 @@ def _token_text(made: Sequence[Piece], trained: Sequence[bool], colour: bool) ->
 
 def shown(text: str) -> str:
     """Line ends stay line ends, with a mark; all else that a terminal would obey becomes an escape."""
-    from trainer.data.report import visible
+    from trainer.data.report_text import visible
 
     return "↵\n".join(visible(line) for line in text.split("\n"))
 
