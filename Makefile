@@ -23,7 +23,7 @@ data_choice = $(if $(wildcard configs/hydra/data/$(1).yaml),data=$(1),data=regis
 train = $(BIN)/tunewright train model=$(MODEL) $(call data_choice,$(DATA)) $(if $(NPROC),cluster.num_processes=$(NPROC)) \
 	$(if $(NAME),name=$(NAME)) $(1) $(ARGS)
 
-.PHONY: help setup demo test test-gpu lint datagen zero2 zero3 single compare tensorboard chat clean
+.PHONY: help setup demo test test-gpu lint datagen check zero2 zero3 single compare tensorboard chat bench-data clean
 
 help:  ## list the targets
 	@echo "make TARGET [MODEL=tiny] [DATA=demo] [NPROC=2] [NAME=my-run] [ARGS=\"key=value ...\"]"
@@ -63,6 +63,9 @@ lint: setup  ## ruff and mypy
 datagen: setup  ## a dataset from a description: make datagen TASK="..." N=100 NAME=riddles
 	$(BIN)/tunewright datagen task="$(TASK)" $(if $(NAME),name=$(NAME)) $(if $(N),examples=$(N)) $(ARGS)
 
+check: setup  ## look at data before training on it: make check DATA=demo
+	$(BIN)/tunewright data check model=$(MODEL) $(call data_choice,$(DATA)) $(ARGS)
+
 zero2: setup  ## train on all GPUs (or 2 CPU ranks) with ZeRO-2
 	$(call train,strategy=zero2)
 
@@ -80,6 +83,9 @@ tensorboard: setup  ## open the curves of every run under LOGDIR
 
 chat: setup  ## ask base and tuned model the same questions: make chat RUN=runs/demo/zero2
 	$(BIN)/tunewright chat $(RUN)
+
+bench-data: setup  ## tokenising 100,000 rows beside datasets.map, and LLaMA-Factory with PEER=its virtual environment
+	$(BIN)/python bench/data.py $(if $(PEER),--peer $(PEER)) $(ARGS)
 
 clean:  ## remove runs and tool caches; keeps .venv and the cache of models and tokens
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

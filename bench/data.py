@@ -116,21 +116,6 @@ def _cut(rng: random.Random, words: list[str]) -> Iterator[list[str]]:
         words = words[length:]
 
 
-def pin_tokenizer(model: Path, folder: Path) -> Path:
-    """Return a model folder whose tokenizer is the same one in every environment: ours, saved as it loads here.
-
-    Where `tokenizer_class` is a generic one, transformers 5.6 takes tokenizer.json as it is, and 5.23 builds the class
-    of `model_type`, which may split text differently: the embedded model's numbers, for example.
-    """
-    from transformers import AutoTokenizer
-
-    AutoTokenizer.from_pretrained(str(model)).save_pretrained(str(folder))
-    for file in model.iterdir():
-        if not (folder / file.name).exists():
-            (folder / file.name).symlink_to(file)
-    return folder
-
-
 # --- the contenders ---------------------------------------------------------------------------------------------------
 
 
@@ -524,7 +509,6 @@ def main() -> None:
         parser.error(f"there is no tokenizer in {args.model}: run `tunewright train` once, or give --model")
     report: dict[str, Any] = {"machine": machine(), "versions": versions(args.peer), "model": args.model.name}
     with tempfile.TemporaryDirectory(prefix="tunewright-bench-") as scratch:
-        args.model = pin_tokenizer(args.model, Path(scratch) / "model")
         question = measure_memory if args.memory else compare_speed
         report |= question(args, Path(scratch))
     print()

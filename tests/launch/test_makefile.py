@@ -19,13 +19,16 @@ TARGETS = [
     "demo",
     "test",
     "lint",
+    "test-gpu",
     "datagen",
+    "check",
     "zero2",
     "zero3",
     "single",
     "compare",
     "tensorboard",
     "chat",
+    "bench-data",
     "clean",
 ]
 

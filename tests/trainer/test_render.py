@@ -22,7 +22,8 @@ from trainer.data.formats import Conversation, Message, Plain, Unusable
 from trainer.data.render import IGNORED, Example, Renderer
 from trainer.templates import install_template, settle_end_of_turn
 
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "tells rain", "parameters": CITY}}]
 WITH_TOOLS = ("chatml", "llama3", "qwen")
 # A reasoning model's template in short: the thinking of earlier turns is left out, the last turn always has some.
 REASONING = (
@@ -211,6 +212,32 @@ def test_the_template_of_a_model_gives_its_own_ids_and_labels_from_its_generatio
         first = (example.labels != IGNORED).sum() == len(expected) - len(before)
         assert first == (len(examples) > 1)
         assert example.ended
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gptoss", "lfm2_v2", "llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_5_nothink", "qwen3_instruct_2507"],
+)
+def test_the_template_of_a_model_learns_its_tool_calls(name: str) -> None:
+    tokenizer = of_model(name)
+    call = {"type": "function", "id": "call00000", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    messages = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "wet", "tool_call_id": "call00000", "name": "weather"},
+        {"role": "assistant", "content": "It rains."},
+    ]
+    made = copy.deepcopy(tokenizer)
+    settle_end_of_turn(made)
+    renderer = Renderer(made, 10_000)
+    (examples,) = renderer.render([Conversation(messages, [False, True, False, True], TOOLS)])
+    assert not isinstance(examples, Unusable)
+    learnt = "".join(learnt_text(renderer, example) for example in examples)
+    assert re.search("weather.*Rome|Rome.*weather", learnt, re.DOTALL)
+    assert learnt.count("It rains.") == 1
+    assert "wet" not in learnt
+    expected = tokenizer.apply_chat_template(messages, tools=TOOLS, return_dict=False)
+    assert examples[-1].input_ids.tolist() == expected
 
 
 @pytest.mark.parametrize("name", THINKING)

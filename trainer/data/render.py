@@ -32,8 +32,9 @@ class Example:
 
     input_ids: np.ndarray
     labels: np.ndarray
-    truncated: bool = False
-    ended: bool = True  # a token that stops generation is learnt at the end of the last learnt turn
+    scored: int  # tokens with a label, the first token aside
+    truncated: bool
+    ended: bool  # a token that stops generation is learnt at the end of the last learnt turn
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,16 @@ class Renderer:
 
     def _labelled(self, encoded: Encoded, *, truncated: bool = False) -> Example:
         ids, spans = encoded.ids, encoded.spans
-        labels = np.full_like(ids, IGNORED)
-        for first, end in [(0, len(ids))] if self.train_on_prompt else spans:
-            labels[first:end] = ids[first:end]
-        if (labels[1:] == IGNORED).all():  # the first token is predicted from nothing
+        learnt = [(0, len(ids))] if self.train_on_prompt else spans
+        scored = sum(end - max(first, 1) for first, end in learnt)  # the first token is predicted from nothing
+        if scored <= 0:
             raise Unusable("no token to learn")
-        ended = bool(spans) and any(int(token) in self._stop_ids for token in ids[spans[-1][0] : spans[-1][1]][-4:])
-        return Example(ids, labels, truncated, ended)
+        labels = np.full(len(ids), IGNORED, np.int32)
+        for first, end in learnt:
+            labels[first:end] = ids[first:end]
+        first, end = spans[-1] if spans else (0, 0)
+        ended = not self._stop_ids.isdisjoint(ids[max(first, end - 4) : end].tolist())
+        return Example(ids, labels, scored, truncated, ended)
 
     def _shortened(self, item: Drawn, encoded: Encoded) -> Example:
         """Shorten a row to `cutoff_len`: its oldest exchanges go first, then the end of its last answer.

@@ -27,7 +27,7 @@ from launch.errors import DataError
 from trainer.data.files import Row
 from trainer.data.formats import Conversation, Plain, Unusable, to_conversation
 from trainer.data.registry import Entry
-from trainer.data.render import IGNORED, Renderer
+from trainer.data.render import Renderer
 from trainer.data.similar import PERMUTATIONS, sketches
 from trainer.data.sources import Rows, check_column
 from trainer.data.workers import sent
@@ -178,7 +178,7 @@ def make_chunk(maker: Maker, start: int, rows: list[Row]) -> Chunk:
             ids.append(example.input_ids)
             labels.append(example.labels)
         table["tokens"].append(sum(len(example.input_ids) for example in usable))
-        table["scored"].append(sum(int(np.count_nonzero(example.labels[1:] != IGNORED)) for example in usable))
+        table["scored"].append(sum(example.scored for example in usable))
         table["truncated"].append(any(example.truncated for example in usable))
         table["unended"].append(not all(example.ended for example in usable))
         table["answer"].append(-1 if isinstance(source, Unusable) else len(source.answer.strip()))
