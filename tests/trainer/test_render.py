@@ -312,6 +312,18 @@ def test_a_template_that_leaves_out_a_tool_call_is_refused(renderer: Any) -> Non
     assert "leaves out a part of the answer" in reason(renderer(prompted), Conversation(messages, [False, True]))
 
 
+@pytest.mark.parametrize(
+    ("leaves", "said"),
+    [("m.role != 'system'", "what the system says"), ("m.role != 'user'", "what the user says"), ("true", "the tools")],
+)
+def test_a_template_that_passes_over_something_is_refused(renderer: Any, leaves: str, said: str) -> None:
+    template = "{% for m in messages if " + leaves + " %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    conversation = chat("question", "answer", system="rules")
+    given = Conversation(conversation.messages, conversation.learnt, TOOLS if leaves == "true" else None)
+    assert f"leaves out {said}; see model.template" in reason(renderer(template), given)
+
+
 def test_without_a_template_the_error_names_the_setting(small_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"model\.template"):
         Renderer(small_tokenizer, 100).render([chat("a", "b")])

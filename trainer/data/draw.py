@@ -185,6 +185,9 @@ def _drawn(plan: _Plan, texts: list[str | TemplateError]) -> list[Drawn] | Unusa
         if isinstance(text, TemplateError):
             return Unusable(f"the chat template refuses it: {text}")
     full = str(texts[-1])
+    lost = _lost(full, plan.given)
+    if lost:
+        return Unusable(f"the chat template leaves out {lost}; see model.template")
     spans, stable = [], True
     for number, turn in enumerate(plan.turns):
         before, through = str(texts[2 * number]), str(texts[2 * number + 1])
@@ -207,12 +210,25 @@ def _drawn(plan: _Plan, texts: list[str | TemplateError]) -> list[Drawn] | Unusa
     return drawn
 
 
+def _lost(text: str, conversation: Conversation) -> str:
+    """Return what of a conversation, answers aside, a template has passed over without a word."""
+    for message in conversation.messages:
+        if message["role"] != "assistant" and not _holds(text, message["content"]):
+            return f"what the {message['role']} says"
+    if not all(tool["function"].get("name", "") in text for tool in conversation.tools or ()):
+        return "the tools"
+    return ""
+
+
 def _says(text: str, message: Message) -> bool:
-    """Tell whether the text of a turn holds all of what the message says, spaces aside, and its calls."""
-    content = message["content"]
+    """Tell whether the text of a turn holds all of what the message says, and its calls."""
     calls = [call["function"]["name"] for call in message.get("tool_calls") or ()]
-    said = content in text or "".join(content.split()) in "".join(text.split())
-    return said and all(name in text for name in calls)
+    return _holds(text, message["content"]) and all(name in text for name in calls)
+
+
+def _holds(text: str, content: str) -> bool:
+    """Templates may trim a text: spaces aside, is it there?"""
+    return content in text or "".join(content.split()) in "".join(text.split())
 
 
 def _check_text(conversation: Conversation) -> None:
