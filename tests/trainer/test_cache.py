@@ -220,6 +220,11 @@ def test_the_key_changes_with_rows_columns_and_tokenizer(tmp_path: Path, tiny_mo
     for file in (*tiny_model.glob("*token*"), *tiny_model.glob("*template*")):
         (model / file.name).write_bytes(file.read_bytes())
     assert key(model) == key()
+    (tmp_path / "rows.json").rename(tmp_path / "renamed.json")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {**entry, "file_name": "renamed.json"}}))
+    assert key() == keys[-1]
+    (tmp_path / "renamed.json").rename(tmp_path / "rows.json")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
     (model / "tokenizer.json").write_bytes(b"{}")
     keys.append(key(model))
     assert len(set(keys)) == 4

@@ -241,6 +241,10 @@ def test_a_folder_is_its_files_in_order_and_a_split_those_that_carry_its_name(tm
     assert outputs("validation") == ["b-validation.jsonl"]
     with pytest.raises(DataError, match=r"split 'test' in its name\. It holds: a-train-00\.jsonl"):
         opened(tmp_path, str(folder), split="test")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "a.jsonl").write_text(json.dumps(ROW) + "\n")
+    assert list(opened(tmp_path, str(plain), split="train")[0]) == [ROW]
     (folder / "c.csv").write_text("instruction,output\na,b\n")
     with pytest.raises(DataError, match=r"several kinds: \.csv, \.jsonl"):
         opened(tmp_path, str(folder))

@@ -20,6 +20,7 @@ from trainer.data.detect import detect
 from trainer.data.files import Row
 from trainer.data.registry import REQUIRED_COLUMNS, Entry, Place, load_entry
 
+SPLIT_WORD = re.compile(r"(?<![a-z0-9])(train|valid|validation|dev|test|eval)(?![a-z])", re.IGNORECASE)
 PEEK = 1000  # rows looked at before anything is made of them
 
 
@@ -77,7 +78,7 @@ def _open_path(entry: Entry, path: Path) -> Rows:
         near = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
         raise DataError(f"{entry.where}: there is no file or folder {path}.{near}")
     if path.is_dir() and files.is_saved_dataset(path):
-        identity = [_file_identity(file) for file in sorted(path.rglob("*")) if file.suffix in (".arrow", ".json")]
+        identity = [_file_identity(file) for file in sorted(path.rglob("*.arrow"))]
         return Rows(entry, lambda: files.read_saved_dataset(path, entry.split), (entry.split or "train", *identity))
     paths = _files_of(path, entry)
 
@@ -108,6 +109,8 @@ def _files_of(path: Path, entry: Entry) -> list[Path]:
     if entry.split:
         word = re.compile(rf"(?<![a-z0-9]){re.escape(entry.split)}(?![a-z])", re.IGNORECASE)
         chosen = [file for file in found if word.search(str(file.relative_to(path)))]
+        if entry.split == "train" and not any(SPLIT_WORD.search(str(file.relative_to(path))) for file in found):
+            chosen = found  # a folder without splits is for training
         if not chosen:
             names = ", ".join(str(file.relative_to(path)) for file in found[:10])
             raise DataError(
@@ -123,20 +126,12 @@ def _files_of(path: Path, entry: Entry) -> list[Path]:
 
 
 def _file_identity(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-            if hasattr(hashlib, "file_digest")
-            else _digest(path)
-        )
-
-
-def _digest(path: Path) -> str:  # Python 3.10 has no hashlib.file_digest
+    """Return the digest of what a file holds; what it is called decides nothing."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(files.CHUNK):
             digest.update(part)
-    return f"{path.name}:{digest.hexdigest()}"
+    return digest.hexdigest()
 
 
 def _fetch_cloud(entry: Entry, cache: Path, *, offline: bool) -> Path:
