@@ -189,11 +189,21 @@ def llamafactory_contender(peer: Path, workers: int | None = None) -> Contender:
     return Contender(name, start, start, saved, python)
 
 
-def tunewright_contender() -> Contender:
-    """The preparing process, started as `ensure_prepared` does; again, what a launch with nothing changed does."""
+MAKE_TOKENS = """
+import os, sys
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+from launch.compose import load_config
+from trainer.prepare import prepare
+prepare(load_config(sys.stdin))
+"""
+
+
+def tunewright_contender(*, report: bool) -> Contender:
+    """The preparing process as a launch starts it, or up to where its report begins; again, what the next launch does."""
 
     def start(task: Task) -> Command:
-        return Command([sys.executable, "-m", "trainer.prepare"], _tunewright_config(task))
+        argv = ["-m", "trainer.prepare"] if report else ["-c", MAKE_TOKENS]
+        return Command([sys.executable, *argv], _tunewright_config(task))
 
     def start_again(task: Task) -> Command:
         found = "from launch.compose import load_config; from trainer.prepare import find_prepared; import sys; "
@@ -206,7 +216,7 @@ def tunewright_contender() -> Contender:
         assert dataset is not None
         return dataset
 
-    return Contender("tunewright", start, start_again, result)
+    return Contender("tunewright, with its report" if report else "tunewright", start, start_again, result)
 
 
 def _tunewright_config(task: Task) -> str:
@@ -466,7 +476,7 @@ def compare_speed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     contenders = [map_contender(), map_contender(CORES)]
     if args.peer:
         contenders += [llamafactory_contender(args.peer), llamafactory_contender(args.peer, CORES)]
-    contenders.append(tunewright_contender())
+    contenders += [tunewright_contender(report=False), tunewright_contender(report=True)]
     results: list[Result] = []
     reference: Tokens | None = None
     for contender in contenders:
@@ -484,7 +494,7 @@ def compare_speed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def measure_memory(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    contender, results = tunewright_contender(), {}
+    contender, results = tunewright_contender(report=True), {}
     for rows in (args.rows // 4, args.rows // 2, args.rows):
         print(f"{rows:,} rows ...", file=sys.stderr, flush=True)
         registry = write_registry(scratch / f"data-{rows}", rows)
