@@ -199,7 +199,7 @@ prepare(load_config(sys.stdin))
 
 
 def tunewright_contender(*, report: bool) -> Contender:
-    """The preparing process as a launch starts it, or up to where its report begins; again, what the next launch does."""
+    """The preparing process as a launch starts it, or up to where its report begins; again, what a next launch does."""
 
     def start(task: Task) -> Command:
         argv = ["-m", "trainer.prepare"] if report else ["-c", MAKE_TOKENS]
