@@ -6,6 +6,7 @@ transformers would save only from the first one, and threads are few.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,12 +23,13 @@ from launch.compose import load_config
 from launch.errors import TunewrightError
 from launch.hardware import find_devices
 from launch.legality import world_size
+from launch.rundir import write_json
 from launch.schema import Source
 from trainer import tiny
 from trainer.data.cache import TokenCache, build_cache, describe, find_cache, open_rows, thread_count, wants_processes
 from trainer.data.render import Renderer
 from trainer.data.report import Report, make_report
-from trainer.data.report_text import report_text
+from trainer.data.report_text import remarks, report_text
 from trainer.data.workers import started_workers
 from trainer.models import cache_folder, fetch_model, find_model, load_tokenizer
 
@@ -114,9 +116,9 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False) -> Prepared:
         PrepareFailed: the process said why on standard error.
     """
     found = find_prepared(config)
-    if found:
+    if found and (quiet or _remarks_file(config, found.cache).is_file()):
         if not quiet:
-            print("\n".join(describe(found.cache)), flush=True)
+            print("\n".join(_known(config, found.cache)), flush=True)
         return found
     env = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
     env["DS_ACCELERATOR"] = "cpu"  # nothing here needs a GPU, and DeepSpeed need not look for one
@@ -131,6 +133,23 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False) -> Prepared:
         raise PrepareFailed(done.returncode)
     found = find_prepared(config)
     return found or prepare(config, lambda line: None)
+
+
+def _remarks_file(config: DictConfig, cache: TokenCache) -> Path:
+    return cache_folder(config.data.cache_dir) / "remarks" / f"{cache.fingerprint}.json"
+
+
+def keep_remarks(config: DictConfig, cache: TokenCache, report: Report) -> None:
+    """Write down what a report remarks, for launches that find everything made already."""
+    file = _remarks_file(config, cache)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, [[remark.text, *remark.details] for remark in remarks(report)])
+
+
+def _known(config: DictConfig, cache: TokenCache) -> list[str]:
+    """Return what a launch says of data that was made ready before: its figures, and what was remarked then."""
+    found = json.loads(_remarks_file(config, cache).read_text(encoding="utf-8"))
+    return [*describe(cache), *(f"  ! {text}" + (f" ({details[0]})" if details else "") for text, *details in found)]
 
 
 def _report(config: DictConfig, prepared: Prepared) -> Report:
@@ -157,7 +176,9 @@ def main() -> int:
     try:
         config = load_config(sys.stdin)
         prepared = prepare(config, lambda line: print(line, flush=True))
-        print(report_text(_report(config, prepared)), flush=True)
+        report = _report(config, prepared)
+        keep_remarks(config, prepared.cache, report)
+        print(report_text(report), flush=True)
     except TunewrightError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -140,6 +140,24 @@ def test_bad_utf8_is_told_with_line_and_byte(tmp_path: Path, name: str, far: int
     assert f"FILE:2: not UTF-8: byte {len(before)} of the file is 0xff" in told(tmp_path / name, before + b'\xff"}]')
 
 
+def test_a_broken_line_ends_the_rows_at_once(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\nno\n{"a": 2}\n')
+    rows = read_file(tmp_path / "rows.jsonl")
+    assert next(rows) == {"a": 1}
+    with pytest.raises(DataError, match=":2:1"):
+        next(rows)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' + "[" * 100_000])
+def test_what_is_nested_too_deeply_is_told(tmp_path: Path, content: str) -> None:
+    for name in ("rows.json", "rows.jsonl"):
+        assert "nested too deeply" in told(tmp_path / name, content) or "not JSON" in told(tmp_path / name, content)
+
+
+def test_utf16_is_named(tmp_path: Path) -> None:
+    assert "looks like UTF-16" in told(tmp_path / "rows.jsonl", '{"a": "b"}'.encode("utf-16"))
+
+
 def test_all_broken_lines_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     lines = told(tmp_path / "rows.jsonl", '{"a": 1}\nno\n{"a": 2}\n{"b"}\n').splitlines()
     assert [line.partition(": ")[0] for line in lines] == ["FILE:2:1", "FILE:4:5"]

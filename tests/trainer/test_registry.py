@@ -110,6 +110,7 @@ def test_a_column_can_be_left_out_with_null() -> None:
         ({"file_name": "rows.json", "columns": {"response": "answer"}}, "no column 'answer'.*It has|The data has"),
         ({"file_name": "rows.json", "columns": {"response": None}}, "nothing to learn"),
         ({"file_name": "rows.json", "num_samples": "many"}, "must be int"),
+        ({"file_name": "rows.json", "num_samples": 0}, "a number of rows from 1"),
         ({"file_name": "rows.json", "formatting": "sharegpt"}, "no column 'conversations'"),
         ({"script_url": "mine.py"}, "Python code from elsewhere"),
         ({"om_hub_url": "org/name"}, "OpenMind"),
@@ -236,7 +237,10 @@ def test_a_folder_is_its_files_in_order_and_a_split_those_that_carry_its_name(tm
     def outputs(split: str | None) -> list[str]:
         return [row["output"] for row in opened(tmp_path, str(folder), split=split)[0]]
 
-    assert outputs(None) == ["a-train-00.jsonl", "a-train-01.jsonl", "b-validation.jsonl"]
+    assert outputs(None) == [
+        "a-train-00.jsonl",
+        "a-train-01.jsonl",
+    ]  # what is set aside by its name is not for training
     assert outputs("train") == ["a-train-00.jsonl", "a-train-01.jsonl"]
     assert outputs("validation") == ["b-validation.jsonl"]
     with pytest.raises(DataError, match=r"split 'test' in its name\. It holds: a-train-00\.jsonl"):
@@ -245,7 +249,7 @@ def test_a_folder_is_its_files_in_order_and_a_split_those_that_carry_its_name(tm
     plain.mkdir()
     (plain / "a.jsonl").write_text(json.dumps(ROW) + "\n")
     assert list(opened(tmp_path, str(plain), split="train")[0]) == [ROW]
-    (folder / "c.csv").write_text("instruction,output\na,b\n")
+    (folder / "c-train.csv").write_text("instruction,output\na,b\n")
     with pytest.raises(DataError, match=r"several kinds: \.csv, \.jsonl"):
         opened(tmp_path, str(folder))
 

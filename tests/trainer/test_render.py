@@ -321,7 +321,7 @@ def test_a_template_that_passes_over_something_is_refused(renderer: Any, leaves:
     template += "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
     conversation = chat("question", "answer", system="rules")
     given = Conversation(conversation.messages, conversation.learnt, TOOLS if leaves == "true" else None)
-    assert f"leaves out {said}; see model.template" in reason(renderer(template), given)
+    assert f"leaves out {said}: set another model.template" in reason(renderer(template), given)
 
 
 def test_without_a_template_the_error_names_the_setting(small_tokenizer: Any) -> None:

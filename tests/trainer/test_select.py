@@ -104,6 +104,15 @@ def test_interleaving_follows_the_weights() -> None:
     assert mixture([90, 30], settings("data.mix=interleave_under", "data.weights=[1,3]")) == [10, 30]
 
 
+def test_a_weight_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="leave no row of a"):
+        training_examples([part("a", 30), part("b", 30)], settings("data.weights=[0.001,1]"), 1)
+
+
+def test_a_share_above_nothing_holds_out_a_row_at_least() -> None:
+    assert held_out_rows([30], settings("data.eval_size=0.001", names="[a]"), 1)[0].sum() == 1
+
+
 def test_a_weight_for_each_dataset_is_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"one positive number for each of the 2 datasets"):
         mixture([1, 1], settings("data.weights=[1]"))

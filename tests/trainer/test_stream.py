@@ -13,6 +13,7 @@ import pytest
 
 from launch.batching import BatchPlan
 from launch.compose import compose_config
+from launch.errors import DataError
 from trainer.data.cache import open_rows
 from trainer.data.render import Renderer
 from trainer.data.stream import StreamedMicroBatches, TokenStream
@@ -78,6 +79,12 @@ def test_datasets_are_interleaved_by_their_weights(stream: Any, tiny_tokenizer: 
     assert counts["a"] > counts["b"] > 0
     whole = answers(tiny_tokenizer, stream("data.mix=interleave_once", names="a.jsonl,b.jsonl"))
     assert Counter(text[0] for text in whole) == {"a": 40, "b": 10}
+
+
+def test_rows_after_the_sample_are_counted_too(stream: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(rows("a", 1000) + '{"instruction": "no answer", "output": ""}\n' * 500)
+    with pytest.raises(DataError, match=r"more than data\.max_dropped = 10%\. The last one: `output` is empty"):
+        list(stream("data.shuffle_buffer=1"))
 
 
 def test_training_goes_on_past_the_end_of_a_stream(train_here: Callable[..., Path], tmp_path: Path) -> None:

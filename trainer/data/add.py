@@ -54,14 +54,15 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps({name: entry}, ensure_ascii=False, indent=2))
     print("\n".join(["", *preview, ""]))
     known = read_registry(registry, unique=True) if registry.is_file() else {}
-    if not is_new(known, registry, name, entry):
+    new = is_new(known, registry, name, entry)
+    if not inside and not args.dry_run:
+        copy_in(file, folder)  # raises when another file of that name is there
+    if not new:
         print(f"{registry} has this entry already; nothing to do.")
         return 0
     if args.dry_run:
         print(f"Nothing was written to {registry} (--dry-run).")
         return 0
-    if not inside:
-        copy_in(file, folder)
     add_entry(registry, name, entry)
     print(f"Added '{name}' to {registry}.")
     where = "" if folder == Path("data") else f" {shlex.quote(f'data.dir={folder}')}"

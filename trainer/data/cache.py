@@ -307,6 +307,8 @@ def _checked(cache: TokenCache) -> TokenCache:
             )
     if problems:
         raise DataError("\n".join(problems))
+    if not any(len(examples) for _, examples in cache.chosen("train")):
+        raise DataError(f"Nothing of {', '.join(cached.name for cached in cache.train)} is left to train on.")
     return cache
 
 

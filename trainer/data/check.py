@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from launch.legality import check
     from trainer.data.report import make_report
     from trainer.data.report_text import report_json, report_text
+    from trainer.prepare import keep_remarks
 
     names = [item for item in args.overrides if _is_name(item)]
     config = compose(names, [item for item in args.overrides if not _is_name(item)], args.config_dir)
@@ -40,11 +41,13 @@ def run(args: argparse.Namespace) -> int:
     settle(config)
     tokens = make_tokens(config)
     report = make_report(tokens.cache, config, plan, tokens.tokenizer)
-    print(json.dumps(report_json(report), ensure_ascii=False, indent=2) if args.json else report_text(report))
-    if args.html:
+    keep_remarks(config, tokens.cache, report)
+    if args.html:  # before anything is printed: who reads that may go away
         from trainer.data.page import write_page
 
         write_page(report, args.html)
+    print(json.dumps(report_json(report), ensure_ascii=False, indent=2) if args.json else report_text(report))
+    if args.html:
         print(f"\nThe same as a page: {args.html}", file=sys.stderr if args.json else sys.stdout)
     sys.stdout.flush()  # what follows goes to standard error
     if tokens.refusal:

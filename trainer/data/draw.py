@@ -102,7 +102,7 @@ class Drawer:
         tokenizer, text = self.tokenizer, source.prompt + source.completion
         bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("")["input_ids"] else None
         begin = bos if bos and not text.startswith(bos) else ""
-        end = "" if text.endswith(tokenizer.eos_token) else tokenizer.eos_token
+        end = "" if text.rstrip().endswith(tokenizer.eos_token) else tokenizer.eos_token
         return Drawn(begin + text + end, [(len(begin + source.prompt), len(begin + text + end))], source)
 
     def _templated(self, requests: list[_Request]) -> list[str | TemplateError]:
@@ -187,7 +187,8 @@ def _drawn(plan: _Plan, texts: list[str | TemplateError]) -> list[Drawn] | Unusa
     full = str(texts[-1])
     lost = _lost(full, plan.given)
     if lost:
-        return Unusable(f"the chat template leaves out {lost}; see model.template")
+        named = " (chatml, llama3 and qwen render tools)" if lost == "the tools" else ""
+        return Unusable(f"the chat template leaves out {lost}: set another model.template{named}")
     spans, stable = [], True
     for number, turn in enumerate(plan.turns):
         before, through = str(texts[2 * number]), str(texts[2 * number + 1])
@@ -197,7 +198,7 @@ def _drawn(plan: _Plan, texts: list[str | TemplateError]) -> list[Drawn] | Unusa
                 "model.template_kwargs={enable_thinking: false}, or another model.template"
             )
         if not _says(through[len(before) :], plan.given.messages[turn]):
-            return Unusable("the chat template leaves out a part of the answer; see model.template")
+            return Unusable("the chat template leaves out a part of the answer: set another model.template")
         stable = stable and full.startswith(through)
         spans.append((len(before), len(through)))
     if stable:

@@ -20,6 +20,7 @@ Row = dict[str, Any]
 CHUNK = 1 << 20  # characters or bytes read at once
 LARGEST_ROW = 1 << 26  # characters: JSON that does not end within this many is broken
 MOST_PROBLEMS = 20  # broken lines shown of one file
+LOOKED_ON = 100_000  # lines after a broken one in which others are looked for
 BATCH = 1000  # rows of a columnar file converted at once
 
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -88,16 +89,20 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _not_utf8(path: Path, offset: int, error: UnicodeDecodeError, line: int) -> DataError:
-    return DataError(f"{path}:{line}: not UTF-8: byte {offset} of the file is 0x{error.object[error.start]:02x}.")
+    hint = " It looks like UTF-16: save it as UTF-8." if offset == 0 and error.object[:1] in (b"\xff", b"\xfe") else ""
+    return DataError(f"{path}:{line}: not UTF-8: byte {offset} of the file is 0x{error.object[error.start]:02x}.{hint}")
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    problems = []
+    problems: list[str] = []
+    last = -1
     for number, line in _lines(path):
         if not line.strip():
             continue
         try:
             row = json.loads(line.rstrip())
+        except RecursionError:
+            problems.append(f"{path}:{number}: not a row: nested too deeply.")
         except json.JSONDecodeError as error:
             if number == 1 and line.strip() == "{":
                 raise DataError(
@@ -106,10 +111,13 @@ def _json_lines(path: Path) -> Iterator[Row]:
             problems.append(f"{path}:{number}:{error.colno}: not JSON: {error.msg}.")
         else:
             if isinstance(row, dict):
-                yield row
-                continue
-            problems.append(f"{path}:{number}: expected an object, found {type(row).__name__}.")
-        if len(problems) == MOST_PROBLEMS:
+                if not problems:
+                    yield row
+            else:
+                problems.append(f"{path}:{number}: expected an object, found {type(row).__name__}.")
+        # Once a line is broken no row is given any more; a few more broken lines are looked for, to be told together.
+        last = number + LOOKED_ON if len(problems) == 1 else last
+        if len(problems) == MOST_PROBLEMS or number == last:
             problems.append("There may be more.")
             break
     if problems:
@@ -164,6 +172,8 @@ class _Text:
             try:
                 value, self._position = decoder.raw_decode(self._buffer, self._position)
                 return value
+            except RecursionError:
+                raise DataError(f"{self.place()}: not a row: nested too deeply.") from None
             except json.JSONDecodeError as error:
                 # Either the value goes on beyond the buffer, or it is broken.
                 problem = DataError(f"{self.place(error.pos)}: not JSON: {error.msg}.")

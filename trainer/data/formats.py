@@ -69,6 +69,8 @@ def _alpaca(row: Row, entry: Entry) -> Conversation:
     for turn in _parsed(row, entry, "history") or []:
         if not (isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
             raise Unusable(f"`{entry.columns['history']}` must be a list of [user, assistant] pairs of text")
+        if not turn[1].strip():
+            raise Unusable(f"an answer in `{entry.columns['history']}` is empty")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     return _conversation([*messages, {"role": "user", "content": user}, {"role": "assistant", "content": response}])
 
@@ -227,9 +229,9 @@ def _content(value: Any, key: str, *, allow_null: bool = False) -> str:
 def _is_learnt(turn: dict[str, Any]) -> bool:
     """`loss: false`, or `weight: 0` as OpenAI's fine-tuning files say it, leaves a turn out."""
     for key in ("loss", "weight"):
-        if turn.get(key) is not None:
-            return bool(turn[key])
-    return True
+        if turn.get(key) not in (None, True, False):  # 0 and 1 are equal to these
+            raise Unusable(f"`{key}` of a turn must be true, false, 0 or 1")
+    return turn.get("loss") not in (False,) and turn.get("weight") not in (False,)
 
 
 def _tools(row: Row, entry: Entry) -> list[Any] | None:
@@ -302,7 +304,7 @@ def _checked(messages: list[Message], flags: list[bool], tools: list[Any] | None
                 f"unknown role {json.dumps(role, ensure_ascii=False)}; it can be system, user, assistant or tool"
             )
         if role == "system" and position:
-            raise Unusable("a system message inside the conversation")
+            raise Unusable("a system message that is not the first turn")
         if role == "user" and previous in ("user", "tool"):
             raise Unusable(f"broken alternation: user after {previous}")
         if role == "assistant" and previous not in ("user", "tool"):
@@ -313,9 +315,9 @@ def _checked(messages: list[Message], flags: list[bool], tools: list[Any] | None
     if previous != "assistant":
         raise Unusable(f"the last turn is the {previous}'s, not the assistant's")
     learnt = [flag and message["role"] == "assistant" for flag, message in zip(flags, messages, strict=True)]
-    last = messages[-1]
-    if learnt[-1] and not last["content"].strip() and not last.get("tool_calls"):
-        raise Unusable("the last answer is empty")
+    for message, flag in zip(messages, learnt, strict=True):
+        if flag and not message["content"].strip() and not message.get("tool_calls"):
+            raise Unusable("an answer is empty")
     if not any(learnt):
         raise Unusable("no turn is learnt")
     return Conversation(messages, learnt, tools)

@@ -104,6 +104,8 @@ def load_entry(name: str, data: DataConfig) -> Entry:
     Raises:
         DataError: no registry, broken JSON, unknown name, or an entry that cannot be used for supervised fine-tuning.
     """
+    if not name.strip():
+        raise DataError("A name of `data.names` is empty.")
     place, _, repository = name.partition(":")
     if place in (Place.hub.value, Place.modelscope.value) and repository:
         return Entry(name, f"'{name}'", Place(place), repository, formatting="")
@@ -206,6 +208,8 @@ def parse_entry(
     for key, kind in (("subset", str), ("split", str), ("folder", str), ("num_samples", int), ("ranking", bool)):
         if raw.get(key) is not None and not isinstance(raw[key], kind):
             raise DataError(f"{where}: `{key}` is {json.dumps(raw[key])}; it must be {kind.__name__}.")
+    if raw.get("num_samples") is not None and raw["num_samples"] < 1:
+        raise DataError(f"{where}: `num_samples` is {raw['num_samples']}; write a number of rows from 1.")
     return Entry(
         name, where, place, location, formatting,
         columns={key: column for key, column in columns.items() if column is not None},

@@ -23,7 +23,7 @@ from trainer.data.report import (
 SHOWN = 5  # of these, in the text
 NAME_WIDTH = 28  # terminal cells of a dataset's name in the text
 REASONS_SHOWN = 5
-ALL_WELL = "Nothing stands out: every row is used whole, and none repeats another."
+ALL_WELL = "Nothing stands out: no row is dropped or cut, and none repeats another."
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def held_out_rows(sizes: list[int], data: DataConfig, seed: int) -> list[np.ndar
     """
     total = sum(sizes)
     count = round(data.eval_size * total) if data.eval_size < 1 else int(data.eval_size)
+    count = max(count, 1) if data.eval_size > 0 else 0
     if count >= total and total:
         raise DataError(
             f"`data.eval_size` is {data.eval_size:g}, which holds out {count} of {total} rows: none is left."
@@ -61,11 +62,15 @@ def training_examples(parts: list[Part], data: DataConfig, seed: int) -> list[np
             first = data.compat is Compat.llamafactory
             examples = _sampled(part, examples, data.max_samples, seed, first=first)
         chosen.append(examples)
+    sizes = mixture([len(examples) for examples in chosen], data)
+    for part, examples, size in zip(parts, chosen, sizes, strict=True):
+        if len(examples) and not size:
+            raise ConfigError(
+                f"`data.weights` and `data.mix` leave no row of {part.name}: raise its weight or leave it out."
+            )
     return [
         _resized(examples, size, _random(part, seed, 2))
-        for part, examples, size in zip(
-            parts, chosen, mixture([len(examples) for examples in chosen], data), strict=True
-        )
+        for part, examples, size in zip(parts, chosen, sizes, strict=True)
     ]
 
 

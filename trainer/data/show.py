@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.errors import DataError, StorageError
+from launch.hardware import find_devices
+from launch.legality import check
 from trainer.data.check import compose, make_tokens, settle
 
 if TYPE_CHECKING:
@@ -42,6 +44,9 @@ def run(args: argparse.Namespace) -> int:
         StorageError: the dump cannot be written.
     """
     config = compose([args.name], args.overrides, args.config_dir)
+    check(config, find_devices())
+    if args.dump and args.dump.exists():
+        raise StorageError(f"{args.dump} is there already: name a new file.")
     settle(config)
     tokens = make_tokens(config)
     cached = tokens.cache.train[0]

@@ -109,7 +109,7 @@ def _files_of(path: Path, entry: Entry) -> list[Path]:
     if entry.split:
         word = re.compile(rf"(?<![a-z0-9]){re.escape(entry.split)}(?![a-z])", re.IGNORECASE)
         chosen = [file for file in found if word.search(str(file.relative_to(path)))]
-        if entry.split == "train" and not any(SPLIT_WORD.search(str(file.relative_to(path))) for file in found):
+        if entry.split == "train" and not any(_splits(path, file) for file in found):
             chosen = found  # a folder without splits is for training
         if not chosen:
             names = ", ".join(str(file.relative_to(path)) for file in found[:10])
@@ -117,12 +117,18 @@ def _files_of(path: Path, entry: Entry) -> list[Path]:
                 f"{entry.where}: no file in {path} carries the split '{entry.split}' in its name. It holds: {names}."
             )
         found = chosen
+    elif not entry.formatting:  # a path, not an entry: what is set aside by its name is not for training
+        found = [file for file in found if "train" in _splits(path, file)] or found
     kinds = sorted({file.suffix for file in found})
     if len(kinds) > 1 and kinds != [".json", ".jsonl"]:
         raise DataError(
             f"{entry.where}: the files of {path} are of several kinds: {', '.join(kinds)}. Name one file, or sort them."
         )
     return found
+
+
+def _splits(folder: Path, file: Path) -> list[str]:
+    return [word.lower() for word in SPLIT_WORD.findall(str(file.relative_to(folder)))]
 
 
 def _file_identity(path: Path) -> str:

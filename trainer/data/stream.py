@@ -16,7 +16,9 @@ from datasets import interleave_datasets
 from torch.utils.data import DataLoader, IterableDataset
 
 from launch.batching import BatchPlan
+from launch.errors import DataError
 from launch.schema import DataConfig, Mix
+from trainer.data.cache import SAMPLE
 from trainer.data.formats import Unusable, to_conversation
 from trainer.data.render import Renderer
 from trainer.data.sources import Rows
@@ -35,6 +37,7 @@ class TokenStream(IterableDataset):  # type: ignore[type-arg]
     def __init__(self, datasets: list[Rows], data: DataConfig, renderer: Renderer, seed: int) -> None:
         self.datasets, self.data, self.renderer, self.seed = datasets, data, renderer, seed
         self.epoch = 0
+        self.read = self.dropped = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -46,11 +49,23 @@ class TokenStream(IterableDataset):  # type: ignore[type-arg]
             for item in part:
                 try:
                     sources.append(to_conversation(item["row"], self.datasets[item["dataset"]].entry))
-                except Unusable:
-                    continue  # counted on the sample before training
+                except Unusable as reason:
+                    self._drop(reason)
+            self.read += len(part)
             for examples in self.renderer.render(sources):
-                if not isinstance(examples, Unusable):
+                if isinstance(examples, Unusable):
+                    self._drop(examples)
+                else:
                     yield from ({"input_ids": one.input_ids, "labels": one.labels} for one in examples)
+
+    def _drop(self, reason: Unusable) -> None:
+        """Count a row, and stop where the rows after the sample are worse than it was."""
+        self.dropped += 1
+        if self.read >= SAMPLE and self.dropped > self.data.max_dropped * self.read:
+            raise DataError(
+                f"{self.dropped:,} of the {self.read:,} rows that were read from the stream cannot be used, more than "
+                f"data.max_dropped = {self.data.max_dropped:.0%}. The last one: {reason}."
+            )
 
     def _mixed(self) -> RowStream:
         streams = [
