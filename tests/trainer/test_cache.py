@@ -18,9 +18,11 @@ from trainer.data import cache as cache_module
 from trainer.data.cache import TokenCache, as_json, build_cache, cache_key, describe, find_cache, open_rows
 from trainer.data.formats import to_conversation
 from trainer.data.render import IGNORED, Renderer
+from trainer.data.select import held_out_rows
 from trainer.data.tokens import tokenize
 from trainer.data.workers import started_workers
 from trainer.models import load_tokenizer
+from trainer.prepare import ensure_prepared
 
 ROWS = [{"instruction": f"Say {number}.", "input": "", "output": f"{number} it is"} for number in range(40)]
 
@@ -266,3 +268,31 @@ def test_what_is_broken_leaves_nothing_behind(tmp_path: Path, build: Any) -> Non
     with pytest.raises(DataError, match=r"rows\.json:1:[0-9]+: not JSON"):
         build()
     assert [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()] == []
+
+
+def test_a_second_start_repeats_what_the_first_remarked(
+    tmp_path: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(tmp_path, "model=folder", f"model.path={tiny_model}", rows=[*ROWS, ROWS[0]])
+    config.data.cache_dir = str(tmp_path / "cache")
+    remark = "mine: 1 of 41 rows (2%) copied from an earlier row"
+    ensure_prepared(config)
+    first = capfd.readouterr().out
+    assert remark in first
+    assert "optimiser steps" in first
+    ensure_prepared(config)
+    second = capfd.readouterr().out
+    assert f"{remark} (row 40 = 0)" in second
+    assert "mine: 41 of 41 rows" in second
+
+
+def test_nothing_to_train_on_is_refused_whatever_left_nothing(tmp_path: Path, build: Any) -> None:
+    rows = [ROWS[0], {"instruction": "a", "output": ""}]
+    configured(tmp_path, rows=rows)
+    held = {
+        seed: held_out_rows([2], compose_config(["data.eval_names=[]", "data.eval_size=1"]).data, seed)
+        for seed in range(9)
+    }
+    seed = next(seed for seed, (mask,) in held.items() if mask[0])  # the one usable row is held out
+    with pytest.raises(DataError, match="Nothing of mine is left to train on"):
+        build("data.eval_size=1", "data.max_dropped=1", f"train.seed={seed}")

@@ -104,6 +104,14 @@ def test_a_file_elsewhere_is_refused_or_copied(tmp_path: Path) -> None:
     assert list(registry_of(folder)) == ["rows"]
 
 
+def test_another_content_under_the_same_name_is_not_passed_over(tmp_path: Path) -> None:
+    source, folder = folder_with(tmp_path / "source"), tmp_path / "data"
+    add(source / "rows.json", folder, copy=True)
+    folder_with(source, [*ROWS, ROWS[1]])
+    with pytest.raises(DataError, match="is there already and is not the same"):
+        add(source / "rows.json", folder, copy=True)
+
+
 def test_a_folder_is_copied_whole(tmp_path: Path) -> None:
     source, folder = folder_with(tmp_path / "my parts"), tmp_path / "data"
     add(source, folder, copy=True)

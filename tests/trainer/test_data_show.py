@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from launch.errors import DataError, StorageError
 from trainer.data.check import Tokens, compose, make_tokens
 from trainer.data.render import IGNORED
-from trainer.data.show import dump, pieces, row_lines
+from trainer.data.show import dump, pieces, row_lines, run
 
 ROWS = [
     {"instruction": "Say seven.", "input": "", "output": "Seven it is."},
@@ -138,3 +139,13 @@ def test_the_command_shows_a_row_of_a_file(
     done = tunewright("data", "show", name, "--row", "3", "data.cutoff_len=64", "data.max_dropped=0")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == shown(tokens, 3)
+
+
+def test_a_dump_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text("mine")
+    args = argparse.Namespace(
+        name="demo", overrides=[], config_dir=None, row=None, ids=False, dump=tmp_path / "rows.json"
+    )
+    with pytest.raises(StorageError, match=r"rows\.json is there already"):
+        run(args)
+    assert (tmp_path / "rows.json").read_text() == "mine"
