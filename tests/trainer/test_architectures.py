@@ -1,0 +1,152 @@
+"""A tiny random model of each family: flat rows where its attention allows, padded ones where not, and it learns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from torch.nn.functional import cross_entropy
+from transformers import set_seed
+from trl import SFTConfig
+
+from launch.batching import BatchPlan
+from launch.errors import ConfigError
+from trainer import attention
+from trainer.batches import FlatCollator, PaddedCollator
+from trainer.data.render import IGNORED
+from trainer.methods import adapt
+from trainer.sft import TunewrightTrainer, scored_loss_sum
+
+VOCABULARY = 512
+LENGTHS = (3, 40, 11, 2)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+ALTERNATING = ["sliding_attention", "full_attention"]
+
+# name: (configuration class, what differs from SIZES; None takes a size away)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "llama3": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2_sliding": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "mistral": ("MistralConfig", {"sliding_window": 8}),
+    "gemma": ("GemmaConfig", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 8, "layer_types": ALTERNATING}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 8, "layer_types": ALTERNATING}),
+    "gemma3_capped": (
+        "Gemma3TextConfig",
+        {"head_dim": 16, "sliding_window": 8, "layer_types": ALTERNATING, "final_logit_softcapping": 1.0},
+    ),
+    "phi3": ("Phi3Config", {}),
+    "phi3_sliding": ("Phi3Config", {"sliding_window": 8}),
+    "granite": ("GraniteConfig", {"logits_scaling": 4.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5}),
+    "gpt2": (
+        "GPT2Config",
+        {"scale_attn_by_inverse_layer_idx": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+    "bloom": ("BloomConfig", {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
+    "falcon_alibi": ("FalconConfig", {"alibi": True, "new_decoder_architecture": False, "multi_query": False}),
+    "gpt_oss": ("GptOssConfig", {"head_dim": 16, "sliding_window": 8, "layer_types": ALTERNATING, "num_local_experts": 2}),
+}
+PADDED = {"gemma2": "attn_logit_softcapping", "bloom": "ALiBi", "falcon_alibi": "ALiBi", "gpt_oss": "sinks"}
+FLAT = [name for name in MODELS if name not in PADDED]
+
+
+def config_of(name: str) -> Any:
+    config_class, changes = MODELS[name]
+    return getattr(transformers, config_class)(**{**copy.deepcopy(SIZES), **copy.deepcopy(changes)})
+
+
+def class_of(config: Any) -> type:
+    return transformers.AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[no-any-return]
+
+
+def model_of(name: str, implementation: str) -> Any:
+    """A random model whose weights are large enough for a wrong attention to show in its loss."""
+    set_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_of(name), attn_implementation=implementation)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def padded_model(name: str) -> Any:
+    config = config_of(name)
+    return model_of(name, attention.padded_implementation(config, class_of(config)))
+
+
+def rows_of(*lengths: int) -> list[dict[str, np.ndarray]]:
+    generator = np.random.default_rng(0)
+    rows = []
+    for length in lengths:
+        ids = generator.integers(5, VOCABULARY, length)
+        rows.append({"input_ids": ids, "labels": np.where(np.arange(length) >= length // 2, ids, IGNORED)})
+    return rows
+
+
+def loss_alone(model: Any, row: dict[str, np.ndarray]) -> torch.Tensor:
+    """The cross-entropy summed over a row's scored tokens, by hand from the model's logits."""
+    logits = model(input_ids=torch.tensor(row["input_ids"])[None], use_cache=False).logits[0, :-1]
+    return cross_entropy(logits, torch.tensor(row["labels"])[1:], ignore_index=IGNORED, reduction="sum")
+
+
+def padded_loss_sum(model: Any, rows: list[dict[str, np.ndarray]]) -> torch.Tensor:
+    batch = PaddedCollator(0)(rows)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    return cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_flat_rows_are_padded_rows_and_rows_alone(name: str) -> None:
+    rows = rows_of(*LENGTHS)
+    flat, padded = model_of(name, attention.register()), padded_model(name)
+    assert attention.padding_free_problem(flat.config, type(flat)) is None
+    loss, expected = scored_loss_sum(flat, FlatCollator(0)(rows)), padded_loss_sum(padded, rows)
+    alone = sum(loss_alone(padded, row) for row in rows)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-4)
+    loss.backward()
+    expected.backward()
+    for (parameter, mine), theirs in zip(flat.named_parameters(), padded.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=lambda m, p=parameter: f"{p}: {m}")
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_what_cannot_be_flat_says_why_and_is_right_when_padded(name: str) -> None:
+    config = config_of(name)
+    problem = attention.padding_free_problem(config, class_of(config))
+    assert problem
+    assert PADDED[name] in problem
+    rows, model = rows_of(*LENGTHS), padded_model(name)
+    expected = sum(loss_alone(model, row) for row in rows)
+    torch.testing.assert_close(padded_loss_sum(model, rows), expected, rtol=1e-5, atol=1e-4)
