@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TypeVar
 
+from omegaconf import DictConfig
+
 from launch.errors import ConfigError
 from launch.schema import TrainConfig
 
@@ -74,3 +76,31 @@ def batch_plan(train: TrainConfig, world_size: int) -> BatchPlan:
     per_rank = math.ceil(total / world_size)
     accumulation = math.ceil(per_rank / micro)
     return BatchPlan(total, world_size, math.ceil(per_rank / accumulation), accumulation)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimiser steps of a run, and why so many."""
+
+    total: int
+    per_epoch: int | None  # None for a stream, whose length nobody knows
+    epochs: float | None
+    batch: str  # how the rows of a step are shared out
+
+    def describe(self) -> str:
+        total = f"{self.total:,} optimiser step{'' if self.total == 1 else 's'}"
+        if self.per_epoch is None:
+            return f"{total} (train.max_steps); {self.batch}"
+        return f"{total}: {self.per_epoch:,} an epoch, {self.epochs:.3g} epochs; {self.batch}"
+
+
+def planned_steps(config: DictConfig, plan: BatchPlan, examples: int) -> Steps:
+    """Return the optimiser steps that a configuration takes with this many training examples."""
+    train = config.train
+    if config.data.streaming:
+        return Steps(int(train.max_steps), None, None, plan.describe())
+    per_epoch = plan.steps_per_epoch(examples)
+    if train.max_steps:
+        epochs = train.max_steps / per_epoch if per_epoch else 0.0
+        return Steps(int(train.max_steps), per_epoch, epochs, plan.describe())
+    return Steps(math.ceil(per_epoch * train.epochs), per_epoch, float(train.epochs), plan.describe())

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     chat = commands.add_parser("chat", help="ask the base and the tuned model the same questions")
-    chat.add_argument("tuned", type=Path, metavar="RUN")
+    chat.add_argument("tuned", type=Path, metavar="RUN", help="a run folder, or one of its checkpoints")
     chat.add_argument("--prompt", action="append", help="ask this and stop; can be given several times")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-new-tokens", type=int, default=256)

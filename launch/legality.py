@@ -5,21 +5,22 @@ Every check looks at the configuration and the devices alone, so that all of the
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from launch.batching import BatchPlan, batch_plan
+from launch.cells import STRATEGIES, Cell, verdict
 from launch.compose import DEEPSPEED_DIR
 from launch.errors import ConfigError, did_you_mean
 from launch.hardware import Devices
-from launch.schema import Launcher, Mix
+from launch.schema import PROMPT_LEARNING, Launcher, LoraInit, Mix
 from launch.templates import template_file
 
-PARTITIONED = ("zero3", "zero3_offload", "zeropp")
-QUANT_TYPES = ("nf4", "fp4")
 CPU_RANKS = 2
+SHORTEST = 16  # tokens of a row: with fewer no question has an answer
 # transformers' names that need no settings or packages beyond ours; kept here to be checked without importing it.
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -47,6 +48,9 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
         ConfigError: with the reason and the alternative.
     """
     ranks = world_size(config, devices)
+    ruling = verdict(cell_of(config, devices))
+    if ruling.outcome == "refused":
+        raise ConfigError(ruling.reason)
     _check_method(config)
     _check_strategy(config, devices, ranks)
     _check_numbers(config)
@@ -54,30 +58,98 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
     return batch_plan(config.train, ranks)
 
 
+def cell_of(config: DictConfig, devices: Devices) -> Cell:
+    """Return the cell of the legality table that a configuration falls into."""
+    method = config.method
+    return Cell(
+        method=method.name,
+        bits=method.bits if method.name == "qlora" else 16,
+        strategy=_known_strategy(config),
+        layout="padding-free" if config.train.padding_free else "padded",
+        device=devices.kind,
+        init=method.init.value if "init" in method else "default",
+    )
+
+
+def _known_strategy(config: DictConfig) -> str:
+    """Return the strategy, or for one of the user's own the shipped one with the same ZeRO stage."""
+    strategy = config.strategy
+    if strategy.name in STRATEGIES or strategy.launcher is not Launcher.deepspeed:
+        return str(strategy.name)
+    return f"zero{zero_stage(config)}"
+
+
+def longest_row(config: DictConfig) -> int:
+    """Return the most tokens a row may have: `data.cutoff_len` less the virtual tokens before it."""
+    return int(config.data.cutoff_len) - int(config.method.get("virtual_tokens", 0))
+
+
 def _check_method(config: DictConfig) -> None:
-    method, strategy = config.method, config.strategy
-    if method.name == "qlora":
-        if strategy.name in PARTITIONED:
+    method = config.method
+    if method.name in ("lora", "qlora"):
+        _check_lora(method)
+    if method.name == "qlora" and method.bits not in (4, 8):
+        raise ConfigError(f"`method.bits` is {method.bits}: write 4 or 8.")
+    if method.name == "ia3":
+        if isinstance(method.target_modules, str) and method.target_modules != "auto":
             raise ConfigError(
-                f"`method=qlora` cannot run under `strategy={strategy.name}`: ZeRO-3 splits weights over the ranks, "
-                f"and weights quantised to 4 bits cannot be split, so each rank would hold them whole. "
-                f"Use strategy=zero2 or strategy=ddp with method=qlora, or method=lora with strategy={strategy.name}."
+                f"`method.target_modules` is '{method.target_modules}': write auto or a list such as "
+                f"[k_proj,v_proj,down_proj]."
             )
-        if method.quant_type not in QUANT_TYPES:
-            raise ConfigError(
-                f"`method.quant_type` is '{method.quant_type}'.{did_you_mean(method.quant_type, QUANT_TYPES)} "
-                f"Write nf4 or fp4."
-            )
-    if method.name != "full":
-        if method.r < 1:
-            raise ConfigError(f"`method.r` is {method.r}: the rank is a whole number from 1.")
-        if not 0 <= method.dropout < 1:
-            raise ConfigError(f"`method.dropout` is {method.dropout}: write a share from 0 to below 1.")
-        if isinstance(method.target_modules, str) and method.target_modules != "all-linear":
-            raise ConfigError(
-                f"`method.target_modules` is '{method.target_modules}': write all-linear or a list such as "
-                f"[q_proj,v_proj]."
-            )
+        if method.feedforward_modules and isinstance(method.target_modules, str):
+            raise ConfigError("`method.feedforward_modules` needs `method.target_modules` as a list that has them too.")
+    if method.name == "freeze" and method.layers == 0 and not method.extra_modules:
+        raise ConfigError(
+            "`method.layers` is 0 and `method.extra_modules` is empty: nothing would be trained. Write a number of "
+            "layers, or name modules."
+        )
+    if method.name in PROMPT_LEARNING:
+        _check_prompt(config)
+
+
+def _check_lora(method: DictConfig) -> None:
+    if method.r < 1:
+        raise ConfigError(f"`method.r` is {method.r}: the rank is a whole number from 1.")
+    if not 0 <= method.dropout < 1:
+        raise ConfigError(f"`method.dropout` is {method.dropout}: write a share from 0 to below 1.")
+    if method.alpha <= 0:
+        raise ConfigError(f"`method.alpha` is {method.alpha}: with a scale of 0 nothing is learnt. Write 2 x r.")
+    if method.loraplus_ratio is not None and method.loraplus_ratio < 1:
+        raise ConfigError(f"`method.loraplus_ratio` is {method.loraplus_ratio}: write a number from 1, for example 16.")
+    targets = method.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        raise ConfigError(
+            f"`method.target_modules` is '{targets}': write all-linear or a list such as [q_proj,v_proj]."
+        )
+    if not targets:
+        raise ConfigError("`method.target_modules` is empty: nothing would be trained. Write all-linear or a list.")
+    if method.dora and method.init.value.startswith("pissa"):
+        raise ConfigError(
+            f"`method.dora` and `method.init={method.init.value}` both begin from a split of the base weights: choose "
+            f"one."
+        )
+    if method.adapter and method.init is not LoraInit.default:
+        raise ConfigError(
+            f"`method.adapter` brings its own values, and `method.init={method.init.value}` would replace them: leave "
+            f"method.init out."
+        )
+
+
+def _check_prompt(config: DictConfig) -> None:
+    method = config.method
+    if method.virtual_tokens < 1:
+        raise ConfigError(f"`method.virtual_tokens` is {method.virtual_tokens}: write a whole number from 1.")
+    if longest_row(config) < SHORTEST:
+        raise ConfigError(
+            f"`method.virtual_tokens` is {method.virtual_tokens} and `data.cutoff_len` {config.data.cutoff_len}: the "
+            f"virtual tokens count, and {longest_row(config)} are left to a row. Write data.cutoff_len="
+            f"{method.virtual_tokens + 256} or fewer virtual tokens."
+        )
+    if method.name == "prefix_tuning" and config.train.gradient_checkpointing:
+        raise ConfigError(
+            "`train.gradient_checkpointing` recomputes layers without the keys and values that `method=prefix_tuning` "
+            "learns. Turn it off, or use method=prompt_tuning."
+        )
 
 
 def _check_strategy(config: DictConfig, devices: Devices, ranks: int) -> None:
@@ -93,11 +165,6 @@ def _check_strategy(config: DictConfig, devices: Devices, ranks: int) -> None:
         raise ConfigError(
             f"`cluster.num_processes` is {ranks}, but {devices.count} GPUs are visible. Write {devices.count} or less, "
             f"or check CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES and ROCR_VISIBLE_DEVICES."
-        )
-    if strategy.name == "zeropp" and devices.kind != "cuda":
-        raise ConfigError(
-            f"`strategy=zeropp` needs NVIDIA GPUs: its quantised collectives are CUDA kernels, and this machine has "
-            f"{'AMD GPUs' if devices.kind == 'rocm' else 'no GPU'}. Use strategy=zero3."
         )
     if strategy.launcher is Launcher.deepspeed:
         deepspeed_file(config)
@@ -121,6 +188,12 @@ def deepspeed_file(config: DictConfig) -> str:
     return str(path)
 
 
+def zero_stage(config: DictConfig) -> int:
+    """Return the ZeRO stage of the strategy's DeepSpeed JSON."""
+    settings = json.loads(Path(deepspeed_file(config)).read_text(encoding="utf-8"))
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
 def _check_numbers(config: DictConfig) -> None:
     train, data = config.train, config.data
     positive = {
@@ -132,6 +205,8 @@ def _check_numbers(config: DictConfig) -> None:
         "train.save_steps": train.save_steps,
         "train.save_total_limit": train.save_total_limit,
         "train.timeout_minutes": train.timeout_minutes,
+        "train.neftune_alpha": train.neftune_alpha,
+        "train.early_stopping": train.early_stopping,
         "data.max_samples": data.max_samples,
         "data.workers": data.workers,
         "data.shuffle_buffer": data.shuffle_buffer,
@@ -148,14 +223,38 @@ def _check_numbers(config: DictConfig) -> None:
             raise ConfigError(f"`{key}` is '{value}'.{did_you_mean(value, names)} Choices: {', '.join(names)}.")
     if not 0 <= train.warmup_ratio <= 1:
         raise ConfigError(f"`train.warmup_ratio` is {train.warmup_ratio}: write a share from 0 to 1.")
+    if train.weight_decay < 0:
+        raise ConfigError(f"`train.weight_decay` is {train.weight_decay}: write a number from 0.")
+    _check_best(config)
     if train.max_grad_norm < 0:
         raise ConfigError(f"`train.max_grad_norm` is {train.max_grad_norm}: write 0 to turn clipping off.")
 
 
+def _check_best(config: DictConfig) -> None:
+    train, data = config.train, config.data
+    for key, wanted in (("keep_best", train.keep_best), ("early_stopping", train.early_stopping)):
+        if not wanted:
+            continue
+        if not (data.eval_names or data.eval_split or data.eval_size):
+            raise ConfigError(
+                f"`train.{key}` looks at the eval loss, and nothing is held out: set data.eval_size, data.eval_names "
+                f"or "
+                f"data.eval_split."
+            )
+        if train.eval_steps is None:
+            raise ConfigError(f"`train.{key}` compares evaluations: set train.eval_steps.")
+    if train.keep_best and train.save_steps and train.save_steps % train.eval_steps:
+        raise ConfigError(
+            f"`train.save_steps` is {train.save_steps} and `train.eval_steps` {train.eval_steps}: with "
+            f"`train.keep_best` "
+            f"a checkpoint needs an eval loss. Write a multiple of {train.eval_steps}, or leave train.save_steps out."
+        )
+
+
 def _check_data(config: DictConfig) -> None:
     data, train = config.data, config.train
-    if data.cutoff_len < 16:
-        raise ConfigError(f"`data.cutoff_len` is {data.cutoff_len}: write a number of tokens from 16.")
+    if data.cutoff_len < SHORTEST:
+        raise ConfigError(f"`data.cutoff_len` is {data.cutoff_len}: write a number of tokens from {SHORTEST}.")
     if data.eval_size < 0:
         raise ConfigError(f"`data.eval_size` is {data.eval_size}: write a share below 1 or a number of rows.")
     if not 0 <= data.max_dropped <= 1:

@@ -56,6 +56,7 @@ class RunDir:
     """Paths inside a run's folder."""
 
     path: Path
+    result: Path | None = None  # a checkpoint that stands for `final`
 
     @property
     def config(self) -> Path:
@@ -75,7 +76,7 @@ class RunDir:
 
     @property
     def final(self) -> Path:
-        return self.path / "final"
+        return self.result or self.path / "final"
 
     @property
     def checkpoints(self) -> Path:
@@ -204,7 +205,7 @@ def redacted_yaml(config: DictConfig) -> str:
     """Return the configuration as YAML, with the values of keys that name a secret removed."""
     copy = config.copy()
     for key, value in list(flatten(OmegaConf.to_container(copy))):
-        if value and any(word in key.rpartition(".")[2].lower() for word in SECRET):
+        if isinstance(value, str) and value and any(word in key.rpartition(".")[2].lower() for word in SECRET):
             OmegaConf.update(copy, key, "REMOVED")
     return OmegaConf.to_yaml(copy)
 

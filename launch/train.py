@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from launch.architecture import check_modules
 from launch.batching import BatchPlan
 from launch.command import Command, build_command, write_accelerate_config
 from launch.compose import compose_config, expand_sweep
@@ -15,6 +16,7 @@ from launch.errors import ConfigError
 from launch.hardware import Devices, find_devices
 from launch.legality import check
 from launch.rundir import Claim, claim, prepare_folder
+from launch.settle import settle
 from launch.supervise import run_ranks
 
 
@@ -23,6 +25,7 @@ class Job:
     """One checked run: nothing of it has been started or written yet."""
 
     config: DictConfig
+    settled: list[str]  # what was decided for the user, and why
     plan: BatchPlan
     claimed: Claim
     command: Command
@@ -32,11 +35,27 @@ def plan_job(config: DictConfig, devices: Devices) -> Job:
     """Check a configuration as far as can be done without starting anything.
 
     Raises:
-        ConfigError, DataError: see `legality.check`, `rundir.claim` and `trainer.prepare.find_prepared`.
+        ConfigError, DataError: see `legality.check`, `architecture.check_modules`, `settle`, `rundir.claim` and
+            `trainer.prepare.find_prepared`.
     """
-    plan = check(config, devices)
+    plan, settled = check_all(config, devices)
     claimed = claim(config)
-    return Job(config, plan, claimed, build_command(config, claimed.run, plan, devices, claimed.checkpoint))
+    return Job(config, settled, plan, claimed, build_command(config, claimed.run, plan, devices, claimed.checkpoint))
+
+
+def check_all(config: DictConfig, devices: Devices) -> tuple[BatchPlan, list[str]]:
+    """Check a configuration against the devices and the model's architecture; return its plan and what was settled.
+
+    Raises:
+        ConfigError, StorageError: see `legality.check`, `architecture.check_modules` and `settle`.
+    """
+    from trainer.architecture import ensure_architecture
+
+    plan = check(config, devices)
+    architecture = ensure_architecture(config)
+    settled = settle(config, architecture, devices)
+    check_modules(config, architecture)
+    return plan, settled
 
 
 def sweep_jobs(overrides: Sequence[str], extra_dir: Path | None, *, multirun: bool) -> list[DictConfig]:
@@ -64,6 +83,8 @@ def run_job(job: Job, say: Callable[[str], None] = print) -> int:
     if job.claimed.finished:
         say(f"{run.path} is finished already; nothing to do.")
         return 0
+    for text in job.settled:
+        say(text)
     if job.claimed.checkpoint:
         say(f"Continuing {run.path} from {job.claimed.checkpoint.name}")
     ensure_prepared(job.config)
@@ -108,8 +129,10 @@ def train(
 
 def show_plan(job: Job, say: Callable[[str], None]) -> None:
     """Print what would run."""
-    plan = job.plan
-    say(plan.describe())
+    from trainer.forecast import forecast
+
+    for text in (*job.settled, *forecast(job.config, job.plan)):
+        say(text)
     for key, value in job.command.accelerate.items():
         say(f"  {key}: {value}")
     say(job.command.shown())

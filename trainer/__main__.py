@@ -17,9 +17,9 @@ from omegaconf import DictConfig
 from launch.compose import choices, compose_config, load_config
 from launch.errors import ConfigError, TunewrightError
 from launch.hardware import find_devices
-from launch.legality import check
 from launch.rundir import Claim, RunDir, claim, prepare_folder
 from launch.schema import Launcher, Resume
+from launch.train import check_all
 from trainer.prepare import ensure_prepared
 from trainer.process import Console, die_with_parent, join, launched, rank, reported_errors, world_size
 
@@ -86,13 +86,14 @@ def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
     """Compose from the command line; the strategy is what the launcher around this process started."""
     overrides = [*_strategy_of_environment(argv), *argv, f"cluster.num_processes={world_size()}"]
     config = compose_config(overrides)
-    check(config, find_devices())
+    _, settled = check_all(config, find_devices())
     if config.strategy.launcher is Launcher.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         raise ConfigError(
             f"`strategy={config.strategy.name}` is not what runs: this process was started without DeepSpeed. Use "
             f"`tunewright train`, or `accelerate launch --use_deepspeed` without --cpu, which turns DeepSpeed off."
         )
     if rank() == 0:
+        print("\n".join(settled), end="\n" if settled else "", flush=True)
         return config, claim(config)
     run = RunDir(Path(config.output_root) / config.name)
     return config, Claim(run, None if config.resume is Resume.never else run.last_checkpoint())

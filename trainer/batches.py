@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from launch.batching import BatchPlan
 from trainer.data.render import IGNORED
@@ -32,6 +34,11 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def lengths(self) -> np.ndarray:
+        """Return the tokens of each row (rows,)."""
+        batches = self.dataset.with_format("arrow").iter(batch_size=10_000)
+        return np.concatenate([pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches])
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return self.dataset[index]  # type: ignore[no-any-return]
 
@@ -43,22 +50,32 @@ class TokenRows:
 class MicroBatches:
     """The micro-batches of one rank, in order: a batch sampler for `DataLoader`.
 
-    The global batch of a step is the same rows for any number of ranks and any micro-batch size.
+    The global batch of a step is the same rows for any number of ranks and any micro-batch size. With the `lengths`
+    (rows,) of all rows, those of a step are of like length.
     """
 
-    def __init__(self, rows: int, plan: BatchPlan, rank: int, *, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self, rows: int, plan: BatchPlan, rank: int, *, shuffle: bool, seed: int, lengths: np.ndarray | None = None
+    ) -> None:
         self.rows, self.plan, self.rank = rows, plan, rank
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.shuffle, self.seed, self.epoch, self.lengths = shuffle, seed, 0, lengths
 
     def __len__(self) -> int:
         return self.plan.steps_per_epoch(self.rows) * self.plan.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.arange(self.rows)
-        if self.shuffle:
+        if self.shuffle and self.lengths is not None:
+            order = self._grouped()
+        elif self.shuffle:
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
         for start in range(0, self.rows, self.plan.global_batch):
             yield from self.plan.share(order[start : start + self.plan.global_batch].tolist(), self.rank)
+
+    def _grouped(self) -> np.ndarray:
+        """Return the rows shuffled, those of a step of like length, as transformers' `group_by_length` does."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return np.array(get_length_grouped_indices(self.lengths, self.plan.global_batch, generator=generator))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

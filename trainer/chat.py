@@ -15,7 +15,7 @@ HELP = "Empty line or Ctrl-D ends, /reset forgets the conversation."
 
 def chat(path: Path, prompts: list[str] | None, system: str | None, max_new_tokens: int) -> int:
     """Answer the given prompts and stop, or ask for questions on the terminal."""
-    run = run_of(path)
+    run = run_of(path, checkpoints=True)
     config = load_config(run.config)
     model_path = prepare(config, lambda line: None).model_path
     base, tuned = Answerer(config, model_path), Answerer(config, model_path)

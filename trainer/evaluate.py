@@ -97,7 +97,7 @@ def held_out(cache: TokenCache, examples: int | None) -> list[Question]:
 
 def _quantization(config: DictConfig) -> tuple[Any, ...]:
     method = config.method
-    return ("4bit", method.quant_type, method.double_quant) if method.name == "qlora" else ()
+    return (method.bits, method.quant_type, method.double_quant, method.compute_dtype) if method.name == "qlora" else ()
 
 
 def _answers(answerer: Answerer, questions: list[Question], name: str, say: Callable[[str], None]) -> list[str]:

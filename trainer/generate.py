@@ -15,22 +15,27 @@ from omegaconf import DictConfig
 
 from launch.errors import ConfigError
 from launch.rundir import RunDir
+from trainer.architecture import ensure_architecture
 from trainer.data.render import Renderer
 from trainer.models import load_model, load_tokenizer, stop_tokens, torch_dtype
 
 
-def run_of(path: Any) -> RunDir:
-    """Return the run folder at `path`.
+def run_of(path: Path, *, checkpoints: bool = False) -> RunDir:
+    """Return the run folder at `path`, or with `checkpoints` the run of a checkpoint, that one being its result.
 
     Raises:
         ConfigError: there is no run, or it has not finished.
     """
+    if checkpoints and path.parent.name == RunDir(path).checkpoints.name and (path / "trainer_state.json").is_file():
+        return RunDir(path.parent.parent, path)
     run = RunDir(path)
     if not run.manifest.is_file():
         raise ConfigError(f"{path} is not a run folder: it has no {run.manifest.name}.")
     if not run.final.is_dir():
         status = run.read_manifest().get("status")
-        raise ConfigError(f"{path} has no result yet (status: {status}). Continue it with resume=auto.")
+        last = run.last_checkpoint()
+        instead = f", or name one of its checkpoints, for example {last}" if last and checkpoints else ""
+        raise ConfigError(f"{path} has no result yet (status: {status}). Continue it with resume=auto{instead}.")
     return run
 
 
@@ -52,10 +57,13 @@ class Answerer:
         quiet_libraries()
         self.config = config
         self.tokenizer = load_tokenizer(model_path, config.model)
-        self.renderer = Renderer.of(config.data, config.model, self.tokenizer)
+        self.renderer = Renderer.of(config, self.tokenizer)
         self.tokenizer.padding_side = "left"  # so that every prompt of a batch ends where its answer begins
         self.dtype = torch_dtype(config.model.dtype, device().type)
-        self.model: Any = load_model(model_path, config.model, self.dtype, method=config.method, device=device())
+        self.attention = ensure_architecture(config).padded_attention
+        self.model: Any = load_model(
+            model_path, config.model, self.dtype, attention=self.attention, method=config.method, device=device()
+        )
         if config.method.name != "qlora":
             self.model.to(device())
         self.model.eval()
@@ -72,9 +80,11 @@ class Answerer:
             try:
                 yield
             finally:
-                self.model = adapted.unload()
+                prompt = adapted.active_peft_config.is_prompt_learning  # which leaves the base as it is
+                self.model = base if prompt else adapted.unload()
             return
-        self.model = load_model(run.final, self.config.model, self.dtype).to(device()).eval()
+        tuned = load_model(run.final, self.config.model, self.dtype, attention=self.attention)
+        self.model = tuned.to(device()).eval()
         try:
             yield
         finally:

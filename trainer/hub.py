@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from launch.errors import ConfigError, StorageError
-from launch.schema import ModelConfig
+from launch.schema import ModelConfig, Source
 
 # Other formats of the same weights, which transformers does not read.
 IGNORED = ["original/*", "consolidated*", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pth", "*.tflite"]
@@ -24,6 +24,26 @@ def find_hub(model: ModelConfig) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     return folder if has_weights(folder) else None
+
+
+def find_config(model: ModelConfig) -> Path | None:
+    """Return the config.json of a Hub model where the local cache has it, without using the network."""
+    if model.source is not Source.hub:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def fetch_config(model: ModelConfig, *, offline: bool = False) -> Path:
+    """Return the config.json of a model on a hub, fetched with the few files that its tokenizer needs.
+
+    Raises:
+        StorageError: see `fetch_hub`.
+    """
+    fetch = fetch_modelscope if model.source is Source.modelscope else fetch_hub
+    return fetch(model, offline=offline, weights=False) / "config.json"
 
 
 def fetch_hub(model: ModelConfig, *, offline: bool = False, weights: bool = True) -> Path:

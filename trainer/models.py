@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import ConfigError, StorageError
-from launch.schema import Dtype, ModelConfig, Source
+from launch.schema import ComputeDtype, Dtype, ModelConfig, Source
 from trainer import hub, tiny
 from trainer.templates import install_template, settle_end_of_turn, stop_ids
 
@@ -96,17 +97,27 @@ def load_model(
 
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if method is not None and method.name == "qlora":
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=method.quant_type,
-            bnb_4bit_use_double_quant=method.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        options["quantization_config"] = _quantization(method, dtype)
         # Quantisation happens on the device that trains: each rank loads onto its own.
         options["device_map"] = {"": device if device is not None else "cpu"}
     return _load(AutoModelForCausalLM.from_pretrained, path, model, **options)  # type: ignore[no-any-return]
+
+
+def _quantization(method: Any, dtype: torch.dtype) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if method.bits == 8:
+        # It warns at each matmul that LLM.int8 multiplies in float16, as it always does.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = dtype if method.compute_dtype is ComputeDtype.auto else getattr(torch, method.compute_dtype.value)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method.quant_type.value,
+        bnb_4bit_use_double_quant=method.double_quant,
+        bnb_4bit_compute_dtype=compute,
+    )
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

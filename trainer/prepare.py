@@ -86,7 +86,7 @@ def prepare(config: DictConfig, say: Callable[[str], None] = print, *, weights: 
     if cache is None:
         say(f"Tokenising {', '.join([*config.data.names, *config.data.eval_names])}")
         with started_workers(thread_count(config)) if wants_processes(config) else nullcontext() as processes:
-            renderer = Renderer.of(config.data, config.model, load_tokenizer(model_path, config.model))
+            renderer = Renderer.of(config, load_tokenizer(model_path, config.model))
             cache = build_cache(config, model_path, renderer, _row_lines(say), processes)
     return Prepared(model_path, cache)
 

@@ -15,17 +15,19 @@ import torch
 from accelerate import PartialState
 from omegaconf import DictConfig
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from launch.batching import BatchPlan, batch_plan
 from launch.errors import ConfigError, StorageError
-from launch.legality import deepspeed_file
+from launch.legality import zero_stage
 from launch.rundir import RunDir
 from launch.schema import Launcher
 from trainer import attention
+from trainer.architecture import ensure_architecture
+from trainer.checkpoints import keep_pissa_start, save_as_plain_lora, starts_as_pissa
 from trainer.data.cache import TokenCache, as_json
 from trainer.data.render import Renderer
 from trainer.data.stream import TokenStream
@@ -66,12 +68,16 @@ def train(
         args.hf_deepspeed_config._dtype = dtype
 
     tokenizer = load_tokenizer(model_path, config.model)
-    implementation = attention.register() if config.train.padding_free else "sdpa"
+    padded = ensure_architecture(config).padded_attention
+    implementation = attention.register() if config.train.padding_free else padded
     model = load_model(model_path, config.model, dtype, attention=implementation, method=config.method, device=device)
     model.generation_config.eos_token_id = stop_tokens(model, tokenizer)  # saved with the result, so serving stops too
     # Loading draws random numbers, differently under ZeRO-3: adapters must begin alike under every strategy.
     set_seed(config.train.seed)
-    model = adapt(model, config.method)
+    model = adapt(model, config.method, model_path)
+    pissa = starts_as_pissa(config.method)
+    if pissa and state.is_main_process:
+        keep_pissa_start(model, run.path)
     trainer = TunewrightTrainer(
         model=model,
         args=args,
@@ -82,11 +88,16 @@ def train(
         dtype=dtype,
         padding_free=config.train.padding_free,
         stream=_stream(config, cache, tokenizer) if config.data.streaming else None,
+        group_by_length=config.train.group_by_length,
+        neftune_alpha=config.train.neftune_alpha,
+        loraplus_ratio=config.method.get("loraplus_ratio"),
     )
     trainer.remove_callback(PrinterCallback)
     callbacks = [StepTimer(trainer.meter), MetricsFile(run.metrics), Progress(console), Proof(config, run, trainer)]
     if state.is_main_process:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
+    if config.train.early_stopping:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.train.early_stopping))
     for callback in callbacks:
         trainer.add_callback(callback)
     trainable, total = parameter_counts(trainer.model)
@@ -111,6 +122,8 @@ def train(
     if trainer.eval_dataset is not None and not _evaluated_at(run, trainer.state.global_step):
         trainer.evaluate()
     trainer.save_model(str(run.final))
+    if pissa and state.is_main_process:
+        save_as_plain_lora(trainer.accelerator.unwrap_model(trainer.model), run.path, run.final)
     state.wait_for_everyone()
     seconds = time.perf_counter() - started
     memory = max(row[0] for row in over_ranks([peak_memory(device)], device))
@@ -121,7 +134,7 @@ def train(
 
 
 def _stream(config: DictConfig, cache: TokenCache, tokenizer: Any) -> TokenStream:
-    renderer = Renderer.of(config.data, config.model, tokenizer)
+    renderer = Renderer.of(config, tokenizer)
     return TokenStream([cached.rows for cached in cache.train], config.data, renderer, config.train.seed)
 
 
@@ -179,6 +192,9 @@ def _arguments(
         save_strategy="steps" if train.save_steps else "no",
         save_steps=train.save_steps or 500,
         save_total_limit=train.save_total_limit,
+        load_best_model_at_end=train.keep_best,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
         gradient_checkpointing=train.gradient_checkpointing,
         report_to="none",  # TensorBoard is added by hand, for its folder
         disable_tqdm=True,
@@ -241,12 +257,11 @@ def check_facts(facts: dict[str, Any], config: DictConfig) -> None:
         ConfigError: for example one process where two were asked for, or DDP in place of ZeRO.
     """
     launcher = config.strategy.launcher
-    expected = {"type": {Launcher.single: "NO", Launcher.deepspeed: "DEEPSPEED"}.get(launcher)}
+    expected: dict[str, Any] = {"type": {Launcher.single: "NO", Launcher.deepspeed: "DEEPSPEED"}.get(launcher)}
     if launcher is Launcher.ddp:
         expected["type"] = "MULTI_CPU" if facts["device"] == "cpu" else "MULTI_GPU"
     if launcher is Launcher.deepspeed:
-        stage = json.loads(Path(deepspeed_file(config)).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
-        expected |= {"engine": "DeepSpeedEngine", "zero_stage": stage}
+        expected |= {"engine": "DeepSpeedEngine", "zero_stage": zero_stage(config)}
     if config.cluster.num_processes is not None:
         expected["world_size"] = config.cluster.num_processes
     wrong = {key: (value, facts[key]) for key, value in expected.items() if facts[key] != value}

@@ -21,7 +21,9 @@ from trl import SFTTrainer
 from launch.batching import BatchPlan
 from launch.errors import NumericError
 from trainer.batches import Batch, EpochDataLoader, FlatCollator, MicroBatches, PaddedCollator, TokenRows, token_counts
+from trainer.checkpoints import in_format, load_prompt_encoder, save_prompt_encoder
 from trainer.data.stream import StreamDataLoader, StreamedMicroBatches, TokenStream
+from trainer.noise import EmbeddingNoise
 from trainer.optimizer import attach_master_weights
 from trainer.telemetry import Meter, device_peak_flops, matmul_parameters, over_ranks, peak_memory
 
@@ -30,10 +32,11 @@ class TunewrightTrainer(SFTTrainer):
     """See the module's text.
 
     `plan` is the batch plan of this world, `dtype` the format of weights and computation. A `stream` trains in place of
-    `train_dataset`, which is then a sample of it.
+    `train_dataset`, which is then a sample of it. The rest are settings of the groups `train` and `method`.
     """
 
     control: Any  # what callbacks ask for; transformers sets it
+    optimizer: Any
 
     def __init__(
         self,
@@ -42,6 +45,9 @@ class TunewrightTrainer(SFTTrainer):
         dtype: torch.dtype,
         padding_free: bool,
         stream: TokenStream | None = None,
+        group_by_length: bool = False,
+        neftune_alpha: float | None = None,
+        loraplus_ratio: float | None = None,
         **kwargs: Any,
     ) -> None:
         pad_token_id = kwargs["processing_class"].pad_token_id
@@ -50,10 +56,9 @@ class TunewrightTrainer(SFTTrainer):
         self.plan, self.stream = plan, stream
         # The loss below is divided by `num_items_in_batch` whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
-        # TRL turns the adapters of a quantised base to bfloat16, also where everything else computes in float32.
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
+        self.dtype, self.group_by_length, self.loraplus_ratio = dtype, group_by_length, loraplus_ratio
+        in_format(self.model, dtype)
+        self.noise = EmbeddingNoise(self.model, neftune_alpha) if neftune_alpha else None
         self.meter = Meter()
         self.matmuls = matmul_parameters(self.model)
         peaks = over_ranks([device_peak_flops(self.args.device, dtype) or math.nan], self.args.device)
@@ -79,7 +84,12 @@ class TunewrightTrainer(SFTTrainer):
     def _loader(self, dataset: Any, *, shuffle: bool) -> EpochDataLoader:
         rows = TokenRows(dataset)
         batches = MicroBatches(
-            len(rows), self.plan, self.args.process_index, shuffle=shuffle, seed=self.args.data_seed or self.args.seed
+            len(rows),
+            self.plan,
+            self.args.process_index,
+            shuffle=shuffle,
+            seed=self.args.data_seed or self.args.seed,
+            lengths=rows.lengths() if shuffle and self.group_by_length else None,
         )
         return EpochDataLoader(
             rows,  # type: ignore[arg-type]
@@ -100,6 +110,8 @@ class TunewrightTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
+        if self.noise is not None:
+            self.noise.see(inputs)
         if "scored" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         total = scored_loss_sum(model, inputs)
@@ -135,10 +147,44 @@ class TunewrightTrainer(SFTTrainer):
     # Optimiser
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.loraplus_ratio and self.optimizer is None:
+            self.optimizer = self._loraplus(self.loraplus_ratio)
         optimizer = super().create_optimizer(*args, **kwargs)
         if not self.is_deepspeed_enabled:  # DeepSpeed keeps its own float32 copies
             attach_master_weights(optimizer)
         return optimizer
+
+    def _loraplus(self, ratio: float) -> torch.optim.Optimizer:
+        from peft.optimizers import create_loraplus_optimizer
+
+        optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        return create_loraplus_optimizer(
+            self.model,
+            optimizer_cls,
+            loraplus_lr_ratio=ratio,
+            loraplus_lr_embedding=options["lr"],
+            loraplus_weight_decay=self.args.weight_decay,
+            **options,
+        )
+
+    # Checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and not self.is_deepspeed_enabled:  # DeepSpeed saves the whole module
+            save_prompt_encoder(self.model, Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._settle_loaded(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._settle_loaded(self.state.best_model_checkpoint)
+
+    def _settle_loaded(self, folder: str) -> None:
+        load_prompt_encoder(self.model, Path(folder))
+        in_format(self.model, self.dtype)
 
     # Log
 

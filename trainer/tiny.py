@@ -25,6 +25,18 @@ if TYPE_CHECKING:
 
 CORPUS = Path(__file__).resolve().parents[1] / "data" / "tiny_corpus.jsonl"
 VOCAB_SIZE = 4096
+# What its config.json says of its shape.
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+NUMBERS = {"model_type": "qwen2", **SHAPE}
 SEQUENCE = 128  # tokens of a training sequence
 BATCH = 8  # sequences of a step
 STEPS = 220
@@ -94,14 +106,7 @@ def _build(folder: Path, progress: Progress) -> None:
         torch.manual_seed(SEED)
         model = Qwen2ForCausalLM(
             Qwen2Config(
-                vocab_size=VOCAB_SIZE,
-                hidden_size=256,
-                intermediate_size=768,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=2048,
-                tie_word_embeddings=False,
+                **SHAPE,
                 bos_token_id=None,
                 eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
                 pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from launch.compose import compose_config
+from launch.hardware import find_devices
 from launch.rundir import Claim, RunDir, prepare_folder
+from launch.train import check_all
 from trainer.prepare import prepare
 
 # What the shipped chat templates write around turns.
@@ -77,6 +79,7 @@ def train_here(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
     def run(name: str, *overrides: str, checkpoint: Path | None = None) -> Path:
         config = compose_config([f"output_root={root}", f"name={name}", *overrides])
+        check_all(config, find_devices())
         folder = RunDir(root / name)
         prepare_folder(config, Claim(folder, checkpoint))
         prepared = prepare(config, lambda line: None)

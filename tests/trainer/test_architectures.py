@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from transformers import set_seed
-from trl import SFTConfig
 
-from launch.batching import BatchPlan
-from launch.errors import ConfigError
 from trainer import attention
 from trainer.batches import FlatCollator, PaddedCollator
 from trainer.data.render import IGNORED
-from trainer.methods import adapt
-from trainer.sft import TunewrightTrainer, scored_loss_sum
+from trainer.sft import scored_loss_sum
 
 VOCABULARY = 512
 LENGTHS = (3, 40, 11, 2)
@@ -74,7 +66,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bloom": ("BloomConfig", {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
     "falcon_alibi": ("FalconConfig", {"alibi": True, "new_decoder_architecture": False, "multi_query": False}),
-    "gpt_oss": ("GptOssConfig", {"head_dim": 16, "sliding_window": 8, "layer_types": ALTERNATING, "num_local_experts": 2}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"head_dim": 16, "sliding_window": 8, "layer_types": ALTERNATING, "num_local_experts": 2},
+    ),
 }
 PADDED = {"gemma2": "attn_logit_softcapping", "bloom": "ALiBi", "falcon_alibi": "ALiBi", "gpt_oss": "sinks"}
 FLAT = [name for name in MODELS if name not in PADDED]

@@ -47,7 +47,7 @@ def build(tmp_path: Path, tiny_model: Path) -> Any:
 
 
 def _renderer(config: DictConfig, tiny_model: Path) -> Renderer:
-    return Renderer.of(config.data, config.model, load_tokenizer(tiny_model, config.model))
+    return Renderer.of(config, load_tokenizer(tiny_model, config.model))
 
 
 def test_a_cached_row_is_the_rendered_row(build: Any, tiny_model: Path) -> None:
@@ -252,7 +252,7 @@ def test_two_processes_at_once_make_one_cache(tmp_path: Path, tiny_model: Path) 
         "root, model = sys.argv[1:]\n"
         "where = [f'data.dir={root}', f'data.cache_dir={root}/c']\n"
         "config = compose_config(['data=registry', 'data.names=[mine]', *where])\n"
-        "renderer = Renderer.of(config.data, config.model, load_tokenizer(Path(model), config.model))\n"
+        "renderer = Renderer.of(config, load_tokenizer(Path(model), config.model))\n"
         "print(len(build_cache(config, Path(model), renderer).open('train')))\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path), str(tiny_model)]

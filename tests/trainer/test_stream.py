@@ -32,9 +32,7 @@ def stream(tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., TokenStream]:
     def make(*overrides: str, names: str = "a.jsonl", seed: int = 1) -> TokenStream:
         paths = ",".join(str(tmp_path / name) for name in names.split(","))
         config = compose_config(["data=registry", f"data.names=[{paths}]", "data.streaming=true", *overrides])
-        return TokenStream(
-            open_rows(config)[0], config.data, Renderer.of(config.data, config.model, tiny_tokenizer), seed
-        )
+        return TokenStream(open_rows(config)[0], config.data, Renderer.of(config, tiny_tokenizer), seed)
 
     return make
 

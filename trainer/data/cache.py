@@ -24,6 +24,7 @@ from filelock import FileLock
 from omegaconf import DictConfig
 
 from launch.errors import DataError
+from launch.legality import longest_row
 from launch.schema import DataConfig
 from launch.templates import template_file
 from trainer.data.select import Part, held_out_rows, training_examples
@@ -143,7 +144,10 @@ def cache_key(rows: Rows, config: DictConfig, model_path: Path | None, limit: in
     settings = {
         "format": FORMAT,
         "rows": [rows.identity, rows.entry.meaning(), limit],
-        "render": {key: _plain(data[key]) for key in ("cutoff_len", "overlong", "train_on_prompt", "mask_history")},
+        "render": [
+            longest_row(config),
+            *(_plain(data[key]) for key in ("overlong", "train_on_prompt", "mask_history")),
+        ],
         "template": [model.template, _template_text(model.template), dict(model.template_kwargs or {})],
         "versions": [version("transformers"), version("tokenizers")],
         "tokenizer": _tokenizer_files(model_path) if model_path else None,

@@ -19,7 +19,6 @@ from trainer.data.report_text import (
     lengths_table,
     pairs_text,
     remarks,
-    steps_text,
     visible,
 )
 
@@ -67,7 +66,7 @@ def report_html(report: Report) -> str:
         _section("Datasets", _table(*figures_table(report)), _table(*lengths_table(report))),
         *(_dataset_section(dataset) for dataset in report.datasets),
         _overlap_section(report.overlap),
-        _section("Training", f"<p>{escape(steps_text(report))}</p>"),
+        _section("Training", f"<p>{escape(report.steps.describe())}</p>"),
     ]
     return PAGE.format(
         title=escape(f"Data: {visible(names)}"),

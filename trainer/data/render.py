@@ -12,8 +12,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from omegaconf import DictConfig
 
-from launch.schema import DataConfig, ModelConfig, Overlong
+from launch.legality import longest_row
+from launch.schema import Overlong
 from trainer.data.draw import Drawer, Drawn
 from trainer.data.encode import Encoded, Encoder
 from trainer.data.formats import Conversation, Message, Plain, Unusable
@@ -42,21 +44,22 @@ class Renderer:
     """How conversations become examples: a tokenizer and the settings that matter."""
 
     tokenizer: PreTrainedTokenizerBase
-    cutoff_len: int
+    cutoff_len: int  # tokens; data.cutoff_len less the method's virtual tokens
     overlong: Overlong = Overlong.truncate
     train_on_prompt: bool = False
     mask_history: bool = False
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, data: DataConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    def of(cls, config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+        data = config.data
         return cls(
             tokenizer,
-            data.cutoff_len,
+            longest_row(config),
             data.overlong,
             data.train_on_prompt,
             data.mask_history,
-            dict(model.template_kwargs or {}),
+            dict(config.model.template_kwargs or {}),
         )
 
     def render(self, sources: list[Conversation | Plain]) -> list[list[Example] | Unusable]:

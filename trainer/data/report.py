@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from omegaconf import DictConfig
 
-from launch.batching import BatchPlan
+from launch.batching import BatchPlan, Steps, planned_steps
+from launch.legality import longest_row
 from trainer.data.cache import SAMPLE, SPLITS, CachedDataset, TokenCache
 from trainer.data.similar import PERMUTATIONS, similar_pairs
 
@@ -131,16 +132,6 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Optimiser steps under this configuration."""
-
-    total: int
-    per_epoch: int | None  # None for a stream, whose length nobody knows
-    epochs: float | None
-    batch: str  # how the rows of a step are shared out
-
-
-@dataclass(frozen=True)
 class Report:
     """Everything that `tunewright data check` says."""
 
@@ -195,12 +186,12 @@ def make_report(cache: TokenCache, config: DictConfig, plan: BatchPlan, tokenize
             reports.append(_of_dataset(cached, split, tables[number], exact[number], near[number], languages))
     return Report(
         model=config.model.name,
-        cutoff_len=config.data.cutoff_len,
+        cutoff_len=longest_row(config),
         sample=SAMPLE if config.data.streaming else None,
         datasets=reports,
         splits=counts,
         overlap=_overlap(_used(cache, "train"), _used(cache, "eval")) if counts["eval"].examples else None,
-        steps=_steps(config, plan, counts["train"].examples),
+        steps=planned_steps(config, plan, counts["train"].examples),
     )
 
 
@@ -396,14 +387,3 @@ def _near_training(train: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.
             rows.append(row - len(train))
             others.append(other)
     return np.array(rows, np.int64), np.array(others, np.int64)
-
-
-def _steps(config: DictConfig, plan: BatchPlan, examples: int) -> Steps:
-    train = config.train
-    if config.data.streaming:
-        return Steps(int(train.max_steps), None, None, plan.describe())
-    per_epoch = plan.steps_per_epoch(examples)
-    if train.max_steps:
-        epochs = train.max_steps / per_epoch if per_epoch else 0.0
-        return Steps(int(train.max_steps), per_epoch, epochs, plan.describe())
-    return Steps(math.ceil(per_epoch * train.epochs), per_epoch, float(train.epochs), plan.describe())

@@ -153,7 +153,7 @@ def report_text(report: Report) -> str:
     lines += ["", *_aligned(head, rows)]
     lines += ["", f"Languages of what is learnt, guessed on a sample of at most {LANGUAGE_ROWS}:"]
     lines += [f"  {_clipped(dataset.name)}: {languages_text(dataset.languages)}" for dataset in report.datasets]
-    lines += ["", steps_text(report)]
+    lines += ["", report.steps.describe()]
     if found:
         lines += ["", "`tunewright data show NAME --row N` shows a row as the model sees it."]
     return "\n".join(lines)
@@ -227,12 +227,3 @@ def languages_text(languages: Languages) -> str:
     skipped = languages.sampled - languages.classified
     short = f"; {skipped} more shorter than {LEAST_TEXT} characters" if skipped else ""
     return f"{', '.join(texts)} (of {languages.classified} answers{short})"
-
-
-def steps_text(report: Report) -> str:
-    """Return how many optimiser steps training takes, and why so many."""
-    steps = report.steps
-    total = f"{steps.total:,} optimiser step{'' if steps.total == 1 else 's'}"
-    if steps.per_epoch is None:
-        return f"{total} (train.max_steps); {steps.batch}"
-    return f"{total}: {steps.per_epoch:,} an epoch, {steps.epochs:.3g} epochs; {steps.batch}"

@@ -74,6 +74,15 @@ def training_examples(parts: list[Part], data: DataConfig, seed: int) -> list[np
     ]
 
 
+def rows_to_train(names: list[str], sizes: list[int], samples: list[int | None], data: DataConfig, seed: int) -> int:
+    """Return how many rows of datasets of these sizes train when every row is one example."""
+    parts = [
+        Part(name, np.arange(size), size, num_samples)
+        for name, size, num_samples in zip(names, sizes, samples, strict=True)
+    ]
+    return sum(len(examples) for examples in training_examples(parts, data, seed))
+
+
 def mixture(sizes: list[int], data: DataConfig) -> list[int]:
     """Return how many examples each dataset of these sizes contributes.
 

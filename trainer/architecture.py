@@ -1,0 +1,231 @@
+"""From a model's config.json to its `Architecture` and to exact parameter counts, without any weight.
+
+The model is built on the meta device, where tensors have shapes and no memory. It happens in a process of its own
+(`python -m trainer.architecture < config.yaml`), since the launcher does not import torch; what comes out is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from launch.architecture import Architecture, plain
+from launch.compose import load_config
+from launch.errors import ConfigError, StorageError, TunewrightError
+from launch.rundir import write_json
+from launch.schema import Source
+from trainer import hub, tiny
+from trainer.models import cache_folder, find_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+FORMAT = 2  # of the kept files
+
+
+def model_numbers(config: DictConfig, *, fetch: bool = False) -> dict[str, Any] | None:
+    """Return the content of the model's config.json, from wherever it can be had, or None.
+
+    With `fetch` the network is used: the file is small. Where that fails, `model.architecture` stands in for it.
+
+    Raises:
+        StorageError: it cannot be fetched, and the configuration brings no numbers of its own.
+    """
+    model = config.model
+    if model.source is Source.embedded:
+        return tiny.NUMBERS
+    folder = find_model(model, config.data.cache_dir)
+    given = plain(model.architecture) if model.architecture else None
+    if folder:
+        file: Path | None = folder / "config.json"
+    else:
+        file = hub.find_config(model)
+        if file is None and fetch and not (given and config.offline):
+            try:
+                file = hub.fetch_config(model, offline=config.offline)
+            except StorageError:
+                if given is None:
+                    raise
+    if file is None:
+        return given
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def find_architecture(config: DictConfig) -> Architecture | None:
+    """Return what is known of the model already, without importing torch."""
+    numbers = model_numbers(config)
+    return Architecture.read(_file(config, numbers)) if numbers else None
+
+
+def ensure_architecture(config: DictConfig) -> Architecture:
+    """Return what is known of the model, worked out in a process of its own where it is not kept yet.
+
+    Raises:
+        StorageError, ConfigError: the model's config.json cannot be had, or transformers cannot use it.
+    """
+    found = find_architecture(config)
+    if found:
+        return found
+    _run("describe", config)
+    found = find_architecture(config)
+    if found is None:
+        raise StorageError(f"The configuration of '{config.model.path}' vanished while it was read.")
+    return found
+
+
+def ensure_counts(config: DictConfig) -> tuple[int, int]:
+    """Return (trainable, total) parameters that the configuration will train, counted on the meta device."""
+    trainable, total = json.loads(_run("count", config).splitlines()[-1])
+    return int(trainable), int(total)
+
+
+def _file(config: DictConfig, numbers: dict[str, Any]) -> Path:
+    key = json.dumps([FORMAT, version("transformers"), version("peft"), numbers], sort_keys=True, default=str)
+    return (
+        cache_folder(config.data.cache_dir) / "architectures" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    )
+
+
+class _Failed(TunewrightError):
+    """The process said why on standard error."""
+
+    shown = True
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the model's configuration could not be used, see above")
+        self.exit_code = exit_code
+
+
+def _run(task: str, config: DictConfig) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.architecture", task],
+        input=OmegaConf.to_yaml(config),
+        encoding="utf-8",
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+    )
+    if done.returncode:
+        raise _Failed(done.returncode)
+    return done.stdout
+
+
+def hf_config(config: DictConfig, numbers: dict[str, Any]) -> PreTrainedConfig:
+    """Return transformers' configuration for the numbers of a config.json.
+
+    Raises:
+        ConfigError: a model type that this transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    if config.model.trust_remote_code:  # the code lies beside the file
+        return AutoConfig.from_pretrained(
+            find_model(config.model, config.data.cache_dir) or config.model.path, trust_remote_code=True
+        )
+    try:
+        return AutoConfig.for_model(**numbers)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"`model.path` is '{config.model.path}', whose config.json transformers {version('transformers')} cannot "
+            f"use: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def empty_model(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build a causal language model on the meta device.
+
+    Raises:
+        ConfigError: the architecture is no causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ConfigError(
+            f"The model is a '{config.model_type}', which transformers cannot load as a causal language model."
+        ) from error
+
+
+def describe(model: PreTrainedModel) -> Architecture:
+    """Return what settings can name in a model, and what its attention allows."""
+    from peft.utils.constants import (
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
+    )
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from trainer.attention import padded_implementation, padding_free_problem
+    from trainer.methods import decoder_layers
+
+    def kind(module: nn.Module) -> str:
+        if isinstance(module, (nn.Linear, Conv1D)):
+            return "linear"
+        return "embedding" if isinstance(module, nn.Embedding) else ""
+
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head, layers = model.get_input_embeddings(), model.get_output_embeddings(), decoder_layers(model)
+    model_type, tables = model.config.model_type, [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    learnt = [table.num_embeddings for table in tables if table is not embedding]
+    return Architecture(
+        model_type=model_type,
+        modules={name: kind(module) for name, module in model.named_modules() if name},
+        head=names[head],
+        embedding=names[embedding],
+        layers=names[layers],
+        num_layers=len(layers),
+        tied=bool(model.config.get_text_config().tie_word_embeddings),
+        padding_free_problem=padding_free_problem(model.config, type(model)),
+        padded_attention=padded_implementation(model.config, type(model)),
+        positions=min(learnt) if learnt and _learns_positions(model.config) else None,
+        ia3=[list(IA3[model_type]), list(FEEDFORWARD.get(model_type, []))] if model_type in IA3 else None,
+    )
+
+
+def _learns_positions(config: PreTrainedConfig) -> bool:
+    """Tell whether positions are looked up in a table, as in GPT-2 and OPT, rather than computed."""
+    return not hasattr(config, "rope_parameters") and hasattr(config, "max_position_embeddings")
+
+
+def count(config: DictConfig, model: PreTrainedModel) -> tuple[int, int]:
+    """Return (trainable, total) parameters of a model on the meta device once the method has adapted it."""
+    from trainer.methods import adapt, parameter_counts
+
+    return parameter_counts(adapt(model, config.method))
+
+
+def main(task: str) -> int:
+    """Describe the model of the configuration on standard input, or count its parameters and print them."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        config = load_config(sys.stdin)
+        numbers = model_numbers(config, fetch=True)
+        assert numbers is not None
+        model = empty_model(hf_config(config, numbers), trust_remote_code=config.model.trust_remote_code)
+        if task == "count":
+            print(json.dumps(count(config, model)))
+            return 0
+        file = _file(config, numbers)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, describe(model).as_json())
+    except TunewrightError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,58 @@
+"""What a checkpoint or result of an adapter needs beyond what PEFT and transformers write and read by themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from launch.schema import LoraInit
+
+PROMPT_ENCODER = "prompt_encoder.safetensors"
+PISSA_START = "pissa_start"
+
+
+def in_format(model: Any, dtype: torch.dtype) -> None:
+    """Turn the trained parameters to `dtype`.
+
+    TRL turns the adapters of a quantised base to bfloat16, also where everything else computes in float32, and PEFT
+    those that it reads to float32, also where everything else computes in bfloat16.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def save_prompt_encoder(model: Any, folder: Path) -> None:
+    """Write the network that makes the virtual tokens: PEFT saves what it makes alone, which cannot be trained on."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        save_file(model.prompt_encoder[model.active_adapter].state_dict(), folder / PROMPT_ENCODER)
+
+
+def load_prompt_encoder(model: Any, folder: Path) -> None:
+    """Read back what `save_prompt_encoder` wrote, if it did."""
+    if (folder / PROMPT_ENCODER).is_file():
+        model.prompt_encoder[model.active_adapter].load_state_dict(load_file(folder / PROMPT_ENCODER))
+
+
+def starts_as_pissa(method: Any) -> bool:
+    return method.name == "lora" and method.init in (LoraInit.pissa, LoraInit.pissa_niter_16) and not method.adapter
+
+
+def keep_pissa_start(model: PeftModel, run: Path) -> None:
+    """Write down the components that PiSSA moved from the base into the adapter."""
+    config = model.active_peft_config
+    asked, config.init_lora_weights = config.init_lora_weights, True  # as PEFT wants it for what is converted from
+    model.save_pretrained(str(run / PISSA_START))
+    config.init_lora_weights = asked
+
+
+def save_as_plain_lora(model: PeftModel, run: Path, folder: Path) -> None:
+    """Save a PiSSA adapter as one for the base as it was: of twice the rank, its start subtracted.
+
+    PiSSA trains beside a changed base (https://arxiv.org/abs/2404.02948); nobody who loads the result has that one.
+    """
+    model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(run / PISSA_START))

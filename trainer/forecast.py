@@ -1,0 +1,43 @@
+"""What `tunewright train --dry-run` can tell of a run without training: its parameters, rows and steps."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from launch.batching import BatchPlan, planned_steps
+from trainer.architecture import ensure_counts
+from trainer.data.cache import open_rows
+from trainer.data.select import rows_to_train
+from trainer.prepare import find_prepared
+
+
+def forecast(config: DictConfig, plan: BatchPlan) -> list[str]:
+    """Return lines about a checked configuration.
+
+    Rows are counted where they lie: what the tokenizer would drop is known only once they are tokenised.
+
+    Raises:
+        DataError, StorageError: see `find_prepared` and `open_rows`.
+    """
+    trainable, total = ensure_counts(config)
+    rows, exact = training_rows(config)
+    lines = [
+        f"{config.model.name}, method={config.method.name}: {trainable:,} of {total:,} parameters are trained "
+        f"({trainable / total:.3%})"
+    ]
+    if rows is not None:
+        lines.append(f"{rows:,} examples to train on" + ("" if exact else ", if every row can be used"))
+    return [*lines, planned_steps(config, plan, rows or 0).describe()]
+
+
+def training_rows(config: DictConfig) -> tuple[int | None, bool]:
+    """Return how many examples train, or None for a stream, and whether that is known from their tokens."""
+    if config.data.streaming:
+        return None, False
+    prepared = find_prepared(config)
+    if prepared:
+        return prepared.cache.counts("train")[0], True
+    datasets, _ = open_rows(config)
+    sizes = [sum(1 for _ in rows) for rows in datasets]
+    names, samples = [rows.entry.name for rows in datasets], [rows.entry.num_samples for rows in datasets]
+    return rows_to_train(names, sizes, samples, config.data, config.train.seed), False
