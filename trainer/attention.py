@@ -10,6 +10,7 @@ model runs (an argument that changes the scores, a mask of the model's own) is r
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from itertools import pairwise
@@ -62,6 +63,8 @@ def varlen_attention(
     """
     _refuse_what_is_left_out(module, attention_mask, kwargs)
     cu_seq_lens, sliding_window = kwargs["cu_seq_lens_q"], kwargs.get("sliding_window")
+    if query.device.type == "meta":  # shapes only, see `_dry_run`
+        return query.new_empty(1, query.size(2), query.size(1), value.size(-1)), None
     if _kernel_can(query, value, dropout):
         longest = kwargs["max_length_q"]
         return _varlen_kernel(query, key, value, cu_seq_lens, longest, scaling, sliding_window), None
@@ -164,7 +167,7 @@ def _per_document(
                 enable_gqa=query.size(1) != key.size(1),
             )
         )
-    return torch.cat(parts, dim=2).transpose(1, 2)
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()  # some models take a view of it
 
 
 def _band(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -183,7 +186,8 @@ def register() -> str:
 def padding_free_problem(config: PreTrainedConfig, model_class: type) -> str | None:
     """Return why this architecture cannot train on flat rows, in words for the user, or None where it can.
 
-    Decided by what the configuration and the class say of themselves, so that an unknown architecture is judged too.
+    Decided by what the configuration and the class say of themselves, so that unknown architectures are judged too, and
+    last by what its layers ask of the attention.
 
     Args:
         config: the model's configuration, with or without text part of its own.
@@ -210,7 +214,9 @@ def padding_free_problem(config: PreTrainedConfig, model_class: type) -> str | N
         return f"{name} lets a token see those after it"
     if "position_ids" not in inspect.signature(model_class.forward).parameters:  # type: ignore[attr-defined]
         return f"{name} cannot be told that positions begin anew with each row"
-    return None
+    if any(hasattr(member, "create_position_ids_from_input_ids") for member in _members(model_class)):
+        return f"{name} counts positions in a way of its own, from its padding token on"
+    return _dry_run(config, model_class)
 
 
 def padded_implementation(config: PreTrainedConfig, model_class: type) -> str:
@@ -242,3 +248,34 @@ def _has_alibi(text: PreTrainedConfig, model_class: type) -> bool:
         if said is not None:
             return bool(said)
     return any("alibi" in name for name in vars(sys.modules[model_class.__module__]))
+
+
+def _members(model_class: type) -> list[Any]:
+    """Return what is defined beside a class, the layers of the model among it."""
+    return list(vars(sys.modules[model_class.__module__]).values())
+
+
+def _dry_run(config: PreTrainedConfig, model_class: Any) -> str | None:
+    """Return what `varlen_attention` refuses of the model, run on two rows of two tokens without weights or values."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = register()
+    bounds = torch.tensor([0, 2, 4], dtype=torch.int32, device="meta")
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+            ids = torch.zeros(1, 4, dtype=torch.long)
+        with torch.no_grad():
+            model(
+                input_ids=ids,
+                position_ids=ids,
+                cu_seq_lens_q=bounds,
+                cu_seq_lens_k=bounds,
+                max_length_q=2,
+                max_length_k=2,
+                use_cache=False,
+            )
+    except ConfigError as error:
+        return str(error).split(", which")[0].split(". Set")[0]
+    except Exception:  # experts, for one, need values; what is refused then shows at the first step
+        return None
+    return None
