@@ -65,6 +65,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3TextConfig",
         {"head_dim": 16, "sliding_window": 8, "layer_types": ALTERNATING, "final_logit_softcapping": 1.0},
     ),
+    # What a Gemma 3 of 4B and more is: the same text model, with another for images beside it.
+    "gemma3_image": (
+        "Gemma3Config",
+        {
+            "text_config": {**SIZES, "head_dim": 16, "sliding_window": 8, "layer_types": ALTERNATING},
+            "vision_config": {**SIZES, "image_size": 28, "patch_size": 14},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 4,
+        },
+    ),
     "phi3": ("Phi3Config", {}),
     "phi3_sliding": ("Phi3Config", {"sliding_window": 8}),
     "granite": ("GraniteConfig", {"logits_scaling": 4.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5}),
@@ -74,7 +84,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bloom": ("BloomConfig", {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
     "falcon_alibi": ("FalconConfig", {"alibi": True, "new_decoder_architecture": False, "multi_query": False}),
-    "gpt_oss": ("GptOssConfig", {"head_dim": 16, "sliding_window": 8, "layer_types": ALTERNATING, "num_experts_per_tok": 1}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"head_dim": 16, "sliding_window": 8, "layer_types": ALTERNATING, "num_experts_per_tok": 1},
+    ),
 }
 PADDED = {"gemma2": "attn_logit_softcapping", "bloom": "ALiBi", "falcon_alibi": "ALiBi", "gpt_oss": "sinks"}
 FLAT = [name for name in MODELS if name not in PADDED]
@@ -130,6 +143,7 @@ def padded_loss_sum(model: Any, rows: list[dict[str, np.ndarray]]) -> torch.Tens
 def test_flat_rows_are_padded_rows_and_rows_alone(name: str) -> None:
     rows = rows_of(*LENGTHS)
     flat, padded = model_of(name, attention.register()), padded_model(name)
+    assert flat.config.get_text_config()._attn_implementation == attention.NAME
     assert attention.padding_free_problem(flat.config, type(flat)) is None
     loss, expected = scored_loss_sum(flat, FlatCollator(0)(rows)), padded_loss_sum(padded, rows)
     alone = sum(loss_alone(padded, row) for row in rows)
@@ -138,7 +152,9 @@ def test_flat_rows_are_padded_rows_and_rows_alone(name: str) -> None:
     loss.backward()
     expected.backward()
     for (parameter, mine), theirs in zip(flat.named_parameters(), padded.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=lambda m, p=parameter: f"{p}: {m}")
+        assert (mine.grad is None) == (theirs.grad is None), parameter
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=f"gradient of {parameter}")
 
 
 @pytest.mark.parametrize("name", PADDED)
@@ -150,6 +166,23 @@ def test_what_cannot_be_flat_says_why_and_is_right_when_padded(name: str) -> Non
     rows, model = rows_of(*LENGTHS), padded_model(name)
     expected = sum(loss_alone(model, row) for row in rows)
     torch.testing.assert_close(padded_loss_sum(model, rows), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_dropout_of_attention_is_for_training_only() -> None:
+    model = model_of("gpt2", attention.register())
+    for layer in model.transformer.h:
+        layer.attn.attn_dropout.p = 0.5
+    batch = FlatCollator(0)(rows_of(*LENGTHS))
+    plain, dropped = (scored_loss_sum(model.train(mode), batch).item() for mode in (False, True))
+    assert plain != pytest.approx(dropped, rel=1e-3)
+    assert plain == pytest.approx(padded_loss_sum(padded_model("gpt2").eval(), rows_of(*LENGTHS)).item(), rel=1e-5)
+
+
+def test_what_a_layer_asks_for_ends_training_rather_than_being_left_out() -> None:
+    """Were the architecture not judged first: Gemma 2's own arguments reach the attention and are refused there."""
+    model = model_of("gemma2", attention.register())
+    with pytest.raises(ConfigError, match=r"softcap.*train\.padding_free=false"):
+        scored_loss_sum(model, FlatCollator(0)(rows_of(*LENGTHS)))
 
 
 # Training, with the trainer that runs use
@@ -234,7 +267,10 @@ def test_the_reported_losses_are_the_mean_over_scored_tokens(name: str, micro_ba
     reference.load_state_dict(trainer.model.state_dict())
     rows = rows_of(*LENGTHS)
     scored = sum(int((row["labels"][1:] != IGNORED).sum()) for row in rows)
-    expected = float(sum(loss_alone(reference, row) for row in rows)) / scored
+    with torch.no_grad():
+        expected = sum(loss_alone(reference, row).item() for row in rows) / scored
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
     trainer.train()
-    assert next(line["loss"] for line in trainer.state.log_history if "loss" in line) == pytest.approx(expected, rel=1e-4)
+    assert next(line["loss"] for line in trainer.state.log_history if "loss" in line) == pytest.approx(
+        expected, rel=1e-4
+    )
