@@ -1,4 +1,4 @@
-"""Attention over a flat row of documents: each token sees its own document only, and no mask is ever built.
+"""Attention over a flat row of documents: each token sees its own document only, without a mask over the row.
 
 Registered with transformers' attention interface, so that every model that uses the interface can run on it. No mask
 function is registered beside it: transformers then builds none, which is right for flat rows only. Padded batches and
@@ -33,6 +33,8 @@ HARMLESS_TENSORS = {"cu_seq_lens_q", "cu_seq_lens_k", "position_ids", "cache_pos
 
 # The largest head of PyTorch's flash attention.
 KERNEL_HEAD_DIM = 256
+
+ADVICE = ". Set `train.padding_free=false`."
 
 
 def varlen_attention(
@@ -91,13 +93,11 @@ def _refuse_what_is_left_out(module: torch.nn.Module, mask: torch.Tensor | None,
         unknown.append("sliding_window, in a mask of its own")
     if unknown:
         raise ConfigError(
-            f"{type(module).__name__} asks attention for {', '.join(f'`{name}`' for name in unknown)}, which training "
-            "without padding cannot do. Set train.padding_free=false."
+            f"{type(module).__name__} asks for {', '.join(unknown)}, which attention without padding leaves out"
+            + ADVICE
         )
     if "cu_seq_lens_q" not in kwargs:
-        raise ConfigError(
-            f"{type(module).__name__} is not told where the rows of a batch end. Set train.padding_free=false."
-        )
+        raise ConfigError(f"{type(module).__name__} is not told where the rows of a batch end" + ADVICE)
 
 
 def _slides(module: torch.nn.Module) -> bool:
@@ -214,7 +214,7 @@ def padding_free_problem(config: PreTrainedConfig, model_class: type) -> str | N
         return f"{name} lets a token see those after it"
     if "position_ids" not in inspect.signature(model_class.forward).parameters:  # type: ignore[attr-defined]
         return f"{name} cannot be told that positions begin anew with each row"
-    if any(hasattr(member, "create_position_ids_from_input_ids") for member in _members(model_class)):
+    if any(hasattr(member, "create_position_ids_from_input_ids") for member in _beside(model_class).values()):
         return f"{name} counts positions in a way of its own, from its padding token on"
     return _dry_run(config, model_class)
 
@@ -247,12 +247,12 @@ def _has_alibi(text: PreTrainedConfig, model_class: type) -> bool:
         said = getattr(holder, "alibi", None)
         if said is not None:
             return bool(said)
-    return any("alibi" in name for name in vars(sys.modules[model_class.__module__]))
+    return any("alibi" in name for name in _beside(model_class))
 
 
-def _members(model_class: type) -> list[Any]:
-    """Return what is defined beside a class, the layers of the model among it."""
-    return list(vars(sys.modules[model_class.__module__]).values())
+def _beside(model_class: type) -> dict[str, Any]:
+    """Return what is defined in the module of a class, the layers of the model among it."""
+    return vars(sys.modules[model_class.__module__])
 
 
 def _dry_run(config: PreTrainedConfig, model_class: Any) -> str | None:
@@ -275,7 +275,7 @@ def _dry_run(config: PreTrainedConfig, model_class: Any) -> str | None:
                 use_cache=False,
             )
     except ConfigError as error:
-        return str(error).split(", which")[0].split(". Set")[0]
+        return str(error).removesuffix(ADVICE)
     except Exception:  # experts, for one, need values; what is refused then shows at the first step
         return None
     return None

@@ -124,7 +124,7 @@ JUDGED = [
     ("BloomConfig", {}, "ALiBi", "eager"),
     ("Gemma2Config", {}, "attn_logit_softcapping", "eager"),
     ("GptOssConfig", {}, "sinks", "eager"),
-    ("MambaConfig", {}, "(mamba)", "eager"),
+    ("MambaConfig", {}, "linear_attention", "eager"),
     ("RwkvConfig", {}, "carries a state", "eager"),
     ("Qwen3NextConfig", {}, "linear_attention", "sdpa"),
     ("Llama4TextConfig", {}, "chunked_attention", "sdpa"),
