@@ -1,4 +1,4 @@
-"""Attention over a flat row of documents: each token sees its own document only, and no mask is ever built.
+"""Attention over a flat row of documents: each token sees its own document only, without a mask over the row.
 
 Registered with transformers' attention interface, so that every model that uses the interface can run on it. No mask
 function is registered beside it: transformers then builds none, which is right for flat rows only. Padded batches and
@@ -10,6 +10,7 @@ model runs (an argument that changes the scores, a mask of the model's own) is r
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from itertools import pairwise
@@ -32,6 +33,8 @@ HARMLESS_TENSORS = {"cu_seq_lens_q", "cu_seq_lens_k", "position_ids", "cache_pos
 
 # The largest head of PyTorch's flash attention.
 KERNEL_HEAD_DIM = 256
+
+ADVICE = ". Set `train.padding_free=false`."
 
 
 def varlen_attention(
@@ -62,6 +65,8 @@ def varlen_attention(
     """
     _refuse_what_is_left_out(module, attention_mask, kwargs)
     cu_seq_lens, sliding_window = kwargs["cu_seq_lens_q"], kwargs.get("sliding_window")
+    if query.device.type == "meta":  # shapes only, see `_dry_run`
+        return query.new_empty(1, query.size(2), query.size(1), value.size(-1)), None
     if _kernel_can(query, value, dropout):
         longest = kwargs["max_length_q"]
         return _varlen_kernel(query, key, value, cu_seq_lens, longest, scaling, sliding_window), None
@@ -88,13 +93,11 @@ def _refuse_what_is_left_out(module: torch.nn.Module, mask: torch.Tensor | None,
         unknown.append("sliding_window, in a mask of its own")
     if unknown:
         raise ConfigError(
-            f"{type(module).__name__} asks attention for {', '.join(f'`{name}`' for name in unknown)}, which training "
-            "without padding cannot do. Set train.padding_free=false."
+            f"{type(module).__name__} asks for {', '.join(unknown)}, which attention without padding leaves out"
+            + ADVICE
         )
     if "cu_seq_lens_q" not in kwargs:
-        raise ConfigError(
-            f"{type(module).__name__} is not told where the rows of a batch end. Set train.padding_free=false."
-        )
+        raise ConfigError(f"{type(module).__name__} is not told where the rows of a batch end" + ADVICE)
 
 
 def _slides(module: torch.nn.Module) -> bool:
@@ -164,7 +167,7 @@ def _per_document(
                 enable_gqa=query.size(1) != key.size(1),
             )
         )
-    return torch.cat(parts, dim=2).transpose(1, 2)
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()  # some models take a view of it
 
 
 def _band(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -183,7 +186,8 @@ def register() -> str:
 def padding_free_problem(config: PreTrainedConfig, model_class: type) -> str | None:
     """Return why this architecture cannot train on flat rows, in words for the user, or None where it can.
 
-    Decided by what the configuration and the class say of themselves, so that an unknown architecture is judged too.
+    Decided by what the configuration and the class say of themselves, so that unknown architectures are judged too, and
+    last by what its layers ask of the attention.
 
     Args:
         config: the model's configuration, with or without text part of its own.
@@ -210,7 +214,9 @@ def padding_free_problem(config: PreTrainedConfig, model_class: type) -> str | N
         return f"{name} lets a token see those after it"
     if "position_ids" not in inspect.signature(model_class.forward).parameters:  # type: ignore[attr-defined]
         return f"{name} cannot be told that positions begin anew with each row"
-    return None
+    if any(hasattr(member, "create_position_ids_from_input_ids") for member in _beside(model_class).values()):
+        return f"{name} counts positions in a way of its own, from its padding token on"
+    return _dry_run(config, model_class)
 
 
 def padded_implementation(config: PreTrainedConfig, model_class: type) -> str:
@@ -241,4 +247,35 @@ def _has_alibi(text: PreTrainedConfig, model_class: type) -> bool:
         said = getattr(holder, "alibi", None)
         if said is not None:
             return bool(said)
-    return any("alibi" in name for name in vars(sys.modules[model_class.__module__]))
+    return any("alibi" in name for name in _beside(model_class))
+
+
+def _beside(model_class: type) -> dict[str, Any]:
+    """Return what is defined in the module of a class, the layers of the model among it."""
+    return vars(sys.modules[model_class.__module__])
+
+
+def _dry_run(config: PreTrainedConfig, model_class: Any) -> str | None:
+    """Return what `varlen_attention` refuses of the model, run on two rows of two tokens without weights or values."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = register()
+    bounds = torch.tensor([0, 2, 4], dtype=torch.int32, device="meta")
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+            ids = torch.zeros(1, 4, dtype=torch.long)
+        with torch.no_grad():
+            model(
+                input_ids=ids,
+                position_ids=ids,
+                cu_seq_lens_q=bounds,
+                cu_seq_lens_k=bounds,
+                max_length_q=2,
+                max_length_k=2,
+                use_cache=False,
+            )
+    except ConfigError as error:
+        return str(error).removesuffix(ADVICE)
+    except Exception:  # experts, for one, need values; what is refused then shows at the first step
+        return None
+    return None

@@ -1,14 +1,20 @@
-"""Attention over a flat row is attention over each of its rows alone."""
+"""Attention over a flat row is attention over each of its rows alone, and refuses what it would leave out."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from trainer.attention import varlen_attention
+from launch.errors import ConfigError
+from trainer.attention import padded_implementation, padding_free_problem, varlen_attention
 
 LENGTHS = [5, 1, 33, 12]
+WINDOW = 6
 
 
 def tensors(device: str, dtype: torch.dtype, heads: int = 4, kv_heads: int = 2) -> list[torch.Tensor]:
@@ -17,23 +23,26 @@ def tensors(device: str, dtype: torch.dtype, heads: int = 4, kv_heads: int = 2) 
     return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
 
 
-def alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The reference: a dense mask that lets each token see the earlier ones of its own row."""
+def alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """The reference: a dense mask, by transformers' own rule, that lets each token see earlier ones of its own row."""
     document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    mask = (document[:, None] == document[None]) & torch.ones(len(document), len(document), dtype=torch.bool).tril()
+    rule = sliding_window_causal_mask_function(window) if window else causal_mask_function
+    place = torch.arange(len(document))
+    mask = (document[:, None] == document[None]) & rule(0, 0, place[:, None], place[None])
     out = scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.device), enable_gqa=True)
     return out.transpose(1, 2)
 
 
-def flat(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def flat(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
     bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device=query.device)
-    kwargs = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(LENGTHS)}
-    return varlen_attention(torch.nn.Module(), query, key, value, None, **kwargs)[0]
+    kwargs = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(LENGTHS), **options}
+    mask, module = kwargs.pop("attention_mask", None), kwargs.pop("module", torch.nn.Module())
+    return varlen_attention(module, query, key, value, mask, **kwargs)[0]
 
 
-def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
+def compare(device: str, dtype: torch.dtype, tolerance: float, window: int | None = None) -> None:
     mine, theirs = tensors(device, dtype), tensors(device, dtype)
-    out, expected = flat(*mine), alone(*theirs)
+    out, expected = flat(*mine, sliding_window=window), alone(*theirs, window)
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
     out.square().sum().backward()
     expected.square().sum().backward()
@@ -41,10 +50,99 @@ def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
         torch.testing.assert_close(my.grad, their.grad, rtol=tolerance, atol=10 * tolerance)
 
 
-def test_each_row_sees_itself_only() -> None:
-    compare("cpu", torch.float32, 1e-5)
+@pytest.mark.parametrize("window", [None, 1, WINDOW, 33, 100])
+def test_each_row_sees_itself_only(window: int | None) -> None:
+    compare("cpu", torch.float32, 1e-5, window)
 
 
 @pytest.mark.gpu
-def test_each_row_sees_itself_only_in_the_kernel_of_a_gpu() -> None:
-    compare("cuda", torch.bfloat16, 2e-2)
+@pytest.mark.parametrize("window", [None, WINDOW, 33, 100])
+def test_each_row_sees_itself_only_in_the_kernel_of_a_gpu(window: int | None) -> None:
+    compare("cuda", torch.bfloat16, 2e-2, window)
+
+
+def test_dropout_drops_and_keeps_the_mean() -> None:
+    """With values of one, what comes out is the weight that was kept, scaled up by what was dropped."""
+    query, key, value = tensors("cpu", torch.float32)
+    torch.manual_seed(0)
+    out = torch.stack([flat(query, key, torch.ones_like(value), dropout=0.5) for _ in range(50)])
+    assert not torch.allclose(out[0], torch.ones_like(out[0]), atol=0.1)
+    assert out.mean().item() == pytest.approx(1, abs=0.05)
+    torch.testing.assert_close(flat(query, key, value, dropout=0.0), alone(query, key, value))
+
+
+class TwoWay(torch.nn.Module):
+    is_causal = False
+
+
+class Sliding(torch.nn.Module):
+    """A layer with a window that it keeps to itself."""
+
+    layer_idx = 0
+    config = transformers.Qwen2Config(use_sliding_window=True, max_window_layers=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"softcap": 50.0}, "softcap"),
+        ({"s_aux": torch.zeros(4)}, "s_aux"),
+        ({"position_bias": torch.zeros(1, 4, 51, 51)}, "position_bias"),
+        ({"attention_mask": torch.zeros(1, 1, 51, 51)}, "attention_mask"),
+        ({"is_causal": False}, "is_causal"),
+        ({"module": TwoWay()}, "is_causal"),
+        ({"module": Sliding()}, "sliding_window"),
+    ],
+)
+def test_what_it_would_leave_out_is_refused(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{named}.*train\.padding_free=false"):
+        flat(*tensors("cpu", torch.float32), **options)
+
+
+def test_a_model_that_keeps_the_bounds_of_rows_to_itself_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rows.*train\.padding_free=false"):
+        varlen_attention(torch.nn.Module(), *tensors("cpu", torch.float32), None)
+
+
+def test_flags_that_change_nothing_are_let_through() -> None:
+    inputs = tensors("cpu", torch.float32)
+    extra = {
+        "softcap": None,
+        "s_aux": None,
+        "output_attentions": False,
+        "position_ids": torch.zeros(1, 51),
+        "use_cache": 0,
+    }
+    torch.testing.assert_close(flat(*inputs, **extra), alone(*inputs))
+
+
+JUDGED = [
+    ("LlamaConfig", {}, None, "sdpa"),
+    ("FalconConfig", {"alibi": True}, "ALiBi", "sdpa"),
+    ("FalconConfig", {}, "attention code of its own", "sdpa"),
+    ("MptConfig", {}, "ALiBi", "eager"),
+    ("BloomConfig", {}, "ALiBi", "eager"),
+    ("Gemma2Config", {}, "attn_logit_softcapping", "eager"),
+    ("GptOssConfig", {}, "sinks", "eager"),
+    ("MambaConfig", {}, "linear_attention", "eager"),
+    ("RwkvConfig", {}, "carries a state", "eager"),
+    ("Qwen3NextConfig", {}, "linear_attention", "sdpa"),
+    ("Llama4TextConfig", {}, "chunked_attention", "sdpa"),
+    ("Lfm2Config", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "conv", "sdpa"),
+    ("BartConfig", {}, "more than one stack", "sdpa"),
+    ("RobertaConfig", {"is_decoder": True}, "padding token", "sdpa"),
+    ("BertConfig", {}, "is_causal", "sdpa"),
+    ("PhimoeConfig", {"sliding_window": 8}, "sliding_window", "sdpa"),
+    ("DogeConfig", {}, "attention_mask", "sdpa"),
+]
+
+
+@pytest.mark.parametrize(("config_class", "changes", "reason", "implementation"), JUDGED)
+def test_an_architecture_is_judged_without_its_weights(
+    config_class: str, changes: dict[str, Any], reason: str | None, implementation: str
+) -> None:
+    config = getattr(transformers, config_class)(**changes)
+    model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    problem = padding_free_problem(config, model_class)
+    assert (problem is None) if reason is None else (reason in str(problem))
+    assert padded_implementation(config, model_class) == implementation
