@@ -29,7 +29,7 @@ from trainer.models import cache_folder, find_model
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FORMAT = 2  # of the kept files
+FORMAT = 3  # of the kept files
 
 
 def model_numbers(config: DictConfig, *, fetch: bool = False) -> dict[str, Any] | None:
