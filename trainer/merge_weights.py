@@ -72,16 +72,13 @@ def _weight_files(folder: Path) -> list[Path]:
     """Return the files that transformers would load, in its order of preference.
 
     Raises:
-        StorageError: there are none, or one that an index names is missing.
+        StorageError: there are none.
     """
     for whole, index in WEIGHTS:
         if (folder / whole).is_file():
             return [folder / whole]
         if (folder / index).is_file():
             names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise StorageError(f"{folder} lacks {', '.join(missing)}, which {index} names.")
             return [folder / name for name in names]
     raise StorageError(f"{folder} holds none of {', '.join(name for pair in WEIGHTS for name in pair)}.")
 
@@ -228,7 +225,9 @@ def _with_adapter(folder: Path, base: Any) -> Any:
             weights = load_peft_weights(str(folder), device="cpu")
             result = set_peft_model_state_dict(model, weights, ADAPTER, low_cpu_mem_usage=True)
         except RuntimeError as error:
-            raise StorageError(f"{folder} does not fit the base model: {error}") from error
+            lines = str(error).strip().splitlines()
+            reason = lines[min(1, len(lines) - 1)].strip()  # the first tensor; torch lists all of them
+            raise StorageError(f"{folder} does not fit the base model: {reason}") from error
     layers = _outermost(model.get_base_model()).items()
     inner = {path: {id(tensor) for tensor in _base_layer(layer).parameters()} for path, layer in layers}
     empty = [
@@ -301,7 +300,9 @@ class Written:
 
 def size_of(checkpoint: Checkpoint, dtype: torch.dtype, adapted: Adapted) -> int:
     """Return the bytes that the merged model takes at most; a head that may part from its embeddings included."""
-    heads = [checkpoint.numel(adapted.names[stored]) for one in adapted.tied_pairs() if (stored := adapted._stored(one[0]))]
+    heads = [
+        checkpoint.numel(adapted.names[stored]) for one in adapted.tied_pairs() if (stored := adapted._stored(one[0]))
+    ]
     return dtype.itemsize * (sum(map(checkpoint.numel, checkpoint.names)) + sum(heads))
 
 
