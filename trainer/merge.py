@@ -32,9 +32,9 @@ from trainer.models import load_tokenizer, stop_tokens
 from trainer.prepare import find_prepared, prepare
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# How far right merges were from base and adapter, on a CPU, with LoRA, DoRA, IA3 and replaced embeddings in random models
-# of 2 to 64 layers and in the trained embedded one: bf16 0.3% to 3.9%, fp16 0.03% to 0.5%, fp32 up to 0.0002%. Twice the
-# worst of a half format (their precisions are 8 times apart, as the worst are), and for fp32 what other kernels may add.
+# How far right merges were from base and adapter, on a CPU, with LoRA, DoRA, IA3 and replaced embeddings, in random
+# models of 2 to 64 layers and in the trained embedded one: bf16 0.3% to 3.9%, fp16 0.03% to 0.5%, fp32 to 0.0002%. So
+# twice the worst of each half format, whose precisions are 8 times apart, and for fp32 what other kernels may add.
 TOLERANCE = {torch.bfloat16: 8e-2, torch.float16: 1e-2, torch.float32: 1e-4}
 RECORD = "merge.json"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -101,7 +101,7 @@ def merge_run(
     checkpoint = Checkpoint(model_path)
     adapted = Adapted(source.adapter, base, checkpoint)
     needed = size_of(checkpoint, chosen, adapted)
-    with _staging(folder) as staging:
+    with _written_aside(folder) as staging:
         free = shutil.disk_usage(staging).free
         if free < needed:
             raise StorageError(
@@ -125,7 +125,6 @@ def merge_run(
             **{key: None if value != value else value for key, value in asdict(comparison).items()},
         }
         write_json(staging / RECORD, record)
-        _give_name(staging, folder)
     for line in _summary(folder, written, comparison):
         say(line)
     return folder
@@ -201,24 +200,45 @@ def _check_out(folder: Path, overwrite: bool, kept: list[Path]) -> None:
 
 
 @contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """Give a folder beside `folder` that is gone afterwards, also after Ctrl-C and SIGTERM."""
+def _written_aside(folder: Path) -> Iterator[Path]:
+    """Give a folder beside `folder` that takes its name in the end, or is gone after a failure, Ctrl-C or SIGTERM."""
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main else None
-    try:
+    with _stoppable() as stopped:
         try:
             staging.mkdir(parents=True)
-        except OSError as error:
-            raise StorageError(f"Cannot write to {folder.parent}: {error.strerror}.") from error
-        try:
             yield staging
+            if stopped:
+                raise KeyboardInterrupt
+            _give_name(staging, folder)
         except OSError as error:
             raise StorageError(f"Cannot write to {folder.parent}: {error}.") from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt, and give the list of those that came.
+
+    Some libraries swallow the exception when it is raised while they are imported, so look at the list too.
+    """
+    stopped: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped  # only the main one may have handlers
+        return
+    # Commands in the background of a script have Ctrl-C ignored, and keep it.
+    wanted = [one for one in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {one: signal.signal(one, stop) for one in wanted}
+    try:
+        yield stopped
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _give_name(staging: Path, folder: Path) -> None:
@@ -272,8 +292,9 @@ def _summary(folder: Path, written: Written, comparison: Comparison) -> list[str
     faint = comparison.difference > comparison.effect / 2
     hint = " (hardly more than rounding: --dtype fp32 shows it better)" if faint else ""
     tied = ["The head no longer equals the embeddings, so it has weights of its own."] if written.untied else []
+    layers = f"{written.changed_layers} of {written.adapted_layers} adapted layers changed"
     return [
-        f"{written.changed_layers} of {written.adapted_layers} adapted layers changed, {written.changed_tensors} tensors",
+        f"{layers}, {written.changed_tensors} tensors",
         *tied,
         f"Logits on {comparison.rows} rows: {comparison.difference:.2%} from those of base and adapter (largest "
         f"{comparison.largest:.3g}); the adapter itself moves them by {comparison.effect:.1%}{hint}",

@@ -1,8 +1,8 @@
 """An adapter's weights put into its base's, shard after shard.
 
-The model is built without weights, with the adapter on it. Then the tensors of the base are read one by one: those of an
-adapted layer go into that layer, PEFT merges it in float32, and its tensors are written; all others are copied. In memory
-there is never more than a shard and a layer. Tensors keep the names that they have in the base's files, which
+The model is built without weights, with the adapter on it. Then the tensors of the base are read one by one: those of
+an adapted layer go into that layer, PEFT merges it in float32, and its tensors are written; all others are copied. In
+memory there is never more than a shard and a layer. Tensors keep the names that they have in the base's files, which
 transformers may load under other ones.
 """
 
@@ -87,7 +87,8 @@ def _opened(path: Path) -> Any:
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
-        return safe_open(str(path), framework="pt").__enter__()
+        opened: Any = safe_open(str(path), framework="pt")
+        return opened.__enter__()
     # Files of torch before 1.6 are no archives and cannot be mapped.
     return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
 
@@ -170,7 +171,6 @@ class Adapted:
                     if value.shape != tensor.shape:
                         raise ValueError(f"the base's {key} is {tuple(value.shape)}, expected {tuple(tensor.shape)}")
                     value = value.to(torch.float32) if value.is_floating_point() else value
-                    # A type of its own such as `Parameter` is kept; quantised layers do not occur here.
                     tensors[key] = nn.Parameter(value, requires_grad=False) if tensors is inner._parameters else value
 
     def _check_found(self) -> None:

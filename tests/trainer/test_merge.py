@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -329,7 +330,7 @@ def test_an_adapter_of_another_model_is_refused(made: Callable[..., Made]) -> No
     with pytest.raises(StorageError, match=r"no model\.layers\.1\.self_attn\.q_proj\.lora_A"):
         merge_run(run.run.path, say=silent)
     save_file({name: tensor[..., :-1].contiguous() for name, tensor in tensors.items()}, file)
-    with pytest.raises(StorageError, match="does not fit the base model: .*size mismatch"):
+    with pytest.raises(StorageError, match="does not fit the base model: size mismatch"):
         merge_run(run.run.path, say=silent)
     assert left_behind(run.run) == []
 
@@ -361,6 +362,16 @@ def test_weights_of_the_base_that_are_not_there(made: Callable[..., Made]) -> No
         merge_run(run.run.path, say=silent)
     gone.write_bytes(held[: len(held) // 2])
     with pytest.raises(StorageError, match=f"{gone.name} cannot be read"):
+        merge_run(run.run.path, say=silent)
+
+
+def test_an_adapted_layer_that_the_files_do_not_name(made: Callable[..., Made]) -> None:
+    run = made()
+    file, name = run.base / "model.safetensors", "model.layers.1.self_attn.q_proj.weight"
+    save_file({("fused" if one == name else one): tensor for one, tensor in load_file(file).items()}, file)
+    with pytest.raises(
+        StorageError, match=rf"The adapter changes {name}, and the files .* have no tensor of that name"
+    ):
         merge_run(run.run.path, say=silent)
 
 
@@ -404,7 +415,7 @@ def test_a_folder_that_is_there_is_kept(made: Callable[..., Made], tmp_path: Pat
     run = made()
     out = merge_run(run.run.path, dtype="fp32", say=silent)
     before = (out / "model.safetensors").read_bytes()
-    with pytest.raises(ConfigError, match="merged is there already. Write --overwrite"):
+    with pytest.raises(ConfigError, match=r"merged is there already\. Write --overwrite"):
         merge_run(run.run.path, say=silent)
     assert (out / "model.safetensors").read_bytes() == before
     merge_run(run.run.path, overwrite=True, say=silent)
@@ -432,7 +443,8 @@ def test_an_interrupted_merge_leaves_what_was_there(made: Callable[..., Made]) -
     assert (out / "model.safetensors").read_bytes() == before
 
 
-def test_a_terminated_command_leaves_nothing(made: Callable[..., Made]) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_command_leaves_nothing(sent: signal.Signals, made: Callable[..., Made]) -> None:
     run = made()
     with subprocess.Popen(
         [sys.executable, "-m", "launch.cli", "merge", run.run.path],
@@ -443,7 +455,7 @@ def test_a_terminated_command_leaves_nothing(made: Callable[..., Made]) -> None:
         assert command.stdout
         for line in command.stdout:
             if line.startswith("Comparing"):
-                command.terminate()
+                command.send_signal(sent)
                 break
         assert command.wait(60) == 130
     assert left_behind(run.run) == []
