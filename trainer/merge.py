@@ -27,7 +27,7 @@ from launch.errors import ConfigError, StorageError
 from launch.rundir import RunDir, write_json
 from trainer.generate import quiet_libraries, run_of
 from trainer.merge_check import Comparison, Judge, pick_rows
-from trainer.merge_weights import Adapted, Checkpoint, Written, refuse_unmergeable, size_of, write_merged
+from trainer.merge_weights import Adapted, Checkpoint, Written, adapter_config, size_of, write_merged
 from trainer.models import load_tokenizer, stop_tokens
 from trainer.prepare import find_prepared, prepare
 
@@ -84,11 +84,9 @@ def merge_run(
         StorageError: base and adapter do not fit, or what was written is not what base and adapter are together.
     """
     quiet_libraries()
-    from peft import PeftConfig
-
     source = source_of(path)
     limit = parse_size(max_shard)
-    refuse_unmergeable(PeftConfig.from_pretrained(str(source.adapter)))
+    adapter_config(source.adapter)  # says no before anything long begins
     config = load_config(source.run.config)
     prepared = find_prepared(config) or prepare(config, say)
     model_path = prepared.model_path
@@ -122,7 +120,7 @@ def merge_run(
             "base": str(model_path),
             "dtype": _name(chosen),
             **asdict(written),
-            **{key: None if value != value else value for key, value in asdict(comparison).items()},
+            **{key: value if math.isfinite(value) else None for key, value in asdict(comparison).items()},
         }
         write_json(staging / RECORD, record)
     for line in _summary(folder, written, comparison):
@@ -144,8 +142,9 @@ def refuse_different(written: Written, comparison: Comparison, dtype: torch.dtyp
     limit = TOLERANCE[dtype]
     if comparison.effect > limit:
         limit = min(limit, comparison.effect / 2)
-    # Written so that a difference that is not a number is refused.
-    if not comparison.difference <= limit:
+    if not math.isfinite(comparison.difference):
+        raise StorageError(f"The logits are not finite in {_name(dtype)}. Use another --dtype. Nothing was written.")
+    if comparison.difference > limit:
         raise StorageError(
             f"The merged model differs from base and adapter by {comparison.difference:.1%} of the logits on "
             f"{comparison.rows} rows, more than the {limit:.2%} that {_name(dtype)} explains. Nothing was written."

@@ -203,11 +203,10 @@ def _checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _with_adapter(folder: Path, base: Any) -> Any:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
-    config = PeftConfig.from_pretrained(str(folder))
-    refuse_unmergeable(config)
+    config = adapter_config(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights, which `write_merged` settles
         model = PeftModel(base, config, ADAPTER, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
@@ -246,12 +245,19 @@ def _stay(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def refuse_unmergeable(config: Any) -> None:
-    """Say no to adapters that are no change of weights, or not of the weights on disk.
+def adapter_config(folder: Path) -> Any:
+    """Return PEFT's configuration of an adapter that can be merged: one that changes weights, and those on disk.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: it cannot.
+        StorageError: its file is damaged.
     """
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise StorageError(f"{folder / 'adapter_config.json'} cannot be read: {error}") from error
     kind = str(getattr(config.peft_type, "value", config.peft_type)).lower().replace("_", " ")
     if config.is_prompt_learning:
         raise ConfigError(
@@ -263,6 +269,7 @@ def refuse_unmergeable(config: Any) -> None:
         raise ConfigError(f"The adapter began with init_lora_weights={start}, which changed the base: it does not fit.")
     if getattr(config, "target_parameters", None):
         raise ConfigError("An adapter with `target_parameters` works on fused weights, which cannot be merged.")
+    return config
 
 
 def _outermost(model: nn.Module) -> dict[str, Any]:

@@ -403,6 +403,25 @@ def test_adapters_of_a_changed_base_are_refused(made: Callable[..., Made]) -> No
         merge_run(run.run.path, say=silent)
 
 
+def test_a_damaged_adapter_configuration(made: Callable[..., Made]) -> None:
+    run = made()
+    (run.run.final / "adapter_config.json").write_text('{"peft_type": ')
+    with pytest.raises(StorageError, match=r"adapter_config\.json cannot be read"):
+        merge_run(run.run.path, say=silent)
+
+
+def test_logits_that_are_not_finite_are_refused(made: Callable[..., Made]) -> None:
+    """The weights fit into fp16, and what is computed from them does not."""
+    run = made()
+    tensors = load_file(run.base / "model.safetensors")
+    tensors["model.norm.weight"] *= 6e4
+    tensors["lm_head.weight"] *= 1e4
+    save_file(tensors, run.base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StorageError, match="logits are not finite in float16"):
+        merge_run(run.run.path, dtype="fp16", say=silent)
+    assert left_behind(run.run) == []
+
+
 def test_a_quantised_base_is_refused(made: Callable[..., Made]) -> None:
     run = made()
     file = run.base / "config.json"
