@@ -170,12 +170,18 @@ def test_merged_is_base_and_adapter(kind: str, made: Callable[..., Made]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stored"), [(None, torch.bfloat16), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
+    ("dtype", "stored", "trained"),
+    [
+        (None, torch.bfloat16, torch.float32),
+        ("fp16", torch.float16, torch.float32),
+        ("fp32", torch.float32, torch.bfloat16),  # as adapters are on a GPU
+    ],
 )
 def test_weights_are_merged_in_float32_and_rounded_once(
-    dtype: str | None, stored: torch.dtype, made: Callable[..., Made]
+    dtype: str | None, stored: torch.dtype, trained: torch.dtype, made: Callable[..., Made]
 ) -> None:
     run = made()
+    run.change_adapter(lambda name, tensor: tensor.to(trained))
     out = merge_run(run.run.path, dtype=dtype, say=silent)
     expected = run.adapted().merge_and_unload().state_dict()
     found = weights(out)
