@@ -250,7 +250,7 @@ def test_files_without_the_prefix_of_the_model(targets: list[str], made: Callabl
 
 
 MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 import torch
 from trainer.merge import _base_config, _without_weights
@@ -259,11 +259,12 @@ from trainer.merge_weights import Adapted, Checkpoint, write_merged
 run, base, out = map(Path, sys.argv[1:])
 config = load_config(run / "config.yaml")
 adapted = Adapted(run / "final", _without_weights(_base_config(base, config), config), Checkpoint(base))
-next(iter(adapted.layers.values()))
+def peak():  # getrusage would give the parent's, when that was larger
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 (torch.ones(300, 300) @ torch.ones(300, 300)).sum()  # libraries that load at the first use
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 write_merged(adapted, out, torch.float32, 5_000_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
@@ -282,7 +283,7 @@ def test_never_the_whole_model_in_memory(
         [sys.executable, "-c", MEASURE, run.run.path, run.base, out], capture_output=True, text=True, check=True
     )
     assert sum(file.stat().st_size for file in out.glob("*.safetensors")) > 100e6
-    assert int(done.stdout) * 1024 < size / 3
+    assert 1e6 < int(done.stdout) * 1024 < size / 3
 
 
 def test_a_zero_adapter_is_refused(made: Callable[..., Made]) -> None:
@@ -446,9 +447,14 @@ def test_a_folder_that_is_there_is_kept(made: Callable[..., Made], tmp_path: Pat
     merge_run(run.run.path, overwrite=True, say=silent)
     assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
     assert left_behind(run.run) == ["merged"]
-    for wrong in (run.run.path, run.base, run.run.final, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for folder in (run.run.path, tmp_path):  # a merged model beside other things
+        shutil.copy(out / "merge.json", folder)
+    for wrong in (run.run.path, run.base, run.run.final, tmp_path, mine):
         with pytest.raises(ConfigError, match="holds no merged model, so --overwrite does not delete it"):
             merge_run(run.run.path, out=wrong, overwrite=True, say=silent)
+        assert wrong.is_dir()
     assert run.adapted()
 
 
