@@ -25,6 +25,7 @@ examples:
   tunewright data check huanhuan data.cutoff_len=512        what is in the data: lengths, copies, dropped rows
   tunewright compare runs/demo/*
   tunewright chat runs/demo/tiny-demo-lora-zero2
+  tunewright merge runs/demo/tiny-demo-lora-zero2           one model folder, without an adapter
 
 exit codes: 0 done, 2 configuration, 3 data, 4 storage, 5 numeric, 6 peer or network, 70 a bug of ours, 75 preempted
 """
@@ -79,6 +80,14 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-new-tokens", type=int, default=256)
     chat.set_defaults(run=_chat)
+
+    merge = commands.add_parser("merge", help="put a run's adapter into its base model's weights, and check the result")
+    merge.add_argument("tuned", type=Path, metavar="RUN", help="a finished run, or a checkpoint folder of a run")
+    merge.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: the base's own 16 bits")
+    merge.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/merged")
+    merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
+    merge.add_argument("--max-shard", default="2GB", metavar="SIZE", help="largest weight file (default: 2GB)")
+    merge.set_defaults(run=_merge)
 
     demo = commands.add_parser("demo", help="train the shipped task three ways, compare, and ask")
     demo.add_argument("--root", type=Path, default=Path("runs/demo"), help="folder for the runs")
@@ -165,6 +174,20 @@ def _chat(args: argparse.Namespace) -> int:
     from trainer.chat import chat
 
     return chat(args.tuned, args.prompt, args.system, args.max_new_tokens)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from trainer.merge import merge_run
+
+    merge_run(
+        args.tuned,
+        dtype=args.dtype,
+        out=args.out,
+        overwrite=args.overwrite,
+        max_shard=args.max_shard,
+        say=_say,
+    )
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ runs/NAME/config.yaml      resolved configuration
           metrics.jsonl    one line for each log step
           evaluation.json  held-out answers before and after
           final/           adapter or model, with tokenizer
+          merged/          base and adapter in one, from `tunewright merge`
           checkpoints/     checkpoint-N
           tensorboard/     event files
           logs/            rankN.log, launch.log
@@ -77,6 +78,10 @@ class RunDir:
     @property
     def final(self) -> Path:
         return self.result or self.path / "final"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
 
     @property
     def checkpoints(self) -> Path:
