@@ -40,7 +40,6 @@ class Architecture:
     num_layers: int
     tied: bool  # head and input embedding are one weight
     padding_free_problem: str | None  # why rows cannot lie end to end, if so
-    padded_attention: str  # the implementation of transformers that is right for padded batches and for generation
     positions: int | None  # entries of a learnt position table: no row can be longer
     ia3: list[list[str]] | None  # (target_modules, feedforward_modules) that PEFT knows for it
 

@@ -284,7 +284,7 @@ def _parameters_cell(run: Run) -> str:
     total = as_number(lookup(run.manifest, "parameters", "total"))
     if trainable is None or not total:
         return _count(trainable)
-    return f"{trainable:,.0f} ({trainable / total:.2%})"
+    return f"{trainable:,.0f} of {total:,.0f} ({trainable / total:.3%})"
 
 
 def _world_cell(run: Run) -> str:

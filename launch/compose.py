@@ -119,9 +119,11 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
+        key, _, value = (error.override or "").partition("=")
+        hint = f" Text with other letters or signs goes into quotes: '{key}=\"{value}\"'." if value else ""
         raise ConfigError(
             f"Cannot read `{error.override}`: {_first_line(error)} Write overrides as key=value, "
-            f"for example train.learning_rate=1e-4 or data.names=[demo]."
+            f"for example train.learning_rate=1e-4 or data.names=[demo].{hint}"
         ) from error
 
 

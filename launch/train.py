@@ -114,7 +114,8 @@ def train(
     jobs = []
     for config in sweep_jobs(overrides, extra_dir, multirun=multirun):
         jobs.append(plan_job(config, devices))
-        check_data(config)
+        if not dry_run:  # which tells as much as can be known without the data
+            check_data(config)
     for number, job in enumerate(jobs, 1):
         if len(jobs) > 1:
             say(f"Run {number} of {len(jobs)}: {job.config.name}")

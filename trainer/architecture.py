@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -24,12 +23,12 @@ from launch.errors import ConfigError, StorageError, TunewrightError
 from launch.rundir import write_json
 from launch.schema import Source
 from trainer import hub, tiny
-from trainer.models import cache_folder, find_model
+from trainer.models import cache_folder, find_model, quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FORMAT = 3  # of the kept files
+FORMAT = 4  # of the kept files
 
 
 def model_numbers(config: DictConfig, *, fetch: bool = False) -> dict[str, Any] | None:
@@ -166,7 +165,7 @@ def describe(model: PreTrainedModel) -> Architecture:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from trainer.attention import padded_implementation, padding_free_problem
+    from trainer.attention import padding_free_problem
     from trainer.methods import decoder_layers
 
     def kind(module: nn.Module) -> str:
@@ -187,7 +186,6 @@ def describe(model: PreTrainedModel) -> Architecture:
         num_layers=len(layers),
         tied=bool(model.config.get_text_config().tie_word_embeddings),
         padding_free_problem=padding_free_problem(model.config, type(model)),
-        padded_attention=padded_implementation(model.config, type(model)),
         positions=min(learnt) if learnt and _learns_positions(model.config) else None,
         ia3=[list(IA3[model_type]), list(FEEDFORWARD.get(model_type, []))] if model_type in IA3 else None,
     )
@@ -207,7 +205,7 @@ def count(config: DictConfig, model: PreTrainedModel) -> tuple[int, int]:
 
 def main(task: str) -> int:
     """Describe the model of the configuration on standard input, or count its parameters and print them."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_libraries()
     try:
         config = load_config(sys.stdin)
         numbers = model_numbers(config, fetch=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from launch.batching import BatchPlan, planned_steps
+from launch.errors import StorageError
 from trainer.architecture import ensure_counts
 from trainer.data.cache import open_rows
 from trainer.data.select import rows_to_train
@@ -17,14 +18,17 @@ def forecast(config: DictConfig, plan: BatchPlan) -> list[str]:
     Rows are counted where they lie: what the tokenizer would drop is known only once they are tokenised.
 
     Raises:
-        DataError, StorageError: see `find_prepared` and `open_rows`.
+        DataError: see `find_prepared` and `open_rows`.
     """
     trainable, total = ensure_counts(config)
-    rows, exact = training_rows(config)
     lines = [
         f"{config.model.name}, method={config.method.name}: {trainable:,} of {total:,} parameters are trained "
         f"({trainable / total:.3%})"
     ]
+    try:
+        rows, exact = training_rows(config)
+    except StorageError as error:
+        return [*lines, f"Rows and steps are not known here: {error}", plan.describe()]
     if rows is not None:
         lines.append(f"{rows:,} examples to train on" + ("" if exact else ", if every row can be used"))
     return [*lines, planned_steps(config, plan, rows or 0).describe()]

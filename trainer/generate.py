@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from omegaconf import DictConfig
 
 from launch.errors import ConfigError
 from launch.rundir import RunDir
-from trainer.architecture import ensure_architecture
 from trainer.data.render import Renderer
-from trainer.models import load_model, load_tokenizer, stop_tokens, torch_dtype
+from trainer.models import load_model, load_tokenizer, quiet_libraries, stop_tokens, torch_dtype
 
 
 def run_of(path: Path, *, checkpoints: bool = False) -> RunDir:
@@ -39,13 +35,6 @@ def run_of(path: Path, *, checkpoints: bool = False) -> RunDir:
     return run
 
 
-def quiet_libraries() -> None:
-    """Keep progress bars and notices of libraries out of answers on a terminal."""
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -60,10 +49,7 @@ class Answerer:
         self.renderer = Renderer.of(config, self.tokenizer)
         self.tokenizer.padding_side = "left"  # so that every prompt of a batch ends where its answer begins
         self.dtype = torch_dtype(config.model.dtype, device().type)
-        self.attention = ensure_architecture(config).padded_attention
-        self.model: Any = load_model(
-            model_path, config.model, self.dtype, attention=self.attention, method=config.method, device=device()
-        )
+        self.model: Any = load_model(model_path, config.model, self.dtype, method=config.method, device=device())
         if config.method.name != "qlora":
             self.model.to(device())
         self.model.eval()
@@ -83,8 +69,7 @@ class Answerer:
                 prompt = adapted.active_peft_config.is_prompt_learning  # which leaves the base as it is
                 self.model = base if prompt else adapted.unload()
             return
-        tuned = load_model(run.final, self.config.model, self.dtype, attention=self.attention)
-        self.model = tuned.to(device()).eval()
+        self.model = load_model(run.final, self.config.model, self.dtype).to(device()).eval()
         try:
             yield
         finally:

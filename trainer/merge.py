@@ -25,10 +25,10 @@ from omegaconf import DictConfig
 from launch.compose import load_config
 from launch.errors import ConfigError, StorageError
 from launch.rundir import RunDir, write_json
-from trainer.generate import quiet_libraries, run_of
+from trainer.generate import run_of
 from trainer.merge_check import Comparison, Judge, pick_rows
 from trainer.merge_weights import Adapted, Checkpoint, Written, adapter_config, size_of, write_merged
-from trainer.models import load_tokenizer, stop_tokens
+from trainer.models import load_tokenizer, quiet_libraries, stop_tokens
 from trainer.prepare import find_prepared, prepare
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,22 +86,33 @@ def load_model(
     model: ModelConfig,
     dtype: torch.dtype,
     *,
-    attention: str = "sdpa",
+    attention: str | None = None,
     method: Any = None,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load weights in `dtype`, quantised where `method` is QLoRA.
 
+    `attention` is what flat rows need; without it the model is for padded batches and generation.
     Under ZeRO-3 the weights are partitioned while they load, provided that `TrainingArguments` exist already.
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention or _padded_attention(path, model)}
     if method is not None and method.name == "qlora":
         options["quantization_config"] = _quantization(method, dtype)
         # Quantisation happens on the device that trains: each rank loads onto its own.
         options["device_map"] = {"": device if device is not None else "cpu"}
     return _load(AutoModelForCausalLM.from_pretrained, path, model, **options)  # type: ignore[no-any-return]
+
+
+def _padded_attention(path: Path, model: ModelConfig) -> str:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from trainer.attention import padded_implementation
+
+    config = _load(AutoConfig.from_pretrained, path, model)
+    known = AutoModelForCausalLM._model_mapping
+    return padded_implementation(config, known[type(config)]) if type(config) in known else "sdpa"
 
 
 def _quantization(method: Any, dtype: torch.dtype) -> Any:
@@ -118,6 +130,15 @@ def _quantization(method: Any, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=method.double_quant,
         bnb_4bit_compute_dtype=compute,
     )
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and notices of libraries out of what is said to the user."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

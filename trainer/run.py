@@ -26,7 +26,6 @@ from launch.legality import zero_stage
 from launch.rundir import RunDir
 from launch.schema import Launcher
 from trainer import attention
-from trainer.architecture import ensure_architecture
 from trainer.checkpoints import keep_pissa_start, save_as_plain_lora, starts_as_pissa
 from trainer.data.cache import TokenCache, as_json
 from trainer.data.render import Renderer
@@ -68,8 +67,7 @@ def train(
         args.hf_deepspeed_config._dtype = dtype
 
     tokenizer = load_tokenizer(model_path, config.model)
-    padded = ensure_architecture(config).padded_attention
-    implementation = attention.register() if config.train.padding_free else padded
+    implementation = attention.register() if config.train.padding_free else None
     model = load_model(model_path, config.model, dtype, attention=implementation, method=config.method, device=device)
     model.generation_config.eos_token_id = stop_tokens(model, tokenizer)  # saved with the result, so serving stops too
     # Loading draws random numbers, differently under ZeRO-3: adapters must begin alike under every strategy.

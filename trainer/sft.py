@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from trl import SFTTrainer
 from launch.batching import BatchPlan
 from launch.errors import NumericError
 from trainer.batches import Batch, EpochDataLoader, FlatCollator, MicroBatches, PaddedCollator, TokenRows, token_counts
-from trainer.checkpoints import in_format, load_prompt_encoder, save_prompt_encoder
+from trainer.checkpoints import in_format, learns_prompt, load_prompt_encoder, prompt_for_saving, save_prompt_encoder
 from trainer.data.stream import StreamDataLoader, StreamedMicroBatches, TokenStream
 from trainer.noise import EmbeddingNoise
 from trainer.optimizer import attach_master_weights
@@ -168,6 +169,11 @@ class TunewrightTrainer(SFTTrainer):
         )
 
     # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        split = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        with prompt_for_saving(self.model) if split and learns_prompt(self.model) else nullcontext():
+            super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import traceback
 from contextlib import nullcontext
@@ -92,7 +93,9 @@ def main(folder: Path) -> None:
         try:
             result = train_one(config, state)
         except Exception:
-            result = {"error": traceback.format_exc()}
+            # The other ranks may wait for this one in a collective: nothing after it could be trusted.
+            file.with_suffix(".json").write_text(json.dumps({"error": traceback.format_exc()}), encoding="utf-8")
+            os._exit(1)
         if state.is_main_process:
             file.with_suffix(".json").write_text(json.dumps(result), encoding="utf-8")
         # The next training makes an accelerator of its own; the process group stays.

@@ -37,6 +37,7 @@ def open_hub(
 
 def _commit(entry: Entry, records: Path, *, offline: bool) -> str:
     """Return the commit to read: the newest one, or without a network the one that was read last."""
+    from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
@@ -54,7 +55,7 @@ def _commit(entry: Entry, records: Path, *, offline: bool) -> str:
             ) from error
         except (RepositoryNotFoundError, HFValidationError) as error:
             raise StorageError(f"{entry.where}: the Hub has no dataset '{entry.location}'.") from error
-        except (HfHubHTTPError, OSError, RuntimeError) as error:
+        except (HfHubHTTPError, HTTPError, OSError, RuntimeError) as error:
             problem = f"and the Hub cannot be reached ({type(error).__name__})"
     if record.is_file():
         return str(json.loads(record.read_text(encoding="utf-8"))["commit"])
