@@ -81,7 +81,7 @@ class RunDir:
 
     @property
     def merged(self) -> Path:
-        return self.path / "merged"
+        return self.path / (f"merged-{self.result.name}" if self.result else "merged")
 
     @property
     def checkpoints(self) -> Path:

@@ -15,7 +15,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,32 +40,16 @@ RECORD = "merge.json"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-@dataclass(frozen=True)
-class Source:
-    """An adapter of a run, and where it goes unless something else is said."""
-
-    run: RunDir
-    adapter: Path
-    out: Path
-
-
-def source_of(path: Path) -> Source:
-    """Return the adapter of a finished run, or of one of a run's checkpoints.
+def adapted_run(path: Path) -> RunDir:
+    """Return a finished run, or the run of a checkpoint with that as its result, whose result is an adapter.
 
     Raises:
         ConfigError: there is none, or the run trained a whole model.
     """
-    if path.parent.name == "checkpoints" and path.is_dir():
-        run = RunDir(path.parents[1])
-        source = Source(run, path, run.path / f"merged-{path.name}")
-    else:
-        run = run_of(path)
-        source = Source(run, run.final, run.merged)
-    if not (source.adapter / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"{source.adapter} is a whole model already, not an adapter: it needs no merge. Load it as it is."
-        )
-    return source
+    run = run_of(path, checkpoints=True)
+    if not (run.final / "adapter_config.json").is_file():
+        raise ConfigError(f"{run.final} is a whole model already, not an adapter: it needs no merge. Load it as it is.")
+    return run
 
 
 def merge_run(
@@ -84,20 +68,20 @@ def merge_run(
         StorageError: base and adapter do not fit, or what was written is not what base and adapter are together.
     """
     quiet_libraries()
-    source = source_of(path)
+    run = adapted_run(path)
     limit = parse_size(max_shard)
-    adapter_config(source.adapter)  # says no before anything long begins
-    config = load_config(source.run.config)
+    adapter_config(run.final)  # says no before anything long begins
+    config = load_config(run.config)
     prepared = find_prepared(config) or prepare(config, say)
     model_path = prepared.model_path
-    folder = source.out if out is None else out
-    _check_out(folder, overwrite, [source.run.path, source.adapter, model_path])
+    folder = run.merged if out is None else out
+    _check_out(folder, overwrite, [run.path, run.final, model_path])
     base_config = _base_config(model_path, config)
     chosen = DTYPES[dtype] if dtype else (torch.float16 if base_config.dtype is torch.float16 else torch.bfloat16)
 
     base = _without_weights(base_config, config)
     checkpoint = Checkpoint(model_path)
-    adapted = Adapted(source.adapter, base, checkpoint)
+    adapted = Adapted(run.final, base, checkpoint)
     needed = size_of(checkpoint, chosen, adapted)
     with _written_aside(folder) as staging:
         free = shutil.disk_usage(staging).free
@@ -106,17 +90,17 @@ def merge_run(
                 f"{folder.parent} has {free / 1e9:.3g} GB free, and the merged model takes {needed / 1e9:.3g} GB. "
                 f"Use --out on another disk."
             )
-        say(f"Merging {source.adapter} into {model_path}, {_name(chosen)}, about {needed / 1e9:.3g} GB")
+        say(f"Merging {run.final} into {model_path}, {_name(chosen)}, about {needed / 1e9:.3g} GB")
         written = write_merged(adapted, staging, chosen, limit, say)
-        _write_rest(staging, base, written, source, model_path, config, chosen)
+        _write_rest(staging, base, written, run, model_path, config, chosen)
         del adapted
         say("Comparing it with base and adapter on rows of the run")
         judge = Judge(config, pick_rows(prepared.cache), chosen)
-        judge.listen(model_path, source.adapter)
+        judge.listen(model_path, run.final)
         comparison = judge.compare(staging)
         refuse_different(written, comparison, chosen)
         record = {
-            "adapter": str(source.adapter),
+            "adapter": str(run.final),
             "base": str(model_path),
             "dtype": _name(chosen),
             **asdict(written),
@@ -258,7 +242,7 @@ def _write_rest(
     staging: Path,
     base: Any,
     written: Written,
-    source: Source,
+    run: RunDir,
     model_path: Path,
     config: DictConfig,
     dtype: torch.dtype,
@@ -272,7 +256,7 @@ def _write_rest(
         settings.tie_word_embeddings = False
         settings.get_text_config().tie_word_embeddings = False
     settings.save_pretrained(str(staging))
-    tokenizer = load_tokenizer(source.adapter, config.model)
+    tokenizer = load_tokenizer(run.final, config.model)
     tokenizer.save_pretrained(str(staging))
     if (model_path / "generation_config.json").is_file():
         base.generation_config = GenerationConfig.from_pretrained(str(model_path))
