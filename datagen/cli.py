@@ -10,10 +10,12 @@ HELP = """\
 Make a dataset from the description of a task, through OpenAI or any server that speaks its API.
 
   export OPENAI_API_KEY=...
-  tunewright datagen task="Given a riddle, answer with a single word." name=riddles examples=50 temperature=0.4
+  tunewright datagen task="Given a riddle, answer with a single word." name=riddles examples=500 temperature=0.4
+  tunewright datagen task="..." name=riddles --plan-only                 topics, personas, system message: look and edit
+  tunewright datagen task="..." name=riddles plan=data/riddles.plan.json source=handbook/ budget.usd=5 judge.threshold=4
+  tunewright datagen task="..." name=riddles provider=openai_compatible base_url=http://localhost:8000/v1 model=qwen2.5
 
-The same command continues a run that was stopped, and pays only for what is missing. Settings:
-task, name, examples, temperature, model, out, concurrency, base_url, seed, max_tokens, timeout (see docs/datagen.md).
+The same command continues a run that was stopped, and pays only for what is missing. `--keys` lists the settings.
 """
 
 
@@ -26,20 +28,27 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings; task and name are needed")
-    command.add_argument("--dry-run", action="store_true", help="check everything and show what would be asked")
+    command.add_argument("--dry-run", action="store_true", help="check everything; estimate requests, tokens and cost")
+    command.add_argument("--plan-only", action="store_true", help="make the plan, show and save it, and stop")
+    command.add_argument("--keys", action="store_true", help="every setting with its default and meaning")
     command.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand and return its exit code."""
-    from datagen.settings import find_endpoint, load_settings
+    from datagen.settings import find_endpoint, keys, load_settings
+
+    if args.keys:
+        for key, _, text, default in keys():
+            _say(f"  {key:<18} {text} [{getattr(default, 'name', default)}]")
+        return 0
 
     config = load_settings(args.overrides)
     endpoint = find_endpoint(config)
     from datagen.generate import generate
 
     try:
-        return generate(config, endpoint, dry_run=args.dry_run, say=_say)
+        return generate(config, endpoint, dry_run=args.dry_run, plan_only=args.plan_only, say=_say)
     except KeyboardInterrupt:
         command = endpoint.scrub(shlex.join(["tunewright", "datagen", *args.overrides]))
         print(f"Stopped. Every reply so far is kept; this continues it:\n  {command}", file=sys.stderr)

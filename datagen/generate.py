@@ -1,9 +1,10 @@
-"""`tunewright datagen`: ask for examples concurrently, log every reply, write the dataset."""
+"""`tunewright datagen`: make a plan, ask for examples, log every reply, write the dataset."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import shlex
 import signal
 import time
@@ -12,20 +13,42 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from datagen.cells import PROMPTS_VERSION, REQUESTS_PER_EXAMPLE, Cell, cells, system_prompt
+from datagen.batch import run_batches
+from datagen.budget import BATCH_PRICE, Budget, BudgetSpent
+from datagen.cells import (
+    CONVERSATION_SCHEMA,
+    EXAMPLE_SCHEMA,
+    PROMPTS_VERSION,
+    SCORE_SCHEMA,
+    Cell,
+    cell_count,
+    digest,
+    score_prompt,
+)
+from datagen.display import Display, Progress
+from datagen.harvest import Harvest, score_id
+from datagen.limiter import Limiter
 from datagen.outputs import Files, write_outputs
-from datagen.provider import Provider, RequestFailed
-from datagen.replies import ReplyLog, Tally
-from datagen.settings import DatagenConfig, Endpoint, identity
+from datagen.plan import SCHEMA as PLAN_SCHEMA
+from datagen.plan import Plan, as_plan, plan_prompt, read_plan
+from datagen.provider import Ask, Provider, RequestFailed
+from datagen.replies import ReplyLog, object_of, row_of
+from datagen.settings import DatagenConfig, Endpoint, Mode, identity, prices
+from datagen.sources import Chunk, read_sources
 from launch.errors import ConfigError, DataError, PeerError, StorageError
 
-PROGRESS_SECONDS = 2.0
+TICK = 0.5  # seconds between two looks at the clock
 DRAIN_SECONDS = 10.0
 FAILURES_IN_A_ROW = 5
-SYSTEM_TRIES = 3
+PLAN_TRIES = 3
+EXPECTED_YIELD = 0.8  # for estimates
+EXPECTED_REPLY = 350  # tokens, likewise
+BYTES_PER_TOKEN = 4
 
 
-def generate(config: DatagenConfig, endpoint: Endpoint, *, dry_run: bool, say: Callable[[str], None]) -> int:
+def generate(
+    config: DatagenConfig, endpoint: Endpoint, *, dry_run: bool, plan_only: bool, say: Callable[[str], None]
+) -> int:
     """Make the dataset, or continue it where its log ends, and return the exit code.
 
     Raises:
@@ -35,18 +58,26 @@ def generate(config: DatagenConfig, endpoint: Endpoint, *, dry_run: bool, say: C
         KeyboardInterrupt: stopped; every reply received is in the log.
     """
     files = Files(Path(config.out), config.name)
+    chunks = read_sources(config.source.split(",")) if config.source else []
+    given = read_plan(Path(config.plan)) if config.plan else None
+    asked = {**identity(config), "prompts_version": PROMPTS_VERSION}
+    # What is in the files decides, not their names.
+    asked |= {"plan": digest(repr(given)) if given else None, "source": [chunk.digest for chunk in chunks] or None}
     try:
         files.check_ours()
         if dry_run:
-            return _show(config, endpoint, files, say)
+            return _estimate(config, endpoint, given, chunks, ReplyLog(files.log, asked), say)
         files.out.mkdir(parents=True, exist_ok=True)
-        with FileLock(files.lock, timeout=0), contextlib.closing(_open_log(config, files)) as log:
-            job = _Job(config, endpoint, log, say)
+        with FileLock(files.lock, timeout=0), contextlib.closing(ReplyLog(files.log, asked)) as log:
+            job = Job(config, endpoint, log, given, chunks, say)
             try:
-                asyncio.run(job.run())
+                asyncio.run(job.run(plan_only))
             except asyncio.CancelledError:
                 raise KeyboardInterrupt from None
-            return _finish(config, endpoint, files, log, job.system, say)
+            assert job.plan is not None
+            if plan_only:
+                return _show_plan(job.plan, files, say)
+            return _finish(job, files, say)
     except Timeout as error:
         raise ConfigError(
             f"Another process is making '{config.name}' in {files.out}; it holds {files.lock}."
@@ -55,98 +86,169 @@ def generate(config: DatagenConfig, endpoint: Endpoint, *, dry_run: bool, say: C
         raise StorageError(f"Cannot use {error.filename or files.out}: {error.strerror or error}.") from error
 
 
-def _open_log(config: DatagenConfig, files: Files) -> ReplyLog:
-    return ReplyLog(files.log, {**identity(config), "prompts_version": PROMPTS_VERSION})
+class Job:
+    """The asking: fills the log until enough replies are rows or a cap is reached."""
 
-
-def _show(config: DatagenConfig, endpoint: Endpoint, files: Files, say: Callable[[str], None]) -> int:
-    done = sum("index" in record and "error" not in record for record in _open_log(config, files).records.values())
-    first = next(cells(config, "(written by the first request)"))
-    say(f"{config.examples} rows from {config.model} at {endpoint.base_url}, {config.concurrency} requests at once")
-    say(f"{done} replies in {files.log}; at most {REQUESTS_PER_EXAMPLE * config.examples} requests in all")
-    say(f"The first example request:\n\n{first.prompt}")
-    return 0
-
-
-class _Job:
-    """The asking: fills the log until enough replies are rows or the cap is reached."""
-
-    def __init__(self, config: DatagenConfig, endpoint: Endpoint, log: ReplyLog, say: Callable[[str], None]) -> None:
-        self.config, self.log, self.say = config, log, say
-        self.provider = Provider(config, endpoint, say)
-        self.system = ""
-        self.tally = Tally()
-        self.pending: set[asyncio.Task[None]] = set()
+    def __init__(
+        self,
+        config: DatagenConfig,
+        endpoint: Endpoint,
+        log: ReplyLog,
+        plan: Plan | None,
+        chunks: list[Chunk],
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.endpoint, self.log, self.plan, self.chunks = config, endpoint, log, plan, chunks
+        self.budget = Budget(config.budget, prices(config), factor=BATCH_PRICE if config.mode is Mode.batch else 1.0)
+        self.budget.tokens_in, self.budget.tokens_out = log.spent()
+        self.budget.requests = log.requests()
+        self.display = Display(say)
+        self.limiter = Limiter(config.concurrency if config.mode is Mode.parallel else 1)
+        self.provider = Provider(config, endpoint, self.budget, self.limiter, self.display.say)
+        self.harvest: Harvest | None = None
+        self.pending: dict[asyncio.Task[None], int] = {}
+        self.hopeful: set[int] = set()  # cells with a row in the log that the harvest has not reached
         self.stop_by: float | None = None  # set by Ctrl-C
+        self.capped: str | None = None  # the budget that ended it
         self.failures = 0
-        self.began, self.reported, self.found_before = time.monotonic(), 0.0, 0
+        self.began, self.found_before = time.monotonic(), 0
 
-    async def run(self) -> None:
+    async def run(self, plan_only: bool = False) -> None:
+        """Ask for what is missing."""
         main = asyncio.current_task()
         assert main is not None
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._interrupt, main)
         try:
-            self.system = await self._system_message()
-            await self._collect()
+            with self.display:
+                self.plan = self.plan or await self._make_plan()
+                if plan_only:
+                    return
+                self.harvest = Harvest(self.config, self.plan, self.chunks)
+                self.harvest.advance(self.log)
+                if not self.harvest.full:
+                    self._forget_failures()
+                    await self._collect()
         finally:
             for task in self.pending:
                 task.cancel()
             await asyncio.gather(*self.pending, return_exceptions=True)
             await self.provider.close()
 
-    async def _system_message(self) -> str:
-        for number in range(SYSTEM_TRIES):
-            key = f"system-{number}"
+    def _forget_failures(self) -> None:
+        """Ask again, once for each run, for what no reply came for."""
+        assert self.plan is not None
+        self.log.forget_errors()
+        self.harvest = Harvest(self.config, self.plan, self.chunks)
+        self.harvest.advance(self.log)
+        self.found_before = len(self.harvest.rows)
+
+    async def _make_plan(self) -> Plan:
+        for number in range(PLAN_TRIES):
+            key = f"plan-{number}"
             if key not in self.log.records:
-                self.log.append({"id": key, **await self.provider.ask(system_prompt(self.config.task))})
-            text = system_text(self.log, number)
-            if text:
-                return text
-        raise DataError(f"No usable system message in {SYSTEM_TRIES} replies: see {self.log.path}.")
+                request = Ask([{"role": "user", "content": plan_prompt(self.config.task)}], PLAN_SCHEMA)
+                try:
+                    self.log.append({"id": key, **await self.provider.ask(request)})
+                except BudgetSpent as error:
+                    raise ConfigError(f"{error}: not even the plan can be asked for.") from error
+            found = object_of(self.log.records[key])
+            plan = as_plan(found) if isinstance(found, dict) else None
+            if plan:
+                return plan
+        raise DataError(
+            f"No usable plan in {PLAN_TRIES} replies: see {self.log.path}. Write one yourself: plan=FILE with system, "
+            f"topics and personas."
+        )
 
     async def _collect(self) -> None:
-        missing: list[Cell] = []
-        for cell in cells(self.config, self.system):
-            record = self.log.records.get(cell.id)
-            if record is None or "error" in record:
-                missing.append(cell)
-            else:
-                self.tally.add(record)
-        self.found_before = len(self.tally.rows)
-        queue = iter(missing)
+        assert self.harvest is not None
+        if self.config.mode is Mode.batch:
+            await run_batches(self.config, self.endpoint, self.budget, self.harvest, self.log, self.display.say)
+            return
+        ahead = self.harvest.next
         while True:
-            # Never more in flight than rows are missing: which cells are asked depends on the replies alone, not on
-            # their timing, and a run that was killed ends with the files of one that was not. The first goes alone,
-            # to find out what the server accepts.
-            wanted = min(
-                self.config.examples - len(self.tally.rows),
-                self.config.concurrency if self.provider.negotiated else 1,
-            )
-            while self.stop_by is None and len(self.pending) < wanted and (chosen := next(queue, None)):
-                self.pending.add(asyncio.create_task(self._ask(chosen)))
-            self._progress()
+            # Never more in flight than rows are missing, so that nothing is paid for that is not wanted. The first one goes
+            # alone, to find out what the server accepts.
+            ahead = max(ahead, self.harvest.next)
+            while self._open and len(self.pending) < self._room and (cell := self._next_missing(ahead)) is not None:
+                ahead = cell.index + 1
+                self.pending[asyncio.create_task(self._ask(cell))] = cell.index
+            self._show()
             if not self.pending or (self.stop_by is not None and time.monotonic() > self.stop_by):
                 break
-            finished, self.pending = await asyncio.wait(
-                self.pending, timeout=PROGRESS_SECONDS / 4, return_when=asyncio.FIRST_COMPLETED
-            )
+            finished, _ = await asyncio.wait(self.pending, timeout=TICK, return_when=asyncio.FIRST_COMPLETED)
             for task in finished:
+                del self.pending[task]
                 task.result()
+            self.harvest.advance(self.log)
+            self.hopeful = {index for index in self.hopeful if index >= self.harvest.next}
         if self.stop_by is not None:
             raise asyncio.CancelledError
 
+    @property
+    def _room(self) -> int:
+        """How many requests there may be in flight."""
+        assert self.harvest is not None
+        missing = self.config.examples - len(self.harvest.rows) - len(self.hopeful)
+        return min(missing, self.limiter.room if self.provider.negotiated else 1)
+
+    @property
+    def _open(self) -> bool:
+        if self.capped is None and self.budget.out_of_time():
+            self.capped = f"budget.minutes = {self.config.budget.minutes:g} are over"
+        return self.stop_by is None and self.capped is None
+
+    def _next_missing(self, ahead: int) -> Cell | None:
+        """Return the next cell that the log is not complete for, noting those on the way that it is."""
+        assert self.harvest is not None
+        assert self.plan is not None
+        if self.config.mode is Mode.sequential and self.pending:
+            return None
+        while (cell := self.harvest.cell_at(ahead)) is not None:
+            record = self.log.records.get(cell.id)
+            if record is None:
+                return cell
+            row = row_of(record, self.config.turns)
+            if not isinstance(row, str):
+                if self.config.judge.threshold is not None:
+                    if score_id(self.config, self.plan, row) not in self.log.records:
+                        return cell
+                self.hopeful.add(cell.index)
+            ahead += 1
+        return None
+
     async def _ask(self, cell: Cell) -> None:
-        where = {"id": cell.id, "index": cell.index, "difficulty": cell.difficulty, "form": cell.form}
+        """Fill what the log lacks of a cell: the example, and where it is to be scored its score."""
+        assert self.plan is not None
         try:
-            record = {**where, **await self.provider.ask(cell.prompt, structured=True)}
+            if cell.id not in self.log.records:
+                schema = EXAMPLE_SCHEMA if self.config.turns == 1 else CONVERSATION_SCHEMA
+                await self._log(cell.where, Ask(cell.request(), schema))
+            row = row_of(self.log.records[cell.id], self.config.turns)
+            if isinstance(row, str):
+                return
+            judge = self.config.judge
+            key = score_id(self.config, self.plan, row)
+            if judge.threshold is not None and key not in self.log.records:
+                prompt = score_prompt(self.config, self.plan, row)
+                messages = [{"role": "user", "content": prompt}]
+                await self._log({"id": key}, Ask(messages, SCORE_SCHEMA, model=judge.model, temperature=0.0))
+            self.hopeful.add(cell.index)
+        except BudgetSpent as error:
+            self.capped = str(error)
+
+    async def _log(self, where: dict[str, object], request: Ask) -> None:
+        try:
+            record = {**where, **await self.provider.ask(request)}
             self.failures = 0
         except RequestFailed as error:
-            # Nothing was paid for: it counts as a rejected reply now, and the next run asks again.
-            record = {**where, "error": str(error)}
+            # No reply came: it counts as a rejected one now, and the next run asks again.
+            record = {**where, "error": str(error), "tries": request.tries}
             self.failures += 1
+        if request.unknown:
+            record["lost"] = self.provider.worst_case(request)
         self.log.append(record)
-        self.tally.add(record)
         if self.failures >= FAILURES_IN_A_ROW or (self.failures and not self.provider.negotiated):
             raise PeerError(f"{record['error']} The replies so far are kept; the same command continues.")
 
@@ -155,49 +257,102 @@ class _Job:
             main.cancel()
             return
         self.stop_by = time.monotonic() + DRAIN_SECONDS
-        self.say(f"Stopping after {len(self.pending)} requests in flight; Ctrl-C again drops them.")
+        self.display.say(f"Stopping after {len(self.pending)} requests in flight; Ctrl-C again drops them.")
 
-    def _progress(self) -> None:
-        now = time.monotonic()
-        if now - self.reported < PROGRESS_SECONDS:
-            return
-        self.reported = now
-        rows, wanted = len(self.tally.rows), self.config.examples
-        made = rows - self.found_before
-        left = f", about {(wanted - rows) * (now - self.began) / made:.0f} s left" if made and rows < wanted else ""
-        self.say(
-            f"{rows}/{wanted} accepted, {self.tally.rejects.total()} rejected, {len(self.pending)} in flight, "
-            f"{self.log.usage().total():,} tokens{left}"
+    def _show(self) -> None:
+        assert self.harvest is not None
+        self.display.update(
+            Progress(
+                accepted=len(self.harvest.rows) + len(self.hopeful),
+                wanted=self.config.examples,
+                rejects=self.harvest.rejects,
+                in_flight=len(self.pending),
+                tokens=self.budget.tokens_in + self.budget.tokens_out,
+                usd=self.budget.spent(),
+                made_since_start=len(self.harvest.rows) + len(self.hopeful) - self.found_before,
+                seconds=time.monotonic() - self.began,
+            )
         )
 
 
-def system_text(log: ReplyLog, number: int) -> str:
-    """Return the system message of a logged reply, or an empty string when it is none."""
-    record = log.records[f"system-{number}"]
-    complete = record["finish_reason"] not in ("length", "content_filter") and not record["refusal"]
-    return (record["content"] or "").strip() if complete else ""
+def _show_plan(plan: Plan, files: Files, say: Callable[[str], None]) -> int:
+    plan.write(files.plan)
+    say(f"System message:\n  {plan.system}\n")
+    for name in ("topics", "personas", "difficulties", "forms"):
+        say(f"{name.capitalize()}:")
+        for text in getattr(plan, name):
+            say(f"  {text}")
+    say(f"\nWritten to {files.plan}. Edit it and go on with plan={shlex.quote(str(files.plan))}, or go on as it is.")
+    return 0
 
 
-def _finish(
-    config: DatagenConfig, endpoint: Endpoint, files: Files, log: ReplyLog, system: str, say: Callable[[str], None]
+def _estimate(
+    config: DatagenConfig,
+    endpoint: Endpoint,
+    plan: Plan | None,
+    chunks: list[Chunk],
+    log: ReplyLog,
+    say: Callable[[str], None],
 ) -> int:
-    """Write the files from the log alone: the first replies in the order of their cells that are rows."""
-    tally = Tally()
-    for cell in cells(config, system):
-        if len(tally.rows) < config.examples and cell.id in log.records:
-            tally.add(log.records[cell.id])
-    kept, held = write_outputs(files, config, endpoint, system, tally, log)
-    if len(tally.rows) < config.examples:
+    """Say what would be asked, and what it would about take."""
+    shown = plan or Plan("(written by the first request)", ("(a topic of the plan)",), ("(a persona of the plan)",))
+    first = Harvest(config, shown, chunks).cell_at(0)
+    assert first is not None
+    prompt = first.messages[0][1]
+    done = sum("index" in record and "error" not in record for record in log.records.values())
+    calls = max(math.ceil(config.examples / EXPECTED_YIELD) - done, 0)
+    each = len(prompt.encode()) / BYTES_PER_TOKEN
+    if config.judge.threshold is not None:
+        calls, each = 2 * calls, each + EXPECTED_REPLY / 2
+    reply = min(config.max_tokens, EXPECTED_REPLY * config.turns)
+    tokens_in, tokens_out = round(calls * each), round(calls * reply)
+    budget = Budget(config.budget, prices(config), factor=BATCH_PRICE if config.mode is Mode.batch else 1.0)
+    cost = budget.cost(tokens_in, tokens_out)
+    say(
+        f"{config.examples} rows from {config.model} at {endpoint.base_url}, mode {config.mode.name}, at most "
+        f"{config.concurrency} requests at once"
+    )
+    say(f"{done} replies in {log.path}; at most {cell_count(config)} example requests in all")
+    say(
+        f"Estimate: about {calls:,} requests, {tokens_in:,} tokens in, {tokens_out:,} out"
+        + (f", ${cost:.2f}" if cost is not None else "; no price is known for this model (price.input=, price.output=)")
+        + f"; {EXPECTED_YIELD:.0%} of replies kept and {reply} tokens each are assumed"
+    )
+    say(f"The first example request:\n\n{prompt}")
+    return 0
+
+
+def _finish(job: Job, files: Files, say: Callable[[str], None]) -> int:
+    """Write the files from the log alone."""
+    assert job.plan is not None
+    config = job.config
+    harvest = Harvest(config, job.plan, job.chunks)
+    harvest.advance(job.log)
+    if not harvest.rows:
+        raise DataError(f"No reply was a row; rejected: {harvest.reasons()}. The replies are in {files.log}.")
+    written = write_outputs(files, config, job.endpoint, job.plan, harvest, job.log, job.budget)
+    kept, held = len(written.train), len(written.test)
+    if not harvest.full:
+        why = f"{job.capped}. " if job.capped else ""
         raise DataError(
-            f"Only {len(tally.rows)} of {config.examples} rows after {tally.rejects.total() + len(tally.rows)} "
-            f"requests; rejected: {tally.reasons()}. What there is was written to {files.out}; the replies are in "
-            f"{files.log}. Describe the task in more detail, or ask for fewer examples."
+            f"{why}Only {len(harvest.rows)} of {config.examples} rows after {harvest.next} replies; rejected: "
+            f"{harvest.reasons()}. What there is was written to {files.out}; the replies are in {files.log}. "
+            + ("Raise the budget to go on." if job.capped else "Describe the task in more detail, or ask for fewer examples.")
         )
-    usage = log.usage()
-    say(f"{kept} rows in {files.rows}, {held} held out in {files.eval_rows}; rejected: {tally.reasons()}")
-    if not held:
-        say("Nothing is held out, because no instruction is rare enough; data.eval_size=0.1 splits while training.")
-    say(f"{usage['prompt_tokens']:,} tokens in, {usage['completion_tokens']:,} out; details in {files.manifest}")
+    say(f"{kept} rows in {files.rows}, {held} held out in {files.eval_rows}; rejected: {harvest.reasons()}")
+    if held:
+        say(f"Most alike of a row to train on and one held out: {written.highest:.2f} (ROUGE-L of the prompts)")
+    else:
+        say("Nothing is held out, because the prompts are all alike; data.eval_size=0.1 splits while training.")
+    tokens_in, tokens_out = job.log.spent()
+    cost = job.budget.cost(tokens_in, tokens_out)
+    say(f"{tokens_in:,} tokens in, {tokens_out:,} out" + (f", ${cost:.2f}" if cost is not None else ""))
+    say(f"Look at it: {files.preview}; details in {files.manifest}")
+    if config.push:
+        from datagen.push import push
+
+        pushed = [files.rows, *([files.eval_rows] if held else []), files.manifest, files.card]
+        say(f"Uploaded: {push(files.out, pushed, config.push, not config.public, say)}")
     names = f"'data.names=[{config.name}]'" + (f" 'data.eval_names=[{config.name}_eval]'" if held else "")
     say(f"Next: tunewright train data=registry data.dir={shlex.quote(str(files.out))} {names}")
     return 0

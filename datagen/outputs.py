@@ -1,21 +1,30 @@
-"""The files made from a log: rows, held-out rows, registry entries and a manifest, each replaced in one step."""
+"""The files made from a log, each replaced in one step: rows, held-out rows, registry, manifest, card, preview."""
 
 from __future__ import annotations
 
-import random
-from dataclasses import asdict
+import hashlib
+import os
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from datagen.replies import ReplyLog, Row, Tally
-from datagen.settings import DatagenConfig, Endpoint
+from datagen.budget import Budget
+from datagen.card import card
+from datagen.cells import PROMPTS_VERSION
+from datagen.harvest import Harvest
+from datagen.plan import Plan
+from datagen.preview import preview_page
+from datagen.replies import ReplyLog, Row
+from datagen.settings import DatagenConfig, Endpoint, Format, as_plain, prices
+from datagen.split import split
 from launch import __version__
-from launch.errors import ConfigError
+from launch.errors import ConfigError, DataError
 from launch.rundir import write_json
 from trainer.data.registry import edited_registry, read_registry
 
-EVAL_SHARE = 0.1
-COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
+ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
+SHAREGPT = {"messages": "conversations", "system": "system"}
 
 
 class Files:
@@ -25,7 +34,11 @@ class Files:
         self.out, self.name = out, name
         self.rows = out / f"{name}.json"
         self.eval_rows = out / f"{name}_eval.json"
+        self.system = out / f"{name}.system.txt"
+        self.plan = out / f"{name}.plan.json"
         self.manifest = out / f"{name}.manifest.json"
+        self.card = out / f"{name}.md"
+        self.preview = out / f"{name}.html"
         self.log = out / f"{name}.datagen.jsonl"
         self.lock = out / f".{name}.datagen.lock"
         self.registry = out / "dataset_info.json"
@@ -48,47 +61,112 @@ class Files:
             )
 
 
-def split(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """Return (rows to train on, held-out rows): whole groups of one instruction, a tenth of the rows at most."""
-    groups: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(" ".join(row["instruction"].casefold().split()), []).append(number)
-    order = sorted(groups)
-    random.Random(seed).shuffle(order)
-    target, held = max(1, round(len(rows) * EVAL_SHARE)), set[int]()
-    for key in order:
-        if len(held) + len(groups[key]) <= min(target, len(rows) - 1):
-            held.update(groups[key])
-    kept = [row for number, row in enumerate(rows) if number not in held]
-    return kept, [rows[number] for number in sorted(held)]
+@dataclass(frozen=True)
+class Written:
+    """What went into the files."""
+
+    train: list[Row]
+    test: list[Row]
+    highest: float  # similarity of a row to train on and one held out
 
 
 def write_outputs(
-    files: Files, config: DatagenConfig, endpoint: Endpoint, system: str, tally: Tally, log: ReplyLog
-) -> tuple[int, int]:
-    """Write every file and return how many rows are for training and how many are held out."""
-    kept, held = split(tally.rows, config.seed)
-    entries = {}
-    for name, path, rows in ((config.name, files.rows, kept), (f"{config.name}_eval", files.eval_rows, held)):
+    files: Files, config: DatagenConfig, endpoint: Endpoint, plan: Plan, harvest: Harvest, log: ReplyLog, budget: Budget
+) -> Written:
+    """Write every file.
+
+    Raises:
+        DataError: a row to train on and one held out are alike after all.
+    """
+    dealt = split(harvest.rows, config.eval_share, config.seed, config.similarity)
+    if dealt.test and dealt.highest >= min(config.similarity, 0.999):
+        raise DataError(f"Rows {dealt.pair} of training and held-out data are alike ({dealt.highest:.2f}).")
+    train, test = ([harvest.rows[number] for number in side] for side in (dealt.train, dealt.test))
+    entries: dict[str, dict[str, Any]] = {}
+    for name, path, rows in ((config.name, files.rows, train), (f"{config.name}_eval", files.eval_rows, test)):
         if rows:
-            write_json(path, [{**row, "system": system} for row in rows])
-            entries[name] = {"file_name": path.name, "columns": COLUMNS}
+            write_json(path, [shaped(row, plan.system, config.format) for row in rows])
+            entries[name] = entry(path, config.format, rows)
+    if not test:
+        files.eval_rows.unlink(missing_ok=True)
+    _write_text(files.system, plan.system + "\n")
+    plan.write(files.plan)
     with edited_registry(files.registry) as registry:
         for name in (config.name, f"{config.name}_eval"):
             if name in entries:
                 registry[name] = {**registry.get(name, {}), **entries[name]}
             else:
                 registry.pop(name, None)
-    if not held:
-        files.eval_rows.unlink(missing_ok=True)
-    manifest = {
-        "name": config.name,
-        "settings": {**asdict(config), "base_url": endpoint.base_url},
-        "system_message": system,
-        "versions": {"tunewright": __version__, "openai": version("openai")},
-        "counts": {"asked_for": config.examples, "accepted": len(tally.rows), "train": len(kept), "eval": len(held)},
-        "rejects": dict(sorted(tally.rejects.items())),
-        "usage": dict(log.usage()),
-    }
+    manifest = _manifest(files, config, endpoint, plan, harvest, log, budget)
+    manifest["counts"] |= {"train": len(train), "eval": len(test)}
+    manifest["similarity"] = {"highest_train_test": dealt.highest, "pair": list(dealt.pair) if dealt.pair else None}
     write_json(files.manifest, manifest)
-    return len(kept), len(held)
+    _write_text(files.card, card(manifest, train))
+    _write_text(files.preview, preview_page(manifest, train, test, harvest.rejected))
+    return Written(train, test, dealt.highest)
+
+
+def shaped(row: Row, system: str, shape: Format) -> dict[str, Any]:
+    """Return a row as it is written."""
+    if shape is Format.alpaca:
+        kept = {key: row[key] for key in ("instruction", "input", "output")}
+        return {**kept, "system": system, **({"history": row["history"]} if "history" in row else {})}
+    last = "\n".join(text for text in (row["instruction"], row["input"]) if text)
+    exchanges = [*row.get("history", []), [last, row["output"]]]
+    said = [
+        {"from": speaker, "value": text}
+        for exchange in exchanges
+        for speaker, text in zip(("human", "gpt"), exchange, strict=True)
+    ]
+    return {"conversations": said, "system": system}
+
+
+def entry(path: Path, shape: Format, rows: list[Row]) -> dict[str, Any]:
+    """Return the registry entry of a file."""
+    if shape is Format.sharegpt:
+        return {"file_name": path.name, "formatting": "sharegpt", "columns": SHAREGPT}
+    columns = {key: value for key, value in ALPACA.items() if key != "history" or "history" in rows[0]}
+    return {"file_name": path.name, "columns": columns}
+
+
+def _manifest(
+    files: Files, config: DatagenConfig, endpoint: Endpoint, plan: Plan, harvest: Harvest, log: ReplyLog, budget: Budget
+) -> dict[str, Any]:
+    tokens_in, tokens_out = log.spent()
+    known = prices(config)
+    return {
+        "name": config.name,
+        "settings": {**as_plain(config), "base_url": endpoint.base_url},
+        "plan": asdict(plan),
+        "system_message": plan.system,
+        "sources": sorted({f"{chunk.file}#{chunk.number} {chunk.digest}" for chunk in harvest.chunks}),
+        "prompts_version": PROMPTS_VERSION,
+        "versions": {"tunewright": __version__, "openai": version("openai")},
+        "models": sorted({str(record["model"]) for record in log.records.values() if record.get("model")}),
+        "counts": {
+            "asked_for": config.examples,
+            "accepted": len(harvest.rows),
+            "replies": harvest.next,
+            "requests": log.requests(),
+        },
+        "rejects": dict(sorted(harvest.rejects.items())),
+        "yield": {topic: dict(counts) for topic, counts in sorted(harvest.by_topic.items())},
+        "scores": {str(score): count for score, count in sorted(harvest.scores.items())},
+        "usage": {"prompt_tokens": tokens_in, "completion_tokens": tokens_out},
+        "cost": {
+            "usd": budget.cost(tokens_in, tokens_out),
+            "prices": {"input": known[0], "output": known[1]} if known else None,
+        },
+        "hashes": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in (files.rows, files.eval_rows)
+            if path.is_file()
+        },
+    }
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write text so that a reader sees the old file or the new one, never half of it."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)

@@ -1,153 +1,231 @@
-"""One request to an OpenAI-compatible server, until it is answered or clearly will not be."""
+"""One request to an OpenAI-compatible server: what it accepts, how often to try, when to give up."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import openai
 
-from datagen.cells import JSON_SCHEMA
+from datagen.budget import Budget
+from datagen.cells import Message
+from datagen.limiter import Limiter
 from datagen.settings import DatagenConfig, Endpoint
 from launch.errors import ConfigError, PeerError
 
 ATTEMPTS = 8
 LONGEST_WAIT = 300.0
-# From strict to none: a server that refuses one is asked with the next. Whatever it accepts, replies are checked here.
-FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (
-    (
-        "json_schema",
-        {"type": "json_schema", "json_schema": {"name": "example", "strict": True, "schema": JSON_SCHEMA}},
-    ),
-    ("json_object", {"type": "json_object"}),
-    ("plain", {}),
-)
+TOOL = "write"
+# From strict to none: a server that refuses one is asked with the next. Whatever it accepts, replies are checked here, since
+# many servers take a schema and ignore it.
+LADDER = ("json_schema", "tool", "json_object", "plain")
 
 
 class RequestFailed(PeerError):
     """This request got no reply; another one may."""
 
 
-class Provider:
-    """Asks with bounded retries; a 429 holds back every request, not only the one that met it."""
+@dataclass
+class Ask:
+    """One request: its messages, the shape of the reply, and how often it was sent."""
 
-    def __init__(self, config: DatagenConfig, endpoint: Endpoint, say: Callable[[str], None]) -> None:
+    messages: list[Message]
+    schema: dict[str, Any] | None = None  # None: plain text
+    model: str | None = None
+    temperature: float | None = None
+    tries: int = 0
+    unknown: int = 0  # tries whose cost nobody told
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        return "\n".join(message["content"] for message in self.messages)
+
+
+class Provider:
+    """Asks with bounded retries; a refusal for haste holds back every request, not only the one that met it."""
+
+    def __init__(self, config: DatagenConfig, endpoint: Endpoint, budget: Budget, limiter: Limiter, say: Any) -> None:
         self._config, self._endpoint, self._say = config, endpoint, say
-        self._client = openai.AsyncOpenAI(
-            api_key=endpoint.key, base_url=endpoint.base_url, max_retries=0, timeout=config.timeout
-        )
+        self.budget, self.limiter = budget, limiter
+        self._client = client_of(endpoint, config.timeout)
         self._limit_key = "max_tokens"
-        self._format = 0
-        self._refusals = 0  # of the current format
-        self._open_at = 0.0  # nothing is sent before this time of the loop's clock
+        self._rung = 0
+        self._refusals = 0  # of the current rung
         self._alive = False
-        self.negotiated = False  # a structured request was accepted: the format is settled
+        self.negotiated = False  # a structured request was accepted: the rung is settled
 
     async def close(self) -> None:
         await self._client.close()
 
-    async def ask(self, prompt: str, *, structured: bool = False) -> dict[str, Any]:
+    async def ask(self, request: Ask) -> dict[str, Any]:
         """Return what the model replied, good or bad, as a record for the log.
 
         Raises:
             RequestFailed: no reply after every retry, or the server refuses this request.
+            BudgetSpent: the request does not fit into what may be spent.
             ConfigError, PeerError: no request can succeed (key, model, quota).
         """
-        for attempt in range(1, 1_000_000):
-            await self._cool_down()
+        while True:
+            await self.limiter.opened()
+            held = self.budget.worst_case(request.prompt, self._config.max_tokens)
+            self.budget.reserve(held)
+            request.tries += 1
             wait, connected = None, True
             try:
-                reply = await self._client.chat.completions.create(**self._request(prompt, structured))
+                raw = await self._client.chat.completions.with_raw_response.create(**self._body(request))
+                reply = raw.parse()
+            except asyncio.CancelledError:
+                self._lost(request, held)
+                raise
             except openai.APIStatusError as error:
+                self.budget.settle(held, 0, 0)  # a refused request is not billed
                 self._alive = True
                 reason = f"HTTP {error.status_code}: {self._words(error)}"
                 self._check_fatal(error, reason)
-                if self._adapt(error, structured):
+                if self._adapt(error, request):
                     continue
                 if error.status_code < 500 and error.status_code not in (408, 409, 429):
-                    if structured and self.negotiated:
+                    if request.schema and self.negotiated:
                         raise RequestFailed(reason) from error
                     raise ConfigError(f"{self._endpoint.base_url} refuses the request, {reason}") from error
                 wait = _retry_after(error.response.headers)
                 if wait is None and error.status_code == 429:
-                    wait = _backoff(attempt)
+                    wait = _backoff(request.tries)
+                if error.status_code in (429, 503):
+                    self.limiter.refused(None)
             except openai.APITimeoutError:
+                self._lost(request, held)
                 reason = f"no reply within {self._config.timeout:g} s"
             except openai.APIConnectionError as error:
+                self._lost(request, held)
                 reason, connected = f"cannot connect ({type(error.__cause__).__name__})", False
             except (openai.APIResponseValidationError, ValueError):
+                self._lost(request, held)
                 reason = "the reply is not JSON"
             else:
                 if isinstance(getattr(reply, "choices", None), list):
-                    self._alive, self.negotiated = True, self.negotiated or structured
-                    return self._record(reply, structured)
+                    self._alive, self.negotiated = True, self.negotiated or request.schema is not None
+                    self.limiter.answered(raw.headers)
+                    record = self._record(reply, request)
+                    usage = record["usage"] or {}
+                    self.budget.settle(held, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+                    return record if record["usage"] else {**record, "worst_case": _as_usage(held)}
+                self._lost(request, held)
                 reason = "the reply is not a chat completion"
-            if attempt >= (ATTEMPTS if connected or self._alive else 3):
-                raise RequestFailed(f"{self._endpoint.base_url}: {reason}, tried {attempt} times.")
+            if request.tries >= (ATTEMPTS if connected or self._alive else 3):
+                raise RequestFailed(f"{self._endpoint.base_url}: {reason}, tried {request.tries} times.")
             if wait is None:
-                await asyncio.sleep(_backoff(attempt))
+                await asyncio.sleep(_backoff(request.tries))
             elif wait > LONGEST_WAIT:
                 raise PeerError(f"{self._endpoint.base_url} asks to wait {wait:.0f} s. The same command continues.")
             else:
-                self._open_at = max(self._open_at, asyncio.get_running_loop().time() + wait)
-        raise AssertionError("unreachable")
+                self.limiter.refused(wait)
 
-    def _request(self, prompt: str, structured: bool) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": self._config.model, "messages": [{"role": "user", "content": prompt}]}
-        body[self._limit_key] = self._config.max_tokens
-        if self._config.temperature is not None:
-            body["temperature"] = self._config.temperature
-        if structured and FORMATS[self._format][1]:
-            body["response_format"] = FORMATS[self._format][1]
-        return body
+    def _lost(self, request: Ask, held: Any) -> None:
+        """Count a try that may have been billed at its worst."""
+        self.budget.settle(held, None, None)
+        request.unknown += 1
 
-    def _record(self, reply: Any, structured: bool) -> dict[str, Any]:
+    def worst_case(self, request: Ask) -> dict[str, int]:
+        """Return what the tries without an answer may have cost, for the log."""
+        held = self.budget.worst_case(request.prompt, self._config.max_tokens)
+        return {key: request.unknown * value for key, value in _as_usage(held).items()}
+
+    def _body(self, request: Ask) -> dict[str, Any]:
+        return {
+            **request_body(self._config, request, LADDER[self._rung], self._limit_key),
+        }
+
+    def _record(self, reply: Any, request: Ask) -> dict[str, Any]:
         choice = reply.choices[0] if reply.choices else None
         message, usage = getattr(choice, "message", None), getattr(reply, "usage", None)
         texts = {name: getattr(message, name, None) for name in ("content", "refusal")}
+        calls = getattr(message, "tool_calls", None)
+        if calls:
+            texts["content"] = getattr(getattr(calls[0], "function", None), "arguments", None)
+        counted = {name: getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
         return {
             **{name: self._endpoint.scrub(text) if isinstance(text, str) else None for name, text in texts.items()},
             "finish_reason": getattr(choice, "finish_reason", None),
-            "usage": {name: getattr(usage, name, None) or 0 for name in ("prompt_tokens", "completion_tokens")},
+            "usage": counted if all(isinstance(count, int) for count in counted.values()) else None,
             "model": getattr(reply, "model", None),
-            "format": FORMATS[self._format][0] if structured else "text",
+            "format": LADDER[self._rung] if request.schema else "text",
+            "tries": request.tries,
         }
 
     def _check_fatal(self, error: openai.APIStatusError, reason: str) -> None:
-        model, url = self._config.model, self._endpoint.base_url
+        model, url, key = self._config.model, self._endpoint.base_url, self._endpoint.key_name
         if error.status_code == 401:
-            raise ConfigError(f"{url} does not accept the key in OPENAI_API_KEY, {reason}") from error
+            raise ConfigError(f"{url} does not accept the key in {key}, {reason}") from error
         if error.status_code == 403:
-            raise ConfigError(f"The key in OPENAI_API_KEY may not use model '{model}' at {url}, {reason}") from error
+            raise ConfigError(f"The key in {key} may not use model '{model}' at {url}, {reason}") from error
         if error.status_code == 404:
             raise ConfigError(f"{url} has no model '{model}', or the address is wrong, {reason}") from error
         if "insufficient_quota" in (error.code, error.type):
-            raise PeerError(f"The account behind OPENAI_API_KEY has no credit left at {url}, {reason}") from error
+            raise PeerError(f"The account behind {key} has no credit left at {url}, {reason}") from error
+        if error.code == "context_length_exceeded":
+            raise ConfigError(
+                f"The request is longer than '{model}' can read: shorten the task or the sources, or lower max_tokens, "
+                f"{reason}"
+            ) from error
 
-    def _adapt(self, error: openai.APIStatusError, structured: bool) -> bool:
+    def _adapt(self, error: openai.APIStatusError, request: Ask) -> bool:
         """Change the request to what the server takes; true when it is worth asking again at once."""
         if error.status_code == 400 and "max_completion_tokens" in str(error) and self._limit_key == "max_tokens":
             self._limit_key = "max_completion_tokens"
             return True
-        if not structured or self.negotiated or error.status_code not in (400, 422, 500):
+        if not request.schema or self.negotiated or error.status_code not in (400, 422, 500):
             return False
         self._refusals += 1
         # Some servers refuse with a 500. One of them can be an accident, so it takes two.
-        if self._format + 1 == len(FORMATS) or (error.status_code == 500 and self._refusals < 2):
+        if self._rung + 1 == len(LADDER) or (error.status_code == 500 and self._refusals < 2):
             return False
-        self._say(f"The server refuses {FORMATS[self._format][0]}; asking for {FORMATS[self._format + 1][0]} instead.")
-        self._format, self._refusals = self._format + 1, 0
+        self._say(f"The server refuses {LADDER[self._rung]}; asking for {LADDER[self._rung + 1]} instead.")
+        self._rung, self._refusals = self._rung + 1, 0
         return True
-
-    async def _cool_down(self) -> None:
-        clock = asyncio.get_running_loop().time
-        while (left := self._open_at - clock()) > 0:
-            await asyncio.sleep(left + random.uniform(0, 0.2))
 
     def _words(self, error: openai.APIStatusError) -> str:
         return self._endpoint.scrub(" ".join(error.message.split()))[:300]
+
+
+def client_of(endpoint: Endpoint, timeout: float) -> openai.AsyncOpenAI:
+    """Return the client of an endpoint; repeating is ours, since the client repeats what cannot succeed as well."""
+    if endpoint.azure_version:
+        return openai.AsyncAzureOpenAI(
+            api_key=endpoint.key,
+            azure_endpoint=endpoint.base_url,
+            api_version=endpoint.azure_version,
+            max_retries=0,
+            timeout=timeout,
+        )
+    return openai.AsyncOpenAI(api_key=endpoint.key, base_url=endpoint.base_url, max_retries=0, timeout=timeout)
+
+
+def request_body(config: DatagenConfig, request: Ask, rung: str, limit_key: str = "max_tokens") -> dict[str, Any]:
+    """Return the body of a chat-completions request."""
+    body: dict[str, Any] = {"model": request.model or config.model, "messages": request.messages}
+    body[limit_key] = config.max_tokens
+    if config.temperature is not None:
+        body["temperature"] = config.temperature if request.temperature is None else request.temperature
+    if request.schema is None:
+        return body
+    if rung == "json_schema":
+        schema = {"name": "reply", "strict": True, "schema": request.schema}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    elif rung == "tool":
+        body["tools"] = [{"type": "function", "function": {"name": TOOL, "parameters": request.schema}}]
+        body["tool_choice"] = {"type": "function", "function": {"name": TOOL}}
+    elif rung == "json_object":
+        body["response_format"] = {"type": "json_object"}
+    return body
+
+
+def _as_usage(held: Any) -> dict[str, int]:
+    return {"prompt_tokens": held.tokens_in, "completion_tokens": held.tokens_out}
 
 
 def _backoff(attempt: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,7 +11,7 @@ from datagen.cells import FIELDS
 from launch.errors import ConfigError, StorageError
 
 Record = dict[str, Any]
-Row = dict[str, str]
+Row = dict[str, Any]
 
 REFUSAL = re.compile(
     r"(i'?m sorry|i am sorry|sorry|i apologi[sz]e)?[,.]?\s*(but )?(i|we) "
@@ -27,6 +26,7 @@ class ReplyLog:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self.records: dict[str, Record] = {}
+        self._forgotten: list[Record] = []
         self._settings = settings
         self._file: IO[bytes] | None = None
         data = path.read_bytes() if path.exists() else b""
@@ -36,6 +36,8 @@ class ReplyLog:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
+                if "error" in self.records.get(record["id"], {}):  # asked again since; what it cost still counts
+                    self._forgotten.append(self.records[record["id"]])
                 self.records[record["id"]] = record
             except (ValueError, TypeError, KeyError) as error:
                 raise StorageError(f"{path}:{number} is damaged: it is not a reply that was logged here.") from error
@@ -71,39 +73,29 @@ class ReplyLog:
         if self._file is not None:
             self._file.close()
 
-    def usage(self) -> Counter[str]:
-        """Return the tokens that all replies took."""
-        total: Counter[str] = Counter(prompt_tokens=0, completion_tokens=0)
-        for record in self.records.values():
-            total.update(record.get("usage", {}))
-        return total
+    def forget_errors(self) -> None:
+        """Let requests that no reply came for be asked again; what they may have cost is still counted."""
+        for key in [key for key, record in self.records.items() if "error" in record]:
+            self._forgotten.append(self.records.pop(key))
+
+    def spent(self) -> tuple[int, int]:
+        """Return (prompt tokens, reply tokens) that all requests took, at worst where nobody knows."""
+        return self._sum("prompt_tokens"), self._sum("completion_tokens")
+
+    def requests(self) -> int:
+        """Return how many requests were sent, repeated ones included."""
+        return sum(int(record.get("tries", 0)) for record in self._all())
+
+    def _sum(self, key: str) -> int:
+        counts = (record.get(name) for record in self._all() for name in ("usage", "worst_case", "lost"))
+        return sum(int(count[key] or 0) for count in counts if count)
+
+    def _all(self) -> list[Record]:
+        return [*self.records.values(), *self._forgotten]
 
 
-class Tally:
-    """Rows and rejected replies, counted by reason."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.rejects: Counter[str] = Counter()
-        self._seen: set[tuple[str, str]] = set()
-
-    def add(self, record: Record) -> None:
-        verdict = judge(record)
-        if not isinstance(verdict, str):
-            prompt = (verdict["instruction"], verdict["input"])
-            if prompt not in self._seen:
-                self._seen.add(prompt)
-                self.rows.append(verdict)
-                return
-            verdict = "duplicate"
-        self.rejects[verdict] += 1
-
-    def reasons(self) -> str:
-        return ", ".join(f"{reason} {count}" for reason, count in self.rejects.most_common()) or "none"
-
-
-def judge(record: Record) -> Row | str:
-    """Return the row of a reply, or the reason why it is none."""
+def object_of(record: Record) -> dict[str, Any] | str:
+    """Return the JSON object of a reply, or the reason why it has none."""
     text = (record.get("content") or "").strip()
     if "error" in record:
         return "no reply"
@@ -113,19 +105,56 @@ def judge(record: Record) -> Row | str:
         return "refused"
     if not text:
         return "empty"
-    found = _first_object(text)
-    if found is None:
-        return "not JSON"
+    return _first_object(text) or "not JSON"
+
+
+def row_of(record: Record, turns: int) -> Row | str:
+    """Return the row of a reply, or the reason why it is none."""
+    found = object_of(record)
+    if isinstance(found, str):
+        return found
+    row = _example(found) if turns == 1 else _conversation(found)
+    if isinstance(row, str):
+        return row
+    if any("\ud800" <= character <= "\udfff" for character in json.dumps(row, ensure_ascii=False)):
+        return "broken characters"
+    return "refused" if REFUSAL.match(row["output"]) else row
+
+
+def score_of(record: Record) -> int | None:
+    """Return the score of a judge's reply, or None when it gave none."""
+    found = object_of(record)
+    score = found.get("score") if isinstance(found, dict) else None
+    if isinstance(score, str) and re.fullmatch(r"\s*\d(\.\d+)?\s*", score):
+        score = float(score)
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not 1 <= score <= 5:
+        return None
+    return int(score)  # a 4.5 is not yet a 5
+
+
+def _example(found: dict[str, Any]) -> Row | str:
     values = [found.get(name) for name in FIELDS]
     values[1] = values[1] or ""  # `input` may be left out
     if not all(isinstance(value, str) for value in values):
         return "wrong fields"
-    row = {name: str(value).strip() for name, value in zip(FIELDS, values, strict=True)}
-    if not row["instruction"] or not row["output"]:
+    row: Row = {name: str(value).strip() for name, value in zip(FIELDS, values, strict=True)}
+    return row if row["instruction"] and row["output"] else "empty"
+
+
+def _conversation(found: dict[str, Any]) -> Row | str:
+    turns = found.get("turns")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        return "wrong fields"
+    said = [[turn.get(name) for name in ("user", "assistant")] for turn in turns]
+    if not all(isinstance(text, str) for exchange in said for text in exchange):
+        return "wrong fields"
+    exchanges = [[text.strip() for text in exchange] for exchange in said]
+    if not all(text for exchange in exchanges for text in exchange):
         return "empty"
-    if any("\ud800" <= character <= "\udfff" for value in row.values() for character in value):
-        return "broken characters"
-    return "refused" if REFUSAL.match(row["output"]) else row
+    if len(exchanges) < 2:
+        return "one exchange only"
+    *history, (instruction, output) = exchanges
+    return {"instruction": instruction, "input": "", "output": output, "history": history}
 
 
 def _first_object(text: str) -> dict[str, Any] | None:

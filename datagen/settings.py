@@ -5,14 +5,18 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Optional, cast, get_type_hints
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Optional, get_type_hints
 from urllib.parse import urlsplit
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.compose import CONFIG_DIR, choices
 from launch.errors import ConfigError, did_you_mean
 from launch.schema import option
 
@@ -20,23 +24,84 @@ EXAMPLE = (
     'tunewright datagen task="Given a riddle, answer with a single word and explain it in one sentence." name=riddles'
 )
 OPENAI_URL = "https://api.openai.com/v1"
-# Settings that say where and how fast, not what is asked: a run continues although they changed.
-OPERATIONAL = {"name", "examples", "out", "concurrency", "base_url", "timeout"}
+PRICES = CONFIG_DIR.parent / "prices.yaml"
+
+
+class Mode(Enum):
+    """How examples are asked for."""
+
+    parallel = "parallel"
+    batch = "batch"
+    sequential = "sequential"
+
+
+class Format(Enum):
+    """Shape of the rows that are written."""
+
+    alpaca = "alpaca"
+    sharegpt = "sharegpt"
+
+
+@dataclass
+class BudgetConfig:
+    usd: Optional[float] = option(None, "spend at most this many dollars")
+    tokens: Optional[int] = option(None, "use at most this many tokens, of prompts and replies")
+    requests: Optional[int] = option(None, "send at most this many requests, repeated ones included")
+    minutes: Optional[float] = option(None, "send nothing more after this time")
+
+
+@dataclass
+class PriceConfig:
+    input: Optional[float] = option(None, "dollars for a million prompt tokens; null: configs/prices.yaml")
+    output: Optional[float] = option(None, "dollars for a million reply tokens; null: configs/prices.yaml")
+
+
+@dataclass
+class JudgeConfig:
+    threshold: Optional[int] = option(None, "have each example scored from 1 to 5 and keep those from here; null: do not")
+    model: Optional[str] = option(None, "model that scores; null: the one that writes")
+    rubric: str = option(
+        "The answer is correct, complete and follows the task and the system message; the request is one that a real "
+        "user could make.",
+        "what a 5 means",
+    )
 
 
 @dataclass
 class DatagenConfig:
     task: str = option("", "what the model shall learn, in a sentence or a paragraph")
-    name: str = option("", "name of the dataset: its files and its registry entry")
+    name: str = option("", "name of the dataset: its files and its registry entries")
     examples: int = option(50, "accepted rows to make, held-out ones included")
+    provider: str = option("openai", "openai, azure or openai_compatible: a file of configs/hydra/datagen")
+    model: str = option("gpt-4.1", "model that writes the examples; for azure its deployment")
     temperature: Optional[float] = option(0.4, "sampling temperature; null: the server's own")
-    model: str = option("gpt-4.1", "model that writes the examples")
+    turns: int = option(1, "exchanges of user and assistant in each example")
+    plan: Optional[str] = option(None, "a plan file, written by --plan-only and edited; null: the model makes one")
+    source: Optional[str] = option(None, "documents or seed examples to build on: files, folders or globs, with commas between")
+    mode: Mode = option(Mode.parallel, "parallel; batch: OpenAI's Batch API; sequential: one by one, earlier ones shown")
+    format: Format = option(Format.alpaca, "alpaca or sharegpt")
     out: str = option("data", "folder of the files and of dataset_info.json")
-    concurrency: int = option(16, "requests in flight at once")
-    base_url: Optional[str] = option(None, "OpenAI-compatible server; null: OPENAI_BASE_URL, else OpenAI")
-    seed: int = option(42, "seed of the variations and of the held-out split")
+    seed: int = option(42, "seed of the cells and of the held-out split")
+    eval_share: float = option(0.1, "share of the rows that is held out")
+    similarity: float = option(0.7, "prompts this alike (ROUGE-L) to an earlier one are dropped; 1: only equal ones")
+    language: Optional[str] = option(None, "keep answers in this language only: a code such as zh or en")
+    min_output: int = option(1, "shortest answer in characters")
+    max_output: Optional[int] = option(None, "longest answer in characters")
+    attempts: float = option(3.0, "give up after this many requests for each row that was asked for")
+    concurrency: int = option(64, "most requests in flight at once; a rate limit lowers it")
     max_tokens: int = option(2048, "longest reply; a reply cut there is rejected")
     timeout: float = option(120.0, "seconds to wait for one reply")
+    base_url: Optional[str] = option(None, "address of the server; null: OPENAI_BASE_URL, else OpenAI")
+    api_version: Optional[str] = option(None, "of Azure's API")
+    push: Optional[str] = option(None, "upload the result to this dataset repository of the Hub: org/name")
+    public: bool = option(False, "make that repository public")
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    price: PriceConfig = field(default_factory=PriceConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+# What decides the requests. Everything else says where, how fast, how much, or what is kept of the replies.
+ASKED = ("task", "model", "temperature", "turns", "plan", "source", "seed", "max_tokens")
 
 
 @dataclass(frozen=True)
@@ -45,10 +110,24 @@ class Endpoint:
 
     base_url: str
     key: str = field(repr=False)
+    key_name: str = "OPENAI_API_KEY"
+    azure_version: str | None = None
 
     def scrub(self, text: str) -> str:
         """Remove the key from text that comes from a server; placeholders such as `EMPTY` are no secrets."""
         return text.replace(self.key, "[key]") if len(self.key) >= 8 or self.key.startswith("sk-") else text
+
+
+def keys(cls: type = DatagenConfig, prefix: str = "") -> Iterator[tuple[str, Any, str, Any]]:
+    """Yield (dotted key, type, help, default) of every setting."""
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        kind = hints[item.name]
+        if is_dataclass(kind):
+            assert isinstance(kind, type)
+            yield from keys(kind, f"{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", kind, item.metadata["help"], item.default
 
 
 def load_settings(overrides: Sequence[str]) -> DatagenConfig:
@@ -57,9 +136,8 @@ def load_settings(overrides: Sequence[str]) -> DatagenConfig:
     Raises:
         ConfigError: unknown key, wrong type, or a value that is missing or cannot be used.
     """
-    types = get_type_hints(DatagenConfig)
-    typed = OmegaConf.structured(DatagenConfig)
-    text: dict[str, str | None] = {}
+    types = {key: kind for key, kind, _, _ in keys()}
+    given: list[tuple[str, str, str]] = []
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals:
@@ -68,18 +146,41 @@ def load_settings(overrides: Sequence[str]) -> DatagenConfig:
             secret = " A key is never a setting: export OPENAI_API_KEY=..." if "key" in key.lower() else ""
             hint = secret or did_you_mean(key, types) or f" There are: {', '.join(types)}."
             raise ConfigError(f"There is no setting `{key}`.{hint}")
+        given.append((item, key, value))
+    provider = next((value for _, key, value in reversed(given) if key == "provider"), "openai")
+    typed = OmegaConf.structured(DatagenConfig)
+    typed.merge_with(OmegaConf.load(_provider_file(provider)))
+    text: dict[str, str | None] = {}
+    for item, key, value in given:
         if types[key] in (str, Optional[str]):
             text[key] = None if types[key] is not str and value in ("", "null") else value
             continue
         try:
-            typed[key] = None if value == "null" else value
-            typed[key]  # resolves
+            OmegaConf.update(typed, key, None if value == "null" else value)
         except OmegaConfBaseException as error:
-            wanted = "a whole number such as 8" if types[key] is int else "a number such as 0.4"
-            raise ConfigError(f"`{key}` is {value!r} (command line: {item}): write {wanted}.") from error
-    config = replace(cast(DatagenConfig, OmegaConf.to_object(typed)), **cast(dict[str, Any], text))
+            raise ConfigError(f"`{key}` is {value!r} (command line: {item}): write {_wanted(types[key])}.") from error
+    config = OmegaConf.to_object(typed)
+    assert isinstance(config, DatagenConfig)
+    for key, words in text.items():
+        group, _, leaf = key.rpartition(".")
+        setattr(getattr(config, group) if group else config, leaf, words)
     _check(config)
     return config
+
+
+def _provider_file(name: str) -> Path:
+    known = choices("datagen")
+    if name not in known:
+        raise ConfigError(f"`provider` is '{name}'.{did_you_mean(name, known)} Choices: {', '.join(known)}.")
+    return CONFIG_DIR / "datagen" / f"{name}.yaml"
+
+
+def _wanted(kind: Any) -> str:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"one of {', '.join(member.name for member in kind)}"
+    if kind is bool:
+        return "true or false"
+    return "a whole number such as 8" if kind in (int, Optional[int]) else "a number such as 0.4"
 
 
 def _check(config: DatagenConfig) -> None:
@@ -90,16 +191,53 @@ def _check(config: DatagenConfig) -> None:
         raise ConfigError(f"`name` is {config.name!r}: write letters, digits, - and _ only, and not _eval at the end.")
     if config.task.encode(errors="ignore").decode() != config.task:
         raise ConfigError("`task` holds bytes that are not UTF-8.")
-    for key, least in {"examples": 2, "concurrency": 1, "max_tokens": 1, "timeout": 1}.items():
-        if getattr(config, key) < least:
-            raise ConfigError(f"`{key}` is {getattr(config, key)}: write at least {least}.")
-    if config.temperature is not None and not 0 <= config.temperature <= 2:
-        raise ConfigError(f"`temperature` is {config.temperature}: write a number from 0 to 2.")
+    if not config.model:
+        raise ConfigError(f"`provider={config.provider}` needs `model`: for example model=qwen2.5:7b.")
+    least: dict[str, float] = {"examples": 2, "concurrency": 1, "max_tokens": 1, "timeout": 1, "turns": 1, "attempts": 1}
+    for key, bound in least.items():
+        if getattr(config, key) < bound:
+            raise ConfigError(f"`{key}` is {getattr(config, key)}: write at least {bound:g}.")
+    for key, low, high in (("temperature", 0, 2), ("eval_share", 0, 0.5), ("similarity", 0.1, 1)):
+        value = getattr(config, key)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"`{key}` is {value}: write a number from {low:g} to {high:g}.")
+    if config.mode is Mode.sequential and config.turns > 1:
+        raise ConfigError("`mode=sequential` makes single exchanges: leave out turns, or use mode=parallel.")
+    threshold = config.judge.threshold
+    if threshold is not None and not 1 <= threshold <= 5:
+        raise ConfigError(f"`judge.threshold` is {threshold}: write a score from 1 to 5.")
+    if config.mode is Mode.batch and threshold is not None:
+        raise ConfigError("`mode=batch` does not score: leave out judge.threshold, or use mode=parallel.")
+    for key in ("usd", "tokens", "requests", "minutes"):
+        value = getattr(config.budget, key)
+        if value is not None and value <= 0:
+            raise ConfigError(f"`budget.{key}` is {value}: write a number above 0.")
+    if config.budget.usd is not None and prices(config) is None:
+        raise ConfigError(
+            f"`budget.usd` is {config.budget.usd:g}, but the price of '{config.model}' is not known: write price.input= and "
+            f"price.output= in dollars for a million tokens, or budget.tokens= instead."
+        )
+    if config.language is not None and not re.fullmatch(r"[a-z]{2,3}", config.language):
+        raise ConfigError(f"`language` is {config.language!r}: write a code such as zh or en.")
+    if config.plan is not None and not Path(config.plan).is_file():
+        raise ConfigError(f"`plan` is '{config.plan}', and there is no such file. --plan-only writes one.")
+
+
+def prices(config: DatagenConfig) -> tuple[float, float] | None:
+    """Return dollars for a million tokens of prompt and reply, or None where they are not known."""
+    price = config.price
+    if price.input is not None and price.output is not None:
+        return price.input, price.output
+    known: Mapping[str, Any] = yaml.safe_load(PRICES.read_text(encoding="utf-8"))["models"].get(config.model, {})
+    if config.provider == "openai_compatible" or not known:
+        return None
+    return float(known["input"]), float(known["output"])
 
 
 def identity(config: DatagenConfig) -> dict[str, Any]:
     """Return the settings that decide what is asked; replies for other ones must not share a log."""
-    return {key: value for key, value in asdict(config).items() if key not in OPERATIONAL}
+    values = asdict(config)
+    return {key: values[key] for key in ASKED}
 
 
 def find_endpoint(config: DatagenConfig) -> Endpoint:
@@ -108,22 +246,27 @@ def find_endpoint(config: DatagenConfig) -> Endpoint:
     Raises:
         ConfigError: an address that is none, or no usable key for a server that is not on this machine.
     """
-    url = config.base_url or os.environ.get("OPENAI_BASE_URL", "").strip() or OPENAI_URL
+    azure = config.provider == "azure"
+    prefix, address = ("AZURE_OPENAI", "AZURE_OPENAI_ENDPOINT") if azure else ("OPENAI", "OPENAI_BASE_URL")
+    key_name = f"{prefix}_API_KEY"
+    url = config.base_url or os.environ.get(address, "").strip() or ("" if azure else OPENAI_URL)
+    if config.provider == "openai_compatible" and url == OPENAI_URL:
+        url = ""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username or parts.password:
+        example = "https://mine.openai.azure.com" if azure else "http://localhost:8000/v1"
         raise ConfigError(
-            "`base_url` (or OPENAI_BASE_URL) must be an address without user name or query, "
-            "for example base_url=http://localhost:8000/v1."
+            f"`base_url` (or {address}) must be an address without user name or query, for example base_url={example}."
         )
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key and not _is_loopback(parts.hostname):
+    key = os.environ.get(key_name, "").strip()
+    if not key and not _is_loopback(parts.hostname) and config.provider != "openai_compatible":
         raise ConfigError(
-            f"There is no key for {url}: export OPENAI_API_KEY=... first, or use a server on this machine, "
-            f"for example base_url=http://localhost:8000/v1."
+            f"There is no key for {url}: export {key_name}=... first, or use a server of your own, for example "
+            f"provider=openai_compatible base_url=http://localhost:8000/v1."
         )
     if not all("!" <= character <= "~" for character in key):
-        raise ConfigError("OPENAI_API_KEY holds a blank or a character outside ASCII: copy the key again.")
-    return Endpoint(url, key or "none")
+        raise ConfigError(f"{key_name} holds a blank or a character outside ASCII: copy the key again.")
+    return Endpoint(url, key or "none", key_name, config.api_version if azure else None)
 
 
 def _is_loopback(host: str) -> bool:
@@ -131,3 +274,10 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
+
+
+def as_plain(config: DatagenConfig) -> dict[str, Any]:
+    """Return the settings for the manifest."""
+    tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(tree, dict) and not isinstance(tree, DictConfig)
+    return {str(key): value for key, value in tree.items()}
