@@ -39,9 +39,9 @@ EXTRA_STYLE = """
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; }
 .soft { color: var(--soft); font-size: .88em; }
 td.words, th.words { text-align: left; overflow-wrap: anywhere; }
-tbody th { white-space: normal; overflow-wrap: anywhere; max-width: 26rem; text-align: left; }
-td.track { width: 45%; min-width: 9rem; padding-left: 0; vertical-align: middle; }
-.bar { display: flex; height: .85rem; }
+tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; max-width: 26rem; text-align: left; }
+td.track { width: 45%; min-width: 5rem; padding-left: 0; }
+.bar { display: flex; height: .85rem; margin-top: .3rem; }
 .bar i { display: block; height: 100%; background: var(--bar); }
 .bar i.rejected { background: var(--reject); }
 .key { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin: 0 .35rem 0 .9rem;
@@ -53,7 +53,7 @@ summary { cursor: pointer; padding: .5rem .9rem; }
 details.fold { border: 0; } details.fold > summary { padding: .2rem 0; color: var(--soft); font-size: .88em; }
 details.fold[open] + .start { display: none; }
 .reply { margin: 0 .9rem .7rem; padding: .5rem .7rem; border-left: 3px solid var(--reject); background: var(--page);
-  font: .88em/1.5 ui-monospace, "Noto Sans CJK SC", monospace; }
+  font: .88em/1.5 ui-monospace, monospace; }
 .charts { display: flex; flex-wrap: wrap; gap: .8rem 1.6rem; padding: .7rem .9rem; }
 figure { margin: 0; max-width: 100%; } figcaption { color: var(--soft); font-size: .88em; }
 svg { max-width: 100%; height: auto; display: block; }
