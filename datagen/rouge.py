@@ -24,8 +24,10 @@ UNSPACED = (
 # Vowel signs and accents are no letters to `re`, and must not cut a word.
 MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff"
 # Symbols count, since 2 + 3 is not 2 * 3; punctuation does not.
-TOKEN = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])[\w{MARKS}])+|[^\w\s.,;:!?'\"()\[\]{{}}`‘’“”«»…、。，！？；：「」『』—–-]")
-EXTRA = 8  # tokens looked up beyond those that cannot be missed, so that fewer texts are left to compare
+TOKEN = re.compile(
+    rf"[{UNSPACED}]|(?:(?![{UNSPACED}])[\w{MARKS}])+|[^\w\s.,;:!?'\"()\[\]{{}}`‘’“”«»…、。，！？；：「」『』—–-]"
+)
+EXTRA = 4  # tokens looked up beyond those that cannot be missed, so that fewer texts are left to compare
 SURROGATES = 0xD800, 0x800
 LAST = 0x10FFFF - 0x800
 
