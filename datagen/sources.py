@@ -141,10 +141,10 @@ def _read_pdf(file: str) -> list[str]:
     pages = []
     for number in range(count):
         try:
-            pages.append(reader.pages[number].extract_text())
+            pages.append(reader.pages[number].extract_text().strip())
         except Exception as error:
             raise DataError(f"{file}, page {number + 1}: its text cannot be read ({error}). {AGAIN}") from error
-    if count and not "".join(pages).strip():
+    if count and not "".join(pages):
         raise DataError(f"{file}: none of its {count} pages holds text, only pictures. Recognise the text first (OCR).")
     # A word that was divided at the end of a line is one word again.
     return cut(re.sub(r"(?<=[^\W\d_])-\n(?=[^\W\d_])", "", "\n\n".join(pages)), markdown=False)

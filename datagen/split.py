@@ -74,7 +74,8 @@ def _held_out(rows: list[Row], groups: list[list[int]], share: float, seed: int)
     for group in order:
         if len(held) + len(group) <= target:
             held.update(group)
-    return held if 0 < len(held) < len(rows) else set(min(order, key=lambda group: len(group)))
+    smallest = min(order, key=len)
+    return held if 0 < len(held) < len(rows) else set(smallest)
 
 
 def _draw(row: Row, seed: int) -> str:
