@@ -1,4 +1,4 @@
-"""OpenAI's Batch API: half the price, an answer within a day. What was submitted is in the log, and a later call picks it up."""
+"""OpenAI's Batch API: half the price, an answer within a day. The log knows what was submitted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import openai
 
@@ -18,8 +18,8 @@ from datagen.replies import ReplyLog
 from datagen.settings import DatagenConfig, Endpoint
 from launch.errors import ConfigError, PeerError, Preempted
 
-URL = "/v1/chat/completions"
-WINDOW = "24h"
+URL: Literal["/v1/chat/completions"] = "/v1/chat/completions"
+WINDOW: Literal["24h"] = "24h"
 SPARE = 1.25  # examples asked for, for each row that is missing
 MOST = 50_000  # requests of one batch, as OpenAI allows
 UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
@@ -51,7 +51,8 @@ async def run_batches(
             return
         submitted = await _submit(client, config, budget, waiting, log)
         raise Preempted(
-            f"Submitted {len(waiting)} requests as {submitted}, to be done within {WINDOW}. The same command looks again."
+            f"Submitted {len(waiting)} requests as {submitted}, to be done within {WINDOW}. The same command looks "
+            f"again."
         )
     except openai.NotFoundError as error:
         raise ConfigError(f"{endpoint.base_url} has no Batch API: use mode=parallel.") from error

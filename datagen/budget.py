@@ -26,8 +26,8 @@ class Reservation:
 class Budget:
     """Counts what was spent and what is reserved; both together never exceed a limit.
 
-    What a request really took replaces its reservation when the reply says so. Without that, or when the connection broke and
-    nobody knows what was billed, the worst case stays.
+    What a request really took replaces its reservation when the reply says so. Without that, or when the connection
+    broke and nobody knows what was billed, the worst case stays.
     """
 
     def __init__(self, limits: BudgetConfig, price: tuple[float, float] | None, *, factor: float = 1.0) -> None:

@@ -142,8 +142,8 @@ def _prompt(
     else:
         parts.append(
             'Reply with one JSON object and nothing else: {"instruction": what the user asks, complete in itself, '
-            '"input": material that the request is about, or an empty string, "output": the best possible answer of the '
-            "model}. All three are strings. Do not mention these rules in the example.\n\n"
+            '"input": material that the request is about, or an empty string, "output": the best possible answer of '
+            "the model}. All three are strings. Do not mention these rules in the example.\n\n"
         )
     if free:
         return "".join([*parts, f"It should be {difficulty}."])
@@ -165,10 +165,12 @@ def score_prompt(config: DatagenConfig, plan: Plan, row: dict[str, Any]) -> str:
         "Score one training example for a language model that is fine-tuned for the task below.\n\n"
         f"Task:\n{config.task}\n\nSystem message of the model:\n{plan.system}\n\nWhat a 5 means: {config.judge.rubric} "
         "A 3 has a flaw that a careful reader sees, a 1 is useless.\n\n"
-        'Reply with a score as one JSON object and nothing else: {"score": a whole number from 1 to 5, "reason": in one '
-        f"sentence}}.\n\nThe example:\n\n{shown}"
+        'Reply with a score as one JSON object and nothing else: {"score": a whole number from 1 to 5, "reason": in '
+        f"one sentence}}.\n\nThe example:\n\n{shown}"
     )
 
 
 def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()[
+        :16
+    ]

@@ -168,8 +168,8 @@ class Job:
             return
         ahead = self.harvest.next
         while True:
-            # Never more in flight than rows are missing, so that nothing is paid for that is not wanted. The first one goes
-            # alone, to find out what the server accepts.
+            # Never more in flight than rows are missing, so that nothing is paid for that is not wanted. The first one
+            # goes alone, to find out what the server accepts.
             ahead = max(ahead, self.harvest.next)
             while self._open and len(self.pending) < self._room and (cell := self._next_missing(ahead)) is not None:
                 ahead = cell.index + 1
@@ -211,9 +211,9 @@ class Job:
                 return cell
             row = row_of(record, self.config.turns)
             if not isinstance(row, str):
-                if self.config.judge.threshold is not None:
-                    if score_id(self.config, self.plan, row) not in self.log.records:
-                        return cell
+                scored = self.config.judge.threshold is not None
+                if scored and score_id(self.config, self.plan, row) not in self.log.records:
+                    return cell
                 self.hopeful.add(cell.index)
             ahead += 1
         return None
@@ -337,7 +337,11 @@ def _finish(job: Job, files: Files, say: Callable[[str], None]) -> int:
         raise DataError(
             f"{why}Only {len(harvest.rows)} of {config.examples} rows after {harvest.next} replies; rejected: "
             f"{harvest.reasons()}. What there is was written to {files.out}; the replies are in {files.log}. "
-            + ("Raise the budget to go on." if job.capped else "Describe the task in more detail, or ask for fewer examples.")
+            + (
+                "Raise the budget to go on."
+                if job.capped
+                else "Describe the task in more detail, or ask for fewer examples."
+            )
         )
     say(f"{kept} rows in {files.rows}, {held} held out in {files.eval_rows}; rejected: {harvest.reasons()}")
     if held:
@@ -351,7 +355,7 @@ def _finish(job: Job, files: Files, say: Callable[[str], None]) -> int:
     if config.push:
         from datagen.push import push
 
-        pushed = [files.rows, *([files.eval_rows] if held else []), files.manifest, files.card]
+        pushed = [files.rows, *([files.eval_rows] if held else []), files.card]
         say(f"Uploaded: {push(files.out, pushed, config.push, not config.public, say)}")
     names = f"'data.names=[{config.name}]'" + (f" 'data.eval_names=[{config.name}_eval]'" if held else "")
     say(f"Next: tunewright train data=registry data.dir={shlex.quote(str(files.out))} {names}")

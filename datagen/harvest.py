@@ -22,8 +22,8 @@ REJECTS_SHOWN = 200  # kept for the preview
 class Harvest:
     """Rows in the order of their cells, as far as the log goes without a gap.
 
-    Whether a row is a near-copy depends on those before it, so the order is the cells' and not that of arrival: a run that was
-    killed ends with the same rows as one that was not.
+    Whether a row is a near-copy depends on those before it, so the order is the cells' and not that of arrival: a run
+    that was killed ends with the same rows as one that was not.
     """
 
     config: DatagenConfig

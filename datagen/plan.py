@@ -1,7 +1,7 @@
 """The plan: what the model that is tuned is told, and the grid that its examples are spread over.
 
-Independent cells of a grid do not drift into copies of each other, as examples do that are made in the light of earlier ones;
-they can be asked for at once, and again after a crash.
+Independent cells of a grid do not drift into copies of each other, as examples do that are made in the light of earlier
+ones; they can be asked for at once, and again after a crash.
 """
 
 from __future__ import annotations
@@ -57,9 +57,12 @@ class Plan:
 def plan_prompt(task: str) -> str:
     """Return the request for a plan."""
     return (
-        "A language model is going to be fine-tuned for the task below, on examples that are written one by one. Plan them: "
-        "the system message that the model gets in use (who it is, what it is given and what it answers with, in at most "
-        f"five sentences), {TOPICS} topics that together cover the task and do not overlap, and {PERSONAS} kinds of people "
+        "A language model is going to be fine-tuned for the task below, on examples that are written one by one. Plan "
+        "them: "
+        "the system message that the model gets in use (who it is, what it is given and what it answers with, in at "
+        "most "
+        f"five sentences), {TOPICS} topics that together cover the task and do not overlap, and {PERSONAS} kinds of "
+        f"people "
         "who would ask. Stay inside the task. Write in the task's language.\n\n"
         'Reply with the plan as one JSON object and nothing else: {"system": "...", "topics": ["...", ...], '
         f'"personas": ["...", ...]}}.\n\nTask:\n{task}'
@@ -89,7 +92,9 @@ def read_plan(path: Path) -> Plan:
         raise ConfigError(f"`plan` is '{path}', which cannot be read as JSON: {error}.") from error
     known = list(Plan.__dataclass_fields__)
     if not isinstance(value, dict) or not isinstance(value.get("system"), str) or not value["system"].strip():
-        raise ConfigError(f"`plan` is '{path}', which has no text under `system`. --plan-only writes a plan to start from.")
+        raise ConfigError(
+            f"`plan` is '{path}', which has no text under `system`. --plan-only writes a plan to start from."
+        )
     for key in value:
         if key not in known:
             raise ConfigError(f"`plan` is '{path}', which has `{key}`.{did_you_mean(key, known)} It may have {known}.")

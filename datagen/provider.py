@@ -19,8 +19,8 @@ from launch.errors import ConfigError, PeerError
 ATTEMPTS = 8
 LONGEST_WAIT = 300.0
 TOOL = "write"
-# From strict to none: a server that refuses one is asked with the next. Whatever it accepts, replies are checked here, since
-# many servers take a schema and ignore it.
+# From strict to none: a server that refuses one is asked with the next. Whatever it accepts, replies are checked here,
+# since many servers take a schema and ignore it.
 LADDER = ("json_schema", "tool", "json_object", "plain")
 
 
@@ -136,9 +136,7 @@ class Provider:
         return {key: request.unknown * value for key, value in _as_usage(held).items()}
 
     def _body(self, request: Ask) -> dict[str, Any]:
-        return {
-            **request_body(self._config, request, LADDER[self._rung], self._limit_key),
-        }
+        return request_body(self._config, request, LADDER[self._rung], self._limit_key)
 
     def _record(self, reply: Any, request: Ask) -> dict[str, Any]:
         choice = reply.choices[0] if reply.choices else None

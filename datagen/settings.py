@@ -13,7 +13,7 @@ from typing import Any, Optional, get_type_hints
 from urllib.parse import urlsplit
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.compose import CONFIG_DIR, choices
@@ -58,7 +58,9 @@ class PriceConfig:
 
 @dataclass
 class JudgeConfig:
-    threshold: Optional[int] = option(None, "have each example scored from 1 to 5 and keep those from here; null: do not")
+    threshold: Optional[int] = option(
+        None, "have each example scored from 1 to 5 and keep those from here; null: do not"
+    )
     model: Optional[str] = option(None, "model that scores; null: the one that writes")
     rubric: str = option(
         "The answer is correct, complete and follows the task and the system message; the request is one that a real "
@@ -77,8 +79,12 @@ class DatagenConfig:
     temperature: Optional[float] = option(0.4, "sampling temperature; null: the server's own")
     turns: int = option(1, "exchanges of user and assistant in each example")
     plan: Optional[str] = option(None, "a plan file, written by --plan-only and edited; null: the model makes one")
-    source: Optional[str] = option(None, "documents or seed examples to build on: files, folders or globs, with commas between")
-    mode: Mode = option(Mode.parallel, "parallel; batch: OpenAI's Batch API; sequential: one by one, earlier ones shown")
+    source: Optional[str] = option(
+        None, "documents or seed examples to build on: files, folders or globs, with commas between"
+    )
+    mode: Mode = option(
+        Mode.parallel, "parallel; batch: OpenAI's Batch API; sequential: one by one, earlier ones shown"
+    )
     format: Format = option(Format.alpaca, "alpaca or sharegpt")
     out: str = option("data", "folder of the files and of dataset_info.json")
     seed: int = option(42, "seed of the cells and of the held-out split")
@@ -193,7 +199,14 @@ def _check(config: DatagenConfig) -> None:
         raise ConfigError("`task` holds bytes that are not UTF-8.")
     if not config.model:
         raise ConfigError(f"`provider={config.provider}` needs `model`: for example model=qwen2.5:7b.")
-    least: dict[str, float] = {"examples": 2, "concurrency": 1, "max_tokens": 1, "timeout": 1, "turns": 1, "attempts": 1}
+    least: dict[str, float] = {
+        "examples": 2,
+        "concurrency": 1,
+        "max_tokens": 1,
+        "timeout": 1,
+        "turns": 1,
+        "attempts": 1,
+    }
     for key, bound in least.items():
         if getattr(config, key) < bound:
             raise ConfigError(f"`{key}` is {getattr(config, key)}: write at least {bound:g}.")
@@ -214,7 +227,8 @@ def _check(config: DatagenConfig) -> None:
             raise ConfigError(f"`budget.{key}` is {value}: write a number above 0.")
     if config.budget.usd is not None and prices(config) is None:
         raise ConfigError(
-            f"`budget.usd` is {config.budget.usd:g}, but the price of '{config.model}' is not known: write price.input= and "
+            f"`budget.usd` is {config.budget.usd:g}, but the price of '{config.model}' is not known: write "
+            f"price.input= and "
             f"price.output= in dollars for a million tokens, or budget.tokens= instead."
         )
     if config.language is not None and not re.fullmatch(r"[a-z]{2,3}", config.language):
@@ -279,5 +293,5 @@ def _is_loopback(host: str) -> bool:
 def as_plain(config: DatagenConfig) -> dict[str, Any]:
     """Return the settings for the manifest."""
     tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(tree, dict) and not isinstance(tree, DictConfig)
+    assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}

@@ -80,7 +80,9 @@ def fetch_hub(model: ModelConfig, *, offline: bool = False, weights: bool = True
         raise StorageError(f"`model.path` is '{model.path}', but the Hub has no such model.") from error
     except (HfHubHTTPError, OSError) as error:  # LocalEntryNotFoundError, an OSError, when there is no connection
         if offline:
-            raise StorageError(f"`model.path` is '{model.path}', which is not on this machine, and `offline` is true.") from error
+            raise StorageError(
+                f"`model.path` is '{model.path}', which is not on this machine, and `offline` is true."
+            ) from error
         raise StorageError(
             f"`model.path` is '{model.path}' and could not be fetched from the Hub ({type(error).__name__}). Use "
             f"model=tiny, a folder (model=folder model.path=...), or ModelScope (model.source=modelscope)."

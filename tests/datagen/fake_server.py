@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 SYSTEM_MESSAGE = "You are given a riddle and answer it with one word."
+PLAN = {"system": SYSTEM_MESSAGE, "topics": ["animals", "food", "tools", "weather"], "personas": ["a child", "a cook"]}
 
 
 @dataclass
@@ -42,8 +43,9 @@ class Asked:
 
 def good(cell: int) -> Reply:
     """An example that depends on the number of its cell alone."""
-    word = hashlib.sha256(str(cell).encode()).hexdigest()[:8]
-    row = {"instruction": f"Solve riddle {word}.", "input": f"riddle {cell} 谜语", "output": f"answer {word}"}
+    digest = hashlib.sha256(str(cell).encode()).hexdigest()
+    words = " ".join(digest[start : start + 4] for start in range(0, 32, 4))  # unlike those of all other cells
+    row = {"instruction": f"Solve {words}.", "input": f"riddle {cell} 谜语", "output": f"answer {digest[:8]}"}
     return Reply(json.dumps(row, ensure_ascii=False))
 
 
@@ -100,7 +102,7 @@ class FakeServer:
             self._now += 1
             self.most_at_once = max(self.most_at_once, self._now)
         time.sleep(self.delay)
-        reply = (self.script and self.script(asked)) or (Reply(SYSTEM_MESSAGE) if cell is None else good(cell))
+        reply = (self.script and self.script(asked)) or (Reply(json.dumps(PLAN)) if cell is None else good(cell))
         with self._lock:
             self._now -= 1
             if reply.status == 200 and reply.body is None:

@@ -192,19 +192,20 @@ def test_transport_faults_are_retried_and_bad_replies_rejected_by_reason(
 @pytest.mark.parametrize(
     ("refused", "status", "used", "requests"),
     [
-        ({"json_schema"}, 400, "json_object", 1),
-        ({"json_schema", "json_object"}, 422, "plain", 2),
-        ({"json_schema"}, 500, "json_object", 2),
+        ({"json_schema"}, 400, "tool", 1),
+        ({"json_schema", "tool"}, 400, "json_object", 2),
+        ({"json_schema", "tool", "json_object"}, 422, "plain", 3),
+        ({"json_schema"}, 500, "tool", 2),
     ],
 )
 def test_a_server_that_refuses_a_reply_format_is_asked_with_the_next(
     serve: Any, fake: Any, datagen: RunDatagen, tmp_path: Path, refused: set[str], status: int, used: str, requests: int
 ) -> None:
-    server = serve(
-        lambda asked: (
-            fake.Reply(status=status) if asked.body.get("response_format", {}).get("type") in refused else None
-        )
-    )
+    def script(asked: Any) -> Any:
+        rung = "tool" if "tools" in asked.body else asked.body.get("response_format", {}).get("type", "plain")
+        return fake.Reply(status=status) if rung in refused else None
+
+    server = serve(script)
     code, text = datagen(*settings(server, tmp_path, examples=4))
     assert code == 0, text
     assert len(server.asked) == 5 + requests
