@@ -30,6 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings; task and name are needed")
     command.add_argument("--dry-run", action="store_true", help="check everything; estimate requests, tokens and cost")
     command.add_argument("--plan-only", action="store_true", help="make the plan, show and save it, and stop")
+    command.add_argument("--push", metavar="ORG/NAME", help="upload the result to this dataset repository of the Hub")
     command.add_argument("--keys", action="store_true", help="every setting with its default and meaning")
     command.set_defaults(run=run)
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             _say(f"  {key:<18} {text} [{getattr(default, 'name', default)}]")
         return 0
 
-    config = load_settings(args.overrides)
+    config = load_settings([*args.overrides, *([f"push={args.push}"] if args.push else [])])
     endpoint = find_endpoint(config)
     from datagen.generate import generate
 
