@@ -159,7 +159,7 @@ def test_a_wrong_name_is_answered_with_those_that_exist(
 
 
 def test_an_empty_list_of_modules_is_refused() -> None:
-    with pytest.raises(ConfigError, match="`method.target_modules` is empty"):
+    with pytest.raises(ConfigError, match=r"`method.target_modules` is empty"):
         check(compose_config(["method.target_modules=[]"]), Devices("cpu", 0, 2))
 
 

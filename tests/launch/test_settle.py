@@ -128,23 +128,23 @@ def test_an_adapters_pattern_of_names_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_what_is_no_adapter_to_go_on_with_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no adapter_config.json: write the folder"):
+    with pytest.raises(ConfigError, match=r"holds no adapter_config.json: write the folder"):
         settled(f"method.adapter={tmp_path}/none")
     (tmp_path / "run" / "final").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="holds no adapter_config.json"):
+    with pytest.raises(ConfigError, match=r"holds no adapter_config.json"):
         settled(f"method.adapter={tmp_path}/run")
     other = write_adapter(tmp_path / "ia3", peft_type="IA3")
     with pytest.raises(ConfigError, match="of the kind IA3: only LoRA"):
         settled(f"method.adapter={other}")
     damaged = write_adapter(tmp_path / "damaged")
     (damaged / "adapter_config.json").write_text('{"peft_type": "LORA", ')
-    with pytest.raises(ConfigError, match="adapter_config.json is damaged: .* line 1"):
+    with pytest.raises(ConfigError, match=r"adapter_config.json is damaged: .* line 1"):
         settled(f"method.adapter={damaged}")
     for text, missing in (("[]", "peft_type"), ('{"peft_type": "LORA", "r": 8}', "lora_alpha, lora_dropout, target")):
         (damaged / "adapter_config.json").write_text(text)
-        with pytest.raises(ConfigError, match=f"adapter_config.json is damaged: it has no {missing}"):
+        with pytest.raises(ConfigError, match=rf"adapter_config.json is damaged: it has no {missing}"):
             settled(f"method.adapter={damaged}")
-    with pytest.raises(ConfigError, match="leave method.init out"):
+    with pytest.raises(ConfigError, match=r"leave method.init out"):
         settled(f"method.adapter={other}", "method.init=pissa")
 
 
