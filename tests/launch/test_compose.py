@@ -20,6 +20,7 @@ CPU = Devices("cpu", 0, 2)
 EIGHT_GPUS = Devices("cuda", 8, 64)
 ALL_CHOICES = [(group, name) for group in schema.GROUPS for name in choices(group)]
 NEEDS = {"data=registry": ["data.names=[demo]"], "model=folder": ["model.path=/models/mine"]}
+NEEDS["experiment=gpt_llm_trainer"] = ["data.names=[demo]"]
 
 
 @pytest.mark.parametrize(("group", "name"), ALL_CHOICES, ids=[f"{group}={name}" for group, name in ALL_CHOICES])

@@ -275,6 +275,9 @@ def test_bloom_trains_and_answers_from_a_checkpoint(
     more = [f"data.names=[{data}/alpaca_data_zh]", "train.save_steps=2", "model.template=human_assistant"]
     run = train_here(name, f"experiment={name}", *SMALL, *more)
     assert check_run(run, "prompt_tuning")["parameters"]["trainable"] == 10 * 256  # tokens x the model's width
+    saved = json.loads((run / "final" / "adapter_config.json").read_text(encoding="utf-8"))
+    begun = ("RANDOM", None) if kind == "soft" else ("TEXT", PUBLISHED[name]["method.init_text"])
+    assert (saved["prompt_tuning_init"], saved["prompt_tuning_init_text"]) == begun
     capsys.readouterr()
     question = ["--prompt", "第1问", "--max-new-tokens", "8"]
     assert main(["chat", str(run / "checkpoints" / "checkpoint-2"), *question]) == 0
