@@ -105,9 +105,8 @@ def test_a_folder_of_the_users_own_adds_choices(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(overrides: list[str], devices: Devices, said: list[str]) -> None:
-    config = compose_config(overrides)
     with pytest.raises(ConfigError) as caught:
-        check(config, devices)
+        check(compose_config(overrides), devices)
     for part in said:
         assert part in str(caught.value)
 
