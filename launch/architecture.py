@@ -57,8 +57,9 @@ class Architecture:
         return [module for module, kind in self.modules.items() if kind in kinds and ends_with(module, name)]
 
     def leaves(self, kinds: Iterable[str] = ("linear",)) -> list[str]:
-        """Return the last parts of module names, each once, in the model's order."""
-        return list(dict.fromkeys(name.rpartition(".")[2] for name, kind in self.modules.items() if kind in kinds))
+        """Return the last parts of module names, each once, in the model's order, without the layers' numbers."""
+        leaves = [name.rpartition(".")[2] for name, kind in self.modules.items() if kind in kinds]
+        return [leaf for leaf in dict.fromkeys(leaves) if not leaf.isdigit()]
 
 
 def ends_with(module: str, name: str) -> bool:

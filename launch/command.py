@@ -52,8 +52,6 @@ def accelerate_config(config: DictConfig, ranks: int, devices: Devices) -> dict[
     }
     if launcher is Launcher.deepspeed:
         settings["deepspeed_config"] = {"deepspeed_config_file": deepspeed_file(config)}
-    elif devices.gpu and ranks == 1:
-        settings["gpu_ids"] = "0" if "CUDA_VISIBLE_DEVICES" not in os.environ else "all"
     return settings
 
 
@@ -83,4 +81,17 @@ def _environment(config: DictConfig, ranks: int, devices: Devices) -> dict[str, 
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     if config.strategy.launcher is Launcher.deepspeed and not devices.gpu:
         env["DS_ACCELERATOR"] = "cpu"
+    if config.strategy.launcher is not Launcher.deepspeed and devices.gpu and ranks == 1:
+        env |= _first_gpu(devices)
     return env
+
+
+def _first_gpu(devices: Devices) -> dict[str, str]:
+    """Return what shows a process alone the first visible GPU: with more, transformers would share batches out.
+
+    Not accelerate's `gpu_ids`, which sets CUDA_VISIBLE_DEVICES over what the user chose with AMD's variables. There
+    ROCR_VISIBLE_DEVICES comes first; HIP_VISIBLE_DEVICES, or CUDA_VISIBLE_DEVICES in its place, counts what it left.
+    """
+    names = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES") if devices.kind == "rocm" else ("CUDA_VISIBLE_DEVICES",)
+    chosen = next((os.environ[name] for name in names if name in os.environ), "0")
+    return {names[0]: chosen.split(",")[0].strip()}

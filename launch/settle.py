@@ -27,6 +27,8 @@ UNPAGED = {
     "paged_lion_32bit": "lion_32bit",
     "paged_lion_8bit": "lion_8bit",
 }
+# What PEFT writes of every LoRA adapter, among other things.
+LORA_SHAPE = {"r", "lora_alpha", "lora_dropout", "target_modules"}
 
 
 def settle(config: DictConfig, architecture: Architecture, devices: Devices) -> list[str]:
@@ -81,9 +83,9 @@ def _adapter(config: DictConfig) -> str | None:
         return None
     folder = adapter_folder(method.adapter)
     saved = _adapter_config(folder)
-    if saved.get("peft_type") != "LORA":
+    if saved["peft_type"] != "LORA":
         raise ConfigError(
-            f"`method.adapter` is {folder}, a {saved.get('peft_type')} adapter: only LoRA adapters can be continued."
+            f"`method.adapter` is {folder}, of the kind {saved['peft_type']}: only LoRA adapters can be continued."
         )
     method.adapter = str(folder)
     method.r, method.alpha, method.dropout = saved["r"], saved["lora_alpha"], saved["lora_dropout"]
@@ -113,9 +115,13 @@ def adapter_folder(path: str) -> Path:
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
+    file = folder / "adapter_config.json"
     try:
-        return dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+        saved = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{folder / 'adapter_config.json'} is damaged: {error.msg} at line {error.lineno}."
-        ) from error
+        raise ConfigError(f"{file} is damaged: {error.msg} at line {error.lineno}.") from error
+    needed = {"peft_type"} if not isinstance(saved, dict) or saved.get("peft_type") != "LORA" else LORA_SHAPE
+    missing = sorted(needed - set(saved))
+    if missing:
+        raise ConfigError(f"{file} is damaged: it has no {', '.join(missing)}.")
+    return dict(saved)

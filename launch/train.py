@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -132,7 +133,7 @@ def show_plan(job: Job, say: Callable[[str], None]) -> None:
     """Print what would run."""
     from trainer.forecast import forecast
 
-    for text in (*job.settled, *forecast(job.config, job.plan)):
+    for text in chain(job.settled, forecast(job.config, job.plan)):
         say(text)
     for key, value in job.command.accelerate.items():
         say(f"  {key}: {value}")

@@ -1,7 +1,8 @@
-"""Shared by all tests: where things are, and how `tunewright` is run as a user runs it."""
+"""Shared by all tests: where things are, how `tunewright` is run as a user runs it, and training in this process."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from launch.compose import compose_config
+from launch.hardware import find_devices
+from launch.rundir import Claim, RunDir, prepare_folder
+from launch.train import check_all
+from trainer.prepare import prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TIMEOUT = 400  # seconds: far above what any command here takes, below what hides a hang
@@ -49,6 +56,52 @@ def train(tunewright: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
         logs = "\n".join(path.read_text()[-3000:] for path in sorted((root / name / "logs").glob("*.log")))
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{logs}"
         return root / name
+
+    return run
+
+
+class Quiet:
+    """A console for runs inside a test."""
+
+    def say(self, text: str) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The folder of the embedded model, built on first use."""
+    return prepare(compose_config(), lambda line: None).model_path
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Any:
+    """The class HubServer of tests/hub_server.py; with importlib mode, tests are no packages."""
+    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("hub_server.py"))
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.HubServer
+
+
+@pytest.fixture(scope="session")
+def train_here(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Train on one device in this process, and return the run folder."""
+    from accelerate import PartialState
+
+    from trainer.run import train
+
+    root = tmp_path_factory.mktemp("here")
+
+    def run(name: str, *overrides: str, checkpoint: Path | None = None) -> Path:
+        config = compose_config([f"output_root={root}", f"name={name}", *overrides])
+        check_all(config, find_devices())
+        folder = RunDir(root / name)
+        prepare_folder(config, Claim(folder, checkpoint))
+        prepared = prepare(config, lambda line: None)
+        train(config, folder, prepared.cache, prepared.model_path, PartialState(cpu=True), Quiet(), checkpoint)
+        return folder.path
 
     return run
 

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 FORMAT = 4  # of the kept files
 
 
-def model_numbers(config: DictConfig, *, fetch: bool = False) -> dict[str, Any] | None:
-    """Return the content of the model's config.json, from wherever it can be had, or None.
+def model_numbers(config: DictConfig) -> dict[str, Any]:
+    """Return the content of the model's config.json, fetched where it is not on this machine: it is small.
 
-    With `fetch` the network is used: the file is small. Where that fails, `model.architecture` stands in for it.
+    Where that fails, `model.architecture` stands in for it, which may be another model's when `model.path` was set.
 
     Raises:
         StorageError: it cannot be fetched, and the configuration brings no numbers of its own.
@@ -48,21 +48,25 @@ def model_numbers(config: DictConfig, *, fetch: bool = False) -> dict[str, Any] 
         file: Path | None = folder / "config.json"
     else:
         file = hub.find_config(model)
-        if file is None and fetch and not (given and config.offline):
+        if file is None and not (given and config.offline):
             try:
                 file = hub.fetch_config(model, offline=config.offline)
             except StorageError:
                 if given is None:
                     raise
     if file is None:
+        assert given is not None
         return given
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def find_architecture(config: DictConfig) -> Architecture | None:
-    """Return what is known of the model already, without importing torch."""
-    numbers = model_numbers(config)
-    return Architecture.read(_file(config, numbers)) if numbers else None
+    """Return what was worked out of the model's config.json before, without importing torch.
+
+    Raises:
+        StorageError: see `model_numbers`.
+    """
+    return Architecture.read(_file(config, model_numbers(config)))
 
 
 def ensure_architecture(config: DictConfig) -> Architecture:
@@ -208,8 +212,7 @@ def main(task: str) -> int:
     quiet_libraries()
     try:
         config = load_config(sys.stdin)
-        numbers = model_numbers(config, fetch=True)
-        assert numbers is not None
+        numbers = model_numbers(config)
         model = empty_model(hf_config(config, numbers), trust_remote_code=config.model.trust_remote_code)
         if task == "count":
             print(json.dumps(count(config, model)))

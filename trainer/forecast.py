@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from omegaconf import DictConfig
 
 from launch.batching import BatchPlan, planned_steps
@@ -12,8 +14,8 @@ from trainer.data.select import rows_to_train
 from trainer.prepare import find_prepared
 
 
-def forecast(config: DictConfig, plan: BatchPlan) -> list[str]:
-    """Return lines about a checked configuration.
+def forecast(config: DictConfig, plan: BatchPlan) -> Iterator[str]:
+    """Yield lines about a checked configuration; what is wrong with the data is told after the parameters.
 
     Rows are counted where they lie: what the tokenizer would drop is known only once they are tokenised.
 
@@ -21,17 +23,19 @@ def forecast(config: DictConfig, plan: BatchPlan) -> list[str]:
         DataError: see `find_prepared` and `open_rows`.
     """
     trainable, total = ensure_counts(config)
-    lines = [
+    yield (
         f"{config.model.name}, method={config.method.name}: {trainable:,} of {total:,} parameters are trained "
         f"({trainable / total:.3%})"
-    ]
+    )
     try:
         rows, exact = training_rows(config)
     except StorageError as error:
-        return [*lines, f"Rows and steps are not known here: {error}", plan.describe()]
+        yield f"Rows and steps are not known here: {error}"
+        yield plan.describe()
+        return
     if rows is not None:
-        lines.append(f"{rows:,} examples to train on" + ("" if exact else ", if every row can be used"))
-    return [*lines, planned_steps(config, plan, rows or 0).describe()]
+        yield f"{rows:,} examples to train on" + ("" if exact else ", if every row can be used")
+    yield planned_steps(config, plan, rows or 0).describe()
 
 
 def training_rows(config: DictConfig) -> tuple[int | None, bool]:

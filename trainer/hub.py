@@ -52,11 +52,12 @@ def fetch_hub(model: ModelConfig, *, offline: bool = False, weights: bool = True
     Raises:
         StorageError: it does not exist, is gated, or the Hub cannot be reached or must not be.
     """
+    absent = StorageError(
+        f"`model.path` is '{model.path}', which is not whole on this machine, and `offline` is true. Fetch it on a "
+        f"machine with a network first, or use a folder (model=folder model.path=...)."
+    )
     if offline and weights:
-        raise StorageError(
-            f"`model.path` is '{model.path}', which is not whole on this machine, and `offline` is true. Fetch it on a "
-            f"machine with a network first, or use a folder (model=folder model.path=...)."
-        )
+        raise absent
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
@@ -80,9 +81,7 @@ def fetch_hub(model: ModelConfig, *, offline: bool = False, weights: bool = True
         raise StorageError(f"`model.path` is '{model.path}', but the Hub has no such model.") from error
     except (HfHubHTTPError, OSError) as error:  # LocalEntryNotFoundError, an OSError, when there is no connection
         if offline:
-            raise StorageError(
-                f"`model.path` is '{model.path}', which is not on this machine, and `offline` is true."
-            ) from error
+            raise absent from error
         raise StorageError(
             f"`model.path` is '{model.path}' and could not be fetched from the Hub ({type(error).__name__}). Use "
             f"model=tiny, a folder (model=folder model.path=...), or ModelScope (model.source=modelscope)."

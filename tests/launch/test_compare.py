@@ -121,7 +121,7 @@ class TestFigures:
             "status": "done",
             "strategy": "zero2",
             "method": "lora",
-            "trainable parameters": "24,576 (2.00%)",
+            "trainable parameters": "24,576 of 1,228,800 (2.000%)",
             "world size": "2 (DEEPSPEED, ZeRO 2)",
             "steps": "75",
             "wall time": "1:41",

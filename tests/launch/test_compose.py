@@ -20,6 +20,7 @@ CPU = Devices("cpu", 0, 2)
 EIGHT_GPUS = Devices("cuda", 8, 64)
 ALL_CHOICES = [(group, name) for group in schema.GROUPS for name in choices(group)]
 NEEDS = {"data=registry": ["data.names=[demo]"], "model=folder": ["model.path=/models/mine"]}
+NEEDS["experiment=gpt_llm_trainer"] = ["data.names=[demo]"]
 
 
 @pytest.mark.parametrize(("group", "name"), ALL_CHOICES, ids=[f"{group}={name}" for group, name in ALL_CHOICES])
@@ -104,9 +105,8 @@ def test_a_folder_of_the_users_own_adds_choices(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(overrides: list[str], devices: Devices, said: list[str]) -> None:
-    config = compose_config(overrides)
     with pytest.raises(ConfigError) as caught:
-        check(config, devices)
+        check(compose_config(overrides), devices)
     for part in said:
         assert part in str(caught.value)
 

@@ -1,37 +1,15 @@
-"""Shared by the trainer's tests: the embedded model, and training in this process where one device is enough."""
+"""Shared by the trainer's tests: tokenizers."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.compose import compose_config
-from launch.hardware import find_devices
-from launch.rundir import Claim, RunDir, prepare_folder
-from launch.train import check_all
-from trainer.prepare import prepare
-
 # What the shipped chat templates write around turns.
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
 SPECIAL += ["<end_of_turn>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<｜User｜>", "<｜Assistant｜>"]
-
-
-class Quiet:
-    """A console for runs inside a test."""
-
-    def say(self, text: str) -> None:
-        pass
-
-
-@pytest.fixture(scope="session")
-def tiny_model() -> Path:
-    """The folder of the embedded model, built on first use."""
-    return prepare(compose_config(), lambda line: None).model_path
 
 
 @pytest.fixture(scope="session")
@@ -54,36 +32,3 @@ def small_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>", extra_special_tokens=SPECIAL
     )
-
-
-@pytest.fixture(scope="session")
-def hub_server() -> Any:
-    """The class HubServer of tests/hub_server.py; with importlib mode, tests are no packages."""
-    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).parents[1] / "hub_server.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.HubServer
-
-
-@pytest.fixture(scope="session")
-def train_here(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Train on one device in this process, and return the run folder."""
-    from accelerate import PartialState
-
-    from trainer.run import train
-
-    root = tmp_path_factory.mktemp("here")
-
-    def run(name: str, *overrides: str, checkpoint: Path | None = None) -> Path:
-        config = compose_config([f"output_root={root}", f"name={name}", *overrides])
-        check_all(config, find_devices())
-        folder = RunDir(root / name)
-        prepare_folder(config, Claim(folder, checkpoint))
-        prepared = prepare(config, lambda line: None)
-        train(config, folder, prepared.cache, prepared.model_path, PartialState(cpu=True), Quiet(), checkpoint)
-        return folder.path
-
-    return run
