@@ -188,7 +188,7 @@ def test_virtual_tokens_count_towards_the_cutoff() -> None:
     cut = ["method=prompt_tuning", "method.virtual_tokens=9", f"data.cutoff_len={uncut}"]
     assert longest(*cut) == longest(f"data.cutoff_len={uncut - 9}") == uncut - 9
     too_many = ["method=prompt_tuning", "method.virtual_tokens=70", "data.cutoff_len=80"]
-    nowhere = ["model=hub", "model.path=nobody/nothing"]
+    nowhere = ["model=folder", "model.path=/nobody/nothing"]
     with pytest.raises(ConfigError, match=r"`method\.virtual_tokens` is 70 .* 10 are left to a row"):
         check_all(compose_config([*too_many, *nowhere]), find_devices())
 
