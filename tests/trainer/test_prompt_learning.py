@@ -1,4 +1,4 @@
-"""Virtual tokens: a loss that does not know of them, gradients for them alone, their first values, answers with them."""
+"""Virtual tokens: a loss that does not know of them, gradients for them alone, first values, answers."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def loss_by_hand(model: Any, learn_all: bool) -> torch.Tensor:
 def test_the_reported_losses_are_those_of_the_rows_alone(
     model: str, method: str, learn_all: bool, build: Build
 ) -> None:
-    for micro_batch in (4, 3, 1):
+    for micro_batch in (4, 1):
         trainer = build(model, method, learn_all=learn_all, micro_batch=micro_batch)
         trained = {key: p for key, p in trainer.model.named_parameters() if p.requires_grad}
         before = {key: p.detach().clone() for key, p in trained.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,22 @@ def quick(model: Path) -> list[str]:
 
 # The best result
 
-RATES = {"lora": 0.03, "full": 0.01, "p_tuning": 0.1, "ia3": 0.3}
+RATES = {"lora": 0.03, "full": 0.3, "prefix_tuning": 0.3}
 
 
 @pytest.fixture(scope="module")
 def rising(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides with which the eval loss falls and then rises: half of what is held out is the opposite."""
+    """Overrides with which the eval loss rises from the first step or soon: what is held out is the opposite."""
     folder = tmp_path_factory.mktemp("rising")
     question = [{"instruction": f"What colour is number {number}?"} for number in range(16)]
     learnt = [{**row, "output": "red red red red"} for row in question]
-    held = [*learnt[:2], *({**row, "output": "blue blue blue blue"} for row in question[:2])]
+    held = [{**row, "output": "blue sky and late parcels " * 8} for row in question[:4]]
     for name, rows in {"learnt": learnt, "held": held}.items():
         (folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
     registry = {name: {"file_name": f"{name}.json"} for name in ("learnt", "held")}
     (folder / "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")
     data = ["data=registry", f"data.dir={folder}", "data.names=[learnt]", "data.eval_names=[held]"]
-    return [*quick(small_model), *data, "train.eval_steps=1", "train.warmup_ratio=0", "train.max_steps=8"]
+    return [*quick(small_model), *data, "train.eval_steps=1", "train.warmup_ratio=0", "train.max_steps=4"]
 
 
 def evaluations(run: Path) -> dict[int, float]:
@@ -66,12 +67,15 @@ def check_best(run: Path, weights: str) -> None:
     assert manifest(run)["final"]["eval_loss"] == found[best]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["lora", "full", "p_tuning", "ia3"])
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("lora", "float32"), ("lora", "bfloat16"), ("full", "float32"), ("prefix_tuning", "float32")],
+)
 def test_the_best_checkpoint_is_the_result(
     method: str, dtype: str, train_here: Callable[..., Path], rising: list[str]
 ) -> None:
     best = ["train.keep_best=true", f"method={method}", f"model.dtype={dtype}", f"train.learning_rate={RATES[method]}"]
+    best += ["method.projection=true"] if method == "prefix_tuning" else []
     run = train_here(f"best-{method}-{dtype}", *rising, *best)
     check_best(run, "model.safetensors" if method == "full" else "adapter_model.safetensors")
 
@@ -86,11 +90,10 @@ def test_the_best_checkpoint_is_the_result_of_ranks_that_stop_early(
     assert manifest(run)["steps"] == max(found) == min(found, key=lambda step: found[step]) + 2 < 60
 
 
-def test_the_last_step_is_evaluated_whatever_the_interval(
-    train_here: Callable[..., Path], rising: list[str]
-) -> None:
+def test_the_last_step_is_evaluated_whatever_the_interval(train_here: Callable[..., Path], rising: list[str]) -> None:
     """So that it can be the best."""
     learning = ["train.keep_best=true", "train.learning_rate=1e-3", "train.eval_steps=3", "train.max_steps=5"]
+    learning += ["data.eval_names=[learnt]"]
     run = train_here("last", *rising, *learning)
     found = evaluations(run)
     assert list(found) == [3, 5]
@@ -146,7 +149,7 @@ def test_a_run_by_length_sees_every_row_once(
     seen = []
     for batch in loader:
         ends = batch["cu_seq_lens_q"].tolist()
-        seen += [tuple(batch["input_ids"][0, a:b].tolist()) for a, b in zip(ends, ends[1:], strict=False)]
+        seen += [tuple(batch["input_ids"][0, a:b].tolist()) for a, b in pairwise(ends)]
     assert sorted(seen) == rows
 
 
