@@ -243,11 +243,10 @@ def _check_best(config: DictConfig) -> None:
             )
         if train.eval_steps is None:
             raise ConfigError(f"`train.{key}` compares evaluations: set train.eval_steps.")
-    if train.keep_best and train.save_steps and train.save_steps % train.eval_steps:
+    if train.keep_best and train.save_steps and train.save_steps != train.eval_steps:
         raise ConfigError(
-            f"`train.save_steps` is {train.save_steps} and `train.eval_steps` {train.eval_steps}: with "
-            f"`train.keep_best` "
-            f"a checkpoint needs an eval loss. Write a multiple of {train.eval_steps}, or leave train.save_steps out."
+            f"`train.save_steps` is {train.save_steps} and `train.eval_steps` {train.eval_steps}: `train.keep_best` "
+            f"needs a checkpoint of each evaluation. Write the same number, or leave train.save_steps out."
         )
 
 

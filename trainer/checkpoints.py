@@ -54,10 +54,15 @@ def save_prompt_encoder(model: Any, folder: Path) -> None:
         save_file(model.prompt_encoder[model.active_adapter].state_dict(), folder / PROMPT_ENCODER)
 
 
-def load_prompt_encoder(model: Any, folder: Path) -> None:
-    """Read back what `save_prompt_encoder` wrote, if it did."""
-    if (folder / PROMPT_ENCODER).is_file():
-        model.prompt_encoder[model.active_adapter].load_state_dict(load_file(folder / PROMPT_ENCODER))
+def load_prompt_encoder(model: Any, folder: Path) -> bool:
+    """Read back what `save_prompt_encoder` wrote; return False where it wrote nothing.
+
+    It takes the place of PEFT's `load_adapter`, which refuses the virtual tokens of a prefix with a projection.
+    """
+    file = folder / PROMPT_ENCODER
+    if file.is_file():
+        model.prompt_encoder[model.active_adapter].load_state_dict(load_file(file))
+    return file.is_file()
 
 
 def starts_as_pissa(method: Any) -> bool:

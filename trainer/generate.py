@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from peft import PeftModel
 
 from launch.errors import ConfigError
 from launch.rundir import RunDir
+from trainer.checkpoints import learns_prompt
 from trainer.data.render import Renderer
 from trainer.models import load_model, load_tokenizer, quiet_libraries, stop_tokens, torch_dtype
 
@@ -59,8 +61,6 @@ class Answerer:
         """Put the run's result in place of the base model for the time of the context."""
         base = self.model
         if (run.final / "adapter_config.json").is_file():
-            from peft import PeftModel
-
             adapted = PeftModel.from_pretrained(base, str(run.final), autocast_adapter_dtype=False)
             self.model = adapted.eval()
             try:
@@ -78,9 +78,14 @@ class Answerer:
     def answer(self, prompts: list[str], max_new_tokens: int) -> list[str]:
         """Return the greedy answer to each prompt, see `Renderer.prompt`; they are generated together."""
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(device())
+        inputs, start = dict(batch), batch["input_ids"].shape[1]
+        model = self.model
         with torch.no_grad():
-            output = self.model.generate(
-                **batch,
+            if learns_prompt(model) and model.active_peft_config.peft_type != "PREFIX_TUNING":
+                inputs, start = behind_virtual_tokens(model, inputs), 0
+                model = model.get_base_model()
+            output = model.generate(
+                **inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 temperature=None,
@@ -89,5 +94,21 @@ class Answerer:
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=stop_tokens(self.model, self.tokenizer),
             )
-        new = output[:, batch["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return [text.strip() for text in self.tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)]
+
+
+def behind_virtual_tokens(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the embeddings (B, n + T, width) of prompts padded on the left, each with its virtual tokens before it.
+
+    PEFT (0.21) puts the virtual tokens before the padding: further from a short prompt than in training.
+    """
+    mask = batch["attention_mask"]  # (B, T)
+    embedded = model.word_embeddings(batch["input_ids"])  # (B, T, width)
+    virtual = model.get_prompt(batch_size=len(mask)).to(embedded.dtype)  # (B, n, width)
+    padding = (mask.shape[1] - mask.sum(dim=1)).tolist()
+    rows = [
+        torch.cat((row[:length], tokens, row[length:]))
+        for row, tokens, length in zip(embedded, virtual, padding, strict=True)
+    ]
+    ones = mask.new_ones(virtual.shape[:2])
+    return {"inputs_embeds": torch.stack(rows), "attention_mask": torch.cat((mask, ones), dim=1)}

@@ -23,6 +23,7 @@ def attach_master_weights(optimizer: torch.optim.Optimizer) -> int:
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 master = torch.nn.Parameter(parameter.detach().float())
                 group["params"][index] = master
+                _hand_over(optimizer, parameter, master)
                 pairs.append((parameter, master))
     if not pairs:
         return 0
@@ -52,3 +53,10 @@ def attach_master_weights(optimizer: torch.optim.Optimizer) -> int:
     optimizer.register_state_dict_post_hook(add_masters)
     optimizer.register_load_state_dict_pre_hook(take_masters)
     return len(pairs)
+
+
+def _hand_over(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, master: torch.nn.Parameter) -> None:
+    """Give a master what the optimiser keeps for its parameter before the first step already, as Adagrad does."""
+    for key, value in optimizer.state.pop(parameter, {}).items():
+        half = isinstance(value, torch.Tensor) and value.dtype == parameter.dtype
+        optimizer.state[master][key] = value.float() if half else value

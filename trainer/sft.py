@@ -181,15 +181,13 @@ class TunewrightTrainer(SFTTrainer):
             save_prompt_encoder(self.model, Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._settle_loaded(resume_from_checkpoint)
+        if not load_prompt_encoder(self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        in_format(self.model, self.dtype)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._settle_loaded(self.state.best_model_checkpoint)
-
-    def _settle_loaded(self, folder: str) -> None:
-        load_prompt_encoder(self.model, Path(folder))
+        if not load_prompt_encoder(self.model, Path(self.state.best_model_checkpoint)):
+            super()._load_best_model()
         in_format(self.model, self.dtype)
 
     # Log

@@ -73,21 +73,6 @@ def test_the_documented_table_is_the_one_that_is_checked() -> None:
 
 
 @pytest.fixture(scope="session")
-def small_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 of two narrow layers with the embedded model's tokenizer: a step takes milliseconds."""
-    import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-
-    folder = tmp_path_factory.mktemp("small")
-    shape = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    Qwen2ForCausalLM(Qwen2Config(**shape, **heads)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def trained(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """Train every allowed cell of a strategy in one start of its ranks; return {cell label: what happened}."""
     known: dict[str, dict[str, Any]] = {}
