@@ -92,8 +92,6 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     callbacks = [StepTimer(trainer.meter), MetricsFile(run.metrics), Progress(console), Proof(config, run, trainer)]
-    if trainer.eval_dataset is not None:
-        callbacks.append(LastEvaluation())
     if state.is_main_process:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
     if config.train.early_stopping:
@@ -119,6 +117,8 @@ def train(
         f"{plan.describe()}"
     )
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.eval_dataset is not None and not _evaluated_at(run, trainer.state.global_step):
+        trainer.evaluate()
     trainer.save_model(str(run.final))
     if pissa and state.is_main_process:
         save_as_plain_lora(trainer.accelerator.unwrap_model(trainer.model), run.path, run.final)
@@ -270,13 +270,6 @@ def check_facts(facts: dict[str, Any], config: DictConfig) -> None:
         )
 
 
-class LastEvaluation(TrainerCallback):
-    """The last step is evaluated whatever `eval_steps` is, while training, so that it can be the best one."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_evaluate = control.should_evaluate or state.global_step >= state.max_steps
-
-
 class Progress(TrainerCallback):
     """A line for each log step, with the time left."""
 
@@ -327,6 +320,13 @@ def verify_saved(folder: Path) -> None:
                     raise StorageError(f"{file}: the saved tensor {name} {problem}.")
             if not names:
                 raise StorageError(f"{file} holds no tensor.")
+
+
+def _evaluated_at(run: RunDir, step: int) -> bool:
+    if not run.metrics.is_file():
+        return False
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    return any(line["step"] == step and "eval_loss" in line for line in lines)
 
 
 def _finish(run: RunDir, trainer: TunewrightTrainer, mean_loss: float, seconds: float, memory: float) -> None:

@@ -15,7 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from launch.batching import BatchPlan
-from launch.legality import OPTIMIZERS
+from launch.compose import compose_config
+from launch.errors import ConfigError
+from launch.hardware import find_devices
+from launch.legality import OPTIMIZERS, check
 from launch.settle import UNPAGED
 from tests.conftest import losses, manifest, read_metrics
 from trainer.batches import FlatCollator, MicroBatches, PaddedCollator
@@ -99,6 +102,14 @@ def test_the_last_step_is_evaluated_whatever_the_interval(train_here: Callable[.
     assert list(found) == [3, 5]
     assert found[5] < found[3]
     assert manifest(run)["final"]["eval_loss"] == found[5]
+
+
+def test_the_best_needs_a_checkpoint_of_each_evaluation() -> None:
+    """transformers keeps the best evaluation in mind, and would load nothing where it has no checkpoint."""
+    best = ["train.keep_best=true", "train.eval_steps=2"]
+    check(compose_config([*best, "train.save_steps=2"]), find_devices())
+    with pytest.raises(ConfigError, match="needs a checkpoint of each evaluation"):
+        check(compose_config([*best, "train.save_steps=4"]), find_devices())
 
 
 def test_training_stops_early_and_saves_what_it_has(train_here: Callable[..., Path], rising: list[str]) -> None:
