@@ -138,6 +138,12 @@ def test_duplicates_and_near_duplicates_are_refused_and_not_remembered() -> None
     assert verdicts(rows, similarity=0.9) == [None, "duplicate", None, None, None, None, near, None]
 
 
+def test_at_similarity_one_only_equal_prompts_are_refused() -> None:
+    rows = [row("Let's eat, grandma!"), row("Let's eat grandma!"), row("Let's eat GRANDMA!")]
+    assert verdicts(rows, similarity=1) == [None, None, "duplicate"]
+    assert verdicts(rows, similarity=0.99) == [None, "near-duplicate", "near-duplicate"]
+
+
 def test_the_input_counts_and_a_conversation_is_known_by_its_first_turn() -> None:
     long = "Say in one word whether the customer is content."
     texts = ("The parcel came two weeks late and everything in it was broken into pieces, never again.", "Great!")
