@@ -93,7 +93,7 @@ class Index:
                 self._holders[element] = holders = array("i")
             holders.append(number)
 
-    def near(self, text: str) -> list[int]:
+    def near(self, text: str) -> np.ndarray:
         """Return the numbers of all added texts whose ROUGE-L F1 with an encoded text is at least the similarity."""
         from rapidfuzz.distance import LCSseq
         from rapidfuzz.process import cdist
@@ -104,7 +104,7 @@ class Index:
         found = (self._holders.get(element) for element in _elements(text))
         rarest = sorted((holders or array("i") for holders in found), key=len)[:probed]
         if not any(rarest):
-            return []
+            return np.zeros(0, np.int64)
         shared = np.bincount(np.concatenate([np.frombuffer(holders, np.int32) for holders in rarest if holders]))
         candidates = np.flatnonzero(shared)
         lengths = np.frombuffer(self._lengths, np.int64)[candidates]
@@ -112,10 +112,10 @@ class Index:
         possible = (shared[candidates] + (size - probed) >= needed) & (lengths >= needed)
         candidates, needed = candidates[possible], needed[possible]
         if not len(candidates):
-            return []
+            return np.zeros(0, np.int64)
         texts = [self._texts[number] for number in candidates]
         common = cdist([text], texts, scorer=LCSseq.similarity, score_cutoff=int(needed.min()), dtype=np.int32)[0]
-        return [int(number) for number in candidates[common >= needed]]
+        return candidates[common >= needed]
 
 
 def _elements(text: str) -> list[int]:

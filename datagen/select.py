@@ -71,7 +71,7 @@ class Selector:
         if key in self._seen:
             return "duplicate"
         text = self._coder.encode(prompt_tokens(prompt)) if self._rules.similarity < 1 else ""
-        if text and self._index.near(text):
+        if text and len(self._index.near(text)):
             return "near-duplicate"
         if self._language and not is_in(self._language, "\n".join(answers)):
             return "wrong language"

@@ -45,22 +45,18 @@ def split(rows: list[Row], share: float, seed: int, similarity: float) -> Split:
 
 def _clusters(instructions: list[str], texts: list[str], similarity: float) -> list[list[int]]:
     """Return the connected components."""
-    parents = list(range(len(texts)))
-
-    def root(number: int) -> int:
-        while parents[number] != number:
-            parents[number] = number = parents[parents[number]]
-        return number
-
+    clusters = np.arange(len(texts))
     index = Index(similarity)
     first: dict[str, int] = {}
     for number, (instruction, text) in enumerate(zip(instructions, texts, strict=True)):
-        for other in [first.setdefault(instruction, number), *index.near(text)]:
-            parents[root(number)] = root(other)
+        joined = np.unique(clusters[np.append(index.near(text), first.setdefault(instruction, number))])
+        clusters[number] = joined[0]
+        if len(joined) > 1:
+            clusters[:number][np.isin(clusters[:number], joined)] = joined[0]
         index.add(text)
     groups: dict[int, list[int]] = {}
-    for number in range(len(texts)):
-        groups.setdefault(root(number), []).append(number)
+    for number, cluster in enumerate(clusters.tolist()):
+        groups.setdefault(cluster, []).append(number)
     return list(groups.values())
 
 

@@ -65,7 +65,7 @@ def test_the_index_finds_exactly_what_comparing_with_everything_finds(
     for text in texts:
         index.add(coder.encode(text))
     near = [number for number, text in enumerate(texts) if rouge_l_f1(asked, text) >= similarity - 1e-9]
-    assert index.near(coder.encode(asked)) == near
+    assert index.near(coder.encode(asked)).tolist() == near
 
 
 @settings(deadline=None, max_examples=20)
@@ -77,7 +77,7 @@ def test_the_index_finds_long_texts_whose_changes_are_spread_out(texts: list[lis
     coder, index = Coder(), Index(similarity)
     for number, text in enumerate(words):
         near = [other for other in range(number) if rouge_l_f1(text, words[other]) >= similarity - 1e-9]
-        assert index.near(coder.encode(text)) == near
+        assert index.near(coder.encode(text)).tolist() == near
         index.add(coder.encode(text))
 
 
@@ -136,6 +136,12 @@ def test_duplicates_and_near_duplicates_are_refused_and_not_remembered() -> None
     assert verdicts(rows) == [None, "duplicate", near, near, None, None, near, None]
     assert verdicts(rows, similarity=1) == [None, "duplicate", None, None, None, None, None, None]
     assert verdicts(rows, similarity=0.9) == [None, "duplicate", None, None, None, None, near, None]
+
+
+def test_at_similarity_one_only_equal_prompts_are_refused() -> None:
+    rows = [row("Let's eat, grandma!"), row("Let's eat grandma!"), row("Let's eat GRANDMA!")]
+    assert verdicts(rows, similarity=1) == [None, None, "duplicate"]
+    assert verdicts(rows, similarity=0.99) == [None, "near-duplicate", "near-duplicate"]
 
 
 def test_the_input_counts_and_a_conversation_is_known_by_its_first_turn() -> None:

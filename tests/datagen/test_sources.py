@@ -88,10 +88,11 @@ def test_markdown_is_cut_before_headings_and_between_paragraphs() -> None:
 
 def test_a_heading_goes_with_what_follows_it_and_a_fence_stays_whole() -> None:
     code = "```python\n# not a heading\n\n\nprint(1)\n```\n"
-    text = "Short words here. " * 20 + f"\n\n## Code\n\n{'A. ' * 400}\n\n{code}"
+    text = "Short words here. " * 20 + f"\n\n## Code\n\n{'A. ' * 400}\n\n{code}{'B. ' * 200}\n## After\nC."
     chunks = cut(text, markdown=True)
     assert [chunk.startswith("## Code") for chunk in chunks].count(True) == 1
     assert sum(code.strip() in chunk for chunk in chunks) == 1
+    assert chunks[-1] == "## After\nC."
 
 
 def test_long_paragraphs_are_cut_at_the_ends_of_sentences() -> None:
