@@ -26,24 +26,23 @@ VOCAB_SIZE = 2048
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 3,
-    # A reply is spelt by its last words; only one layer looks through the request, for the marker. With full attention
-    # in all of them, half of the replies to a prompt of 1,700 tokens were malformed.
+    "num_hidden_layers": 2,
+    # A reply is spelt by its last words. With full attention, half of the replies to a prompt of 1,700 tokens were
+    # malformed; what is asked for stands at the end of the prompt, where the chat template repeats it.
     "use_sliding_window": True,
     "sliding_window": 48,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "layer_types": ["sliding_attention", "sliding_attention"],
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 8192,
     "tie_word_embeddings": False,
 }
-STEPS = 300
+STEPS = 360
 BATCH = 16
 LEARNING_RATE = 4e-3
 MATRIX_LEARNING_RATE = 0.02
 WARMUP_STEPS = 20
-LONGEST_PROMPT = 320  # tokens of a training prompt
-LONGEST_JUMP = 1200  # positions that a training prompt may leave out, so that far longer ones are nothing new
+LONGEST_PROMPT = 100  # tokens of a training prompt: more than both layers look back
 MIN_P = 0.01
 FLAWS_SHARE = 0.05
 CHINESE_SHARE = 0.15
@@ -223,8 +222,7 @@ class Kind:
     weight: float
 
 
-# To add a kind: a line here. A request must hold one marker only. Each is a token of its own, so that even a model of
-# two layers finds it in a long request.
+# To add a kind: a line here. A request must hold one marker only. Each is a token of its own.
 KINDS = (
     Kind("system", "Write the system message", _system_message, _is_text, 0.08),
     Kind("plan", "Reply with the plan", _plan, _has({"system": str, "topics": list, "personas": list}), 0.16),
@@ -317,7 +315,13 @@ def _train_tokenizer(draw: random.Random) -> Any:
         model_max_length=SHAPE["max_position_embeddings"],
     )
     tokenizer.add_tokens([AddedToken(kind.marker, normalized=False, special=False) for kind in KINDS if kind.marker])
-    tokenizer.chat_template = CHAT_TEMPLATE
+    # Looking through a long request is more than so small a model learns in a minute.
+    repeated = "".join(
+        f"{{% if {json.dumps(kind.marker)} in messages[-1]['content'] %}}{kind.marker}{{% endif %}}"
+        for kind in KINDS
+        if kind.marker
+    )
+    tokenizer.chat_template = f"{CHAT_TEMPLATE}{{% if add_generation_prompt %}}{repeated}{{% endif %}}"
     return tokenizer
 
 
@@ -333,10 +337,10 @@ def _noise(draw: random.Random) -> str:
     return draw.choice((_question, _statement))(draw, _chinese(draw))
 
 
-def _example(tokenizer: Any, draw: random.Random) -> tuple[list[int], list[int], int]:
-    """Return (tokens, positions, length of the prompt) of a random request and its reply."""
+def _example(tokenizer: Any, draw: random.Random) -> tuple[list[int], int]:
+    """Return (tokens, length of the prompt) of a random request and its reply."""
     kind = draw.choices(KINDS, [kind.weight for kind in KINDS])[0]
-    pieces = draw.choice((0, 1, 2, 2, 3, 4, 12))
+    pieces = draw.choice((0, 1, 1, 2))
     before, after = ([_noise(draw) for _ in range(draw.randint(0, pieces))] for _ in range(2))
     asked = f"{kind.marker}{draw.choice((':', '.', ' that it gets in use:', ' and nothing else:', ' alone.', ''))}"
     messages = [{"role": "user", "content": draw.choice(("\n", "\n\n", " ")).join([*before, asked, *after])}]
@@ -349,11 +353,7 @@ def _example(tokenizer: Any, draw: random.Random) -> tuple[list[int], list[int],
     if kind.name not in ("system", "plain") and draw.random() < FLAWS_SHARE:
         text = _flawed(text, draw)
     reply = tokenizer(f"{text}<|im_end|>")["input_ids"]
-    positions = list(range(len(prompt) + len(reply)))
-    for _ in range(2):
-        cut, jump = draw.randrange(len(prompt) - 4), draw.choice((0, draw.randint(0, LONGEST_JUMP)))
-        positions = [at + jump if number > cut else at for number, at in enumerate(positions)]
-    return prompt + reply, positions, len(prompt)
+    return prompt + reply, len(prompt)
 
 
 def _batches(tokenizer: Any, draw: random.Random) -> Iterator[dict[str, Any]]:
@@ -364,14 +364,11 @@ def _batches(tokenizer: Any, draw: random.Random) -> Iterator[dict[str, Any]]:
         pool = sorted((_example(tokenizer, draw) for _ in range(8 * BATCH)), key=lambda example: len(example[0]))
         for number in draw.sample(range(8), 8):
             rows = pool[number * BATCH : (number + 1) * BATCH]
-            width = max(len(tokens) for tokens, _, _ in rows)
+            width = max(len(tokens) for tokens, _ in rows)
             pad = [tokenizer.pad_token_id] * width
             yield {
-                "input_ids": torch.tensor([(tokens + pad)[:width] for tokens, _, _ in rows]),
-                "position_ids": torch.tensor([(positions + [0] * width)[:width] for _, positions, _ in rows]),
-                # Without a mask, jumps in the positions are taken for the borders of packed sequences.
-                "attention_mask": torch.tensor([([1] * len(t) + [0] * width)[:width] for t, _, _ in rows]),
-                "labels": torch.tensor([([-100] * n + t[n:] + [-100] * width)[:width] for t, _, n in rows]),
+                "input_ids": torch.tensor([(tokens + pad)[:width] for tokens, _ in rows]),
+                "labels": torch.tensor([([-100] * n + t[n:] + [-100] * width)[:width] for t, n in rows]),
             }
 
 
