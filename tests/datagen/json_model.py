@@ -48,33 +48,40 @@ FLAWS_SHARE = 0.05
 CHINESE_SHARE = 0.15
 SEED = 0
 
-NOUNS = (
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+NOUNS = _words(
     "lamp river kettle ladder garden violin compass engine blanket harbour candle mirror basket tunnel meadow anchor "
     "feather hammer island jacket kitchen lantern market needle orchard pencil quarry ribbon saddle temple umbrella "
     "valley window yacht bakery canvas desert elevator ferry glacier hotel insect jungle kiosk library museum notebook "
     "ocean palace queue rocket stadium theatre uniform village wagon zebra budget contract invoice printer password "
     "calendar recipe schedule ticket voyage weather algorithm battery circuit database function keyboard network robot "
     "server tablet vaccine muscle planet comet enzyme fossil mineral pollen volcano"
-).split()
-ADJECTIVES = (
+)
+ADJECTIVES = _words(
     "quiet broken ancient bright hollow gentle frozen crooked rapid narrow golden dusty cheap fragile heavy modern "
     "sour round silent wooden purple late honest remote sharp tiny urgent vague warm yellow brave calm dense early "
     "fancy grim huge idle lucky mild neat odd plain rare slow"
-).split()
-VERBS = (
+)
+VERBS = _words(
     "repair paint measure describe sell borrow carry design explain find guard hide improve join keep lift move name "
     "order plan question remove sort translate use visit wash compare count draw clean rent trade weigh"
-).split()
-PEOPLE = (
+)
+PEOPLE = _words(
     "nurse pilot teacher baker sailor lawyer farmer student painter clerk tailor chemist singer driver gardener judge "
     "miner poet waiter plumber"
-).split()
-PLACES = (
+)
+PLACES = _words(
     "Oslo Lima Cairo Kyoto Lagos Delhi Quito Perth Turin Accra Sofia Dublin Hanoi Porto Tunis Malta Havana Bergen"
-).split()
-CHINESE_NOUNS = "灯 河流 水壶 花园 小提琴 火车 市场 铅笔 寺庙 雨伞 山谷 窗户 沙漠 图书馆 海洋 火箭 合同 日历 食谱 天气".split()
-CHINESE_VERBS = "修理 描述 测量 翻译 比较 解释 设计 清洗 寻找 改进 移动 命名".split()
-CHINESE_ADJECTIVES = "安静的 古老的 明亮的 破旧的 金色的 木制的 温暖的 罕见的 便宜的 巨大的".split()
+)
+CHINESE_NOUNS = _words(
+    "灯 河流 水壶 花园 小提琴 火车 市场 铅笔 寺庙 雨伞 山谷 窗户 沙漠 图书馆 海洋 火箭 合同 日历 食谱 天气"
+)
+CHINESE_VERBS = _words("修理 描述 测量 翻译 比较 解释 设计 清洗 寻找 改进 移动 命名")
+CHINESE_ADJECTIVES = _words("安静的 古老的 明亮的 破旧的 金色的 木制的 温暖的 罕见的 便宜的 巨大的")
 
 # `{n}` and so on are drawn for each place anew.
 QUESTIONS = (
@@ -321,7 +328,9 @@ def _train_tokenizer(draw: random.Random) -> Any:
         for kind in KINDS
         if kind.marker
     )
-    tokenizer.chat_template = f"{CHAT_TEMPLATE}{{% if add_generation_prompt %}}{repeated}{{% endif %}}"
+    # Before the reply's first tokens: what follows `assistant` in a prompt, the server takes for a part of the reply.
+    head, tail = CHAT_TEMPLATE.split("{% if add_generation_prompt %}")
+    tokenizer.chat_template = f"{head}{{% if add_generation_prompt %}}{repeated}{tail}"
     return tokenizer
 
 

@@ -97,6 +97,7 @@ def test_a_dataset_from_a_real_model_is_checked_row_by_row_and_trains(
     cut = sum(reply["finish_reason"] == "length" for reply in replies)
     assert manifest["rejects"].get("cut at max_tokens", 0) == cut > 0
     whole = [json.loads(reply["content"]) for reply in replies if is_example(reply)]
+    assert len(whole) >= 10
     for row in whole:
         assert {**row, "system": manifest["system_message"]} in made
     assert all(any(row["output"][:10] in reply["content"] for reply in replies) for row in made if row["output"])
@@ -156,7 +157,9 @@ def test_a_storm_of_faults_ends_with_the_exact_number_of_rows_and_nothing_paid_t
     assert not [reply for reply in replies if "error" in reply]
     assert manifest["rejects"]["cut at max_tokens"] >= 1  # the one whose finish_reason was changed
     # Delivered once each, except that the client had left before the slow one was answered.
-    late = next(seen.prompt for seen in server.seen if seen.fault == "slow" and not seen.tries and gave_up(server, seen))
+    late = next(
+        seen.prompt for seen in server.seen if seen.fault == "slow" and not seen.tries and gave_up(server, seen)
+    )
     assert {prompt: n for prompt, n in delivered(server).items() if n > 1 and prompt != late} == {}
     assert len(delivered(server)) == len(replies) + 1  # and the system message
     limited = [seen for seen in server.seen if seen.status == 429]
