@@ -20,29 +20,23 @@ from typing import Any
 
 from filelock import FileLock
 
-from trainer.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS
+from trainer.tiny import SPECIAL_TOKENS
 
 VOCAB_SIZE = 2048
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 2,
-    # A reply is spelt by its last words. With full attention, half of the replies to a prompt of 1,700 tokens were
-    # malformed; what is asked for stands at the end of the prompt, where the chat template repeats it.
-    "use_sliding_window": True,
-    "sliding_window": 48,
-    "layer_types": ["sliding_attention", "sliding_attention"],
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 8192,
+    "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
 }
-STEPS = 360
+STEPS = 400
 BATCH = 16
 LEARNING_RATE = 4e-3
 MATRIX_LEARNING_RATE = 0.02
 WARMUP_STEPS = 20
-LONGEST_PROMPT = 100  # tokens of a training prompt: more than both layers look back
 MIN_P = 0.01
 FLAWS_SHARE = 0.05
 CHINESE_SHARE = 0.15
@@ -111,28 +105,6 @@ STATEMENTS = (
 )
 CHINESE_QUESTIONS = ("请{v}{a}{n}和{n}。", "怎样{v}{d}个{a}{n}?", "为什么{n}比{n}更重要?", "用{n}来{v}{a}{n}。")
 CHINESE_STATEMENTS = ("{a}{n}需要{v}。", "先{v}{n},再{v}{n}。", "{d}个{n}。", "因为{n}是{a},所以{v}它。")
-# What requests are likely to say: it gives them short encodings, and makes the prompts that training starts from.
-REQUEST_TEXT = (
-    "A language model is going to be fine-tuned for the task below.",
-    "Write one training example for a language model that is fine-tuned for the task below.",
-    "Task:\nGiven a riddle, answer with a single word and explain it in one sentence.",
-    "System message of the model:\nYou are given a riddle and answer it with one word.",
-    "who it is, what it is given and what it answers with, in at most five sentences.",
-    "and nothing else: what the user asks, complete in itself, material that the request is about, or an empty string, "
-    "the best possible answer of the model. All of them are strings.",
-    "Do not mention these rules in the example. Reply with the message alone, in the language of the task.",
-    "This is example number 17 of a varied set whose other examples are written by others: choose a subject that they "
-    "are unlikely to choose.",
-    "Difficulty: an easy case that a beginner meets first.\nForm: a short, direct request.",
-    "Difficulty: a rare corner case in which a careless answer would be wrong.\nForm: an informal message in a chat.",
-    "Topic: everyday objects.\nThe user is a person who is new to the subject and writes in a hurry.",
-    "Plan a varied dataset: subjects that the examples shall cover, and people who would ask.",
-    "Judge whether the answer is correct, complete and helpful for the request, from 1 (useless) to 5 (perfect).",
-    "Document:\nThe following text is an extract. Use only what it says. 请只用文档里的内容回答。",
-    "Here are examples, written by hand, of what is wanted. Do not repeat them; write something new in their style.",
-    '{"instruction": "...", "input": "...", "output": "..."}\n{"turns": [{"user": "...", "assistant": "..."}]}',
-    '{"system": "...", "topics": ["...", "..."], "personas": ["..."]} {"score": 4, "reason": "..."}',
-)
 
 
 def _fill(template: str, draw: random.Random) -> str:
@@ -229,12 +201,12 @@ class Kind:
     weight: float
 
 
-# To add a kind: a line here. A request must hold one marker only. Each is a token of its own.
+# To add a kind: a line here. A request must hold one marker only: a token of its own, and all that the model sees.
 KINDS = (
     Kind("system", "Write the system message", _system_message, _is_text, 0.08),
-    Kind("plan", "Reply with the plan", _plan, _has({"system": str, "topics": list, "personas": list}), 0.16),
+    Kind("plan", "Reply with the plan", _plan, _has({"system": str, "topics": list, "personas": list}), 0.22),
     Kind(
-        "single", "Reply with one JSON object", _single, _has({"instruction": str, "input": str, "output": str}), 0.38
+        "single", "Reply with one JSON object", _single, _has({"instruction": str, "input": str, "output": str}), 0.34
     ),
     Kind("turns", "Reply with one conversation", _conversation, _has({"turns": list}), 0.2),
     Kind("score", "Reply with a score", _score, _has({"score": int, "reason": str}), 0.1),
@@ -311,7 +283,7 @@ def _train_tokenizer(draw: random.Random) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([*replies, *(REQUEST_TEXT * 20), "system\nuser\nassistant\n" * 100], trainer)
+    backend.train_from_iterator([*replies, "system\nuser\nassistant\n" * 100], trainer)
     trained = json.loads(backend.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=trained["vocab"],
@@ -322,44 +294,24 @@ def _train_tokenizer(draw: random.Random) -> Any:
         model_max_length=SHAPE["max_position_embeddings"],
     )
     tokenizer.add_tokens([AddedToken(kind.marker, normalized=False, special=False) for kind in KINDS if kind.marker])
-    # Looking through a long request is more than so small a model learns in a minute.
-    repeated = "".join(
+    # Looking through a long request is more than so small a model learns in a minute: it sees the phrase alone.
+    phrase = "".join(
         f"{{% if {json.dumps(kind.marker)} in messages[-1]['content'] %}}{kind.marker}{{% endif %}}"
         for kind in KINDS
         if kind.marker
     )
-    # Before the reply's first tokens: what follows `assistant` in a prompt, the server takes for a part of the reply.
-    head, tail = CHAT_TEMPLATE.split("{% if add_generation_prompt %}")
-    tokenizer.chat_template = f"{head}{{% if add_generation_prompt %}}{repeated}{tail}"
+    head = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer.chat_template = f"<|im_start|>user\n{phrase}<|im_end|>\n{head}"
     return tokenizer
 
 
-def _noise(draw: random.Random) -> str:
-    """A piece of a request that does not say what to reply with."""
-    kind = draw.random()
-    if kind < 0.6:
-        return draw.choice(REQUEST_TEXT)
-    if kind < 0.7:
-        return draw.choice(KINDS).write(draw)  # an example of another kind, or of this one
-    if kind < 0.8:
-        return "".join(chr(draw.choice((draw.randint(33, 126), draw.randint(0x4E00, 0x9FFF)))) for _ in range(12))
-    return draw.choice((_question, _statement))(draw, _chinese(draw))
-
-
 def _example(tokenizer: Any, draw: random.Random) -> tuple[list[int], int]:
-    """Return (tokens, length of the prompt) of a random request and its reply."""
+    """Return (tokens, length of the prompt) of a request and a reply."""
     kind = draw.choices(KINDS, [kind.weight for kind in KINDS])[0]
-    pieces = draw.choice((0, 1, 1, 2))
-    before, after = ([_noise(draw) for _ in range(draw.randint(0, pieces))] for _ in range(2))
-    asked = f"{kind.marker}{draw.choice((':', '.', ' that it gets in use:', ' and nothing else:', ' alone.', ''))}"
-    messages = [{"role": "user", "content": draw.choice(("\n", "\n\n", " ")).join([*before, asked, *after])}]
-    if draw.random() < 0.2:
-        messages.insert(0, {"role": "system", "content": _noise(draw)})
+    messages = [{"role": "user", "content": kind.marker}]
     prompt = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))["input_ids"]
-    if len(prompt) > LONGEST_PROMPT:
-        return _example(tokenizer, draw)
     text = kind.write(draw)
-    if kind.name not in ("system", "plain") and draw.random() < FLAWS_SHARE:
+    if kind.name not in ("system", "plain", "plan") and draw.random() < FLAWS_SHARE:
         text = _flawed(text, draw)
     reply = tokenizer(f"{text}<|im_end|>")["input_ids"]
     return prompt + reply, len(prompt)

@@ -18,11 +18,14 @@ from typing import Any
 import openai
 import pytest
 
-from datagen.cells import cells, system_prompt
+from datagen.cells import cell, score_prompt
+from datagen.plan import Plan, plan_prompt
 from datagen.settings import load_settings
 
 TASK = "Answer questions about everyday things in one sentence. 也可以用中文提问。"
 RunDatagen = Callable[..., tuple[int, str]]
+PLAN = Plan("You answer in one sentence.", ("tools", "places"), ("a student",))
+ROW = {"instruction": "Why?", "input": "", "output": "Because."}
 FILES = ("things.json", "things_eval.json", "dataset_info.json", "things.manifest.json")
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = "import argparse, sys; from datagen.cli import add_parser; p = argparse.ArgumentParser()\n"
@@ -31,7 +34,8 @@ COMMAND += "add_parser(p.add_subparsers()); a = p.parse_args(sys.argv[1:]); sys.
 
 def settings(real_server: Any, url: str, out: Path, **changed: Any) -> list[str]:
     values = {"task": TASK, "name": "things", "examples": 20, "out": out, "base_url": url, "model": real_server.model}
-    values |= {"temperature": 1.0, "concurrency": 4, "max_tokens": 256, **changed}
+    # The model says everything in a few sentence patterns: rows much more alike than those of a real one are kept.
+    values |= {"temperature": 1.0, "concurrency": 4, "max_tokens": 256, "similarity": 0.95, **changed}
     return [f"{key}={value}" for key, value in values.items()]
 
 
@@ -77,16 +81,46 @@ def test_the_model_gives_each_kind_of_reply_that_a_request_asks_for(real_server:
 
 
 def test_the_requests_of_the_command_hold_the_phrases_that_the_model_knows(json_model: Any) -> None:
-    config = load_settings([f"task={TASK}", "name=things"])
-    for name, prompt in (("system", system_prompt(TASK)), ("single", next(cells(config, "You answer.")).prompt)):
+    single, turns = (load_settings([f"task={TASK}", "name=things", f"turns={count}"]) for count in (1, 3))
+    prompts = {
+        "plan": plan_prompt(TASK),
+        "single": cell(single, PLAN, [], 0).messages[0][1],
+        "turns": cell(turns, PLAN, [], 0).messages[0][1],
+        "score": score_prompt(single, PLAN, ROW),
+    }
+    for name, prompt in prompts.items():
         assert [kind.name for kind in json_model.KINDS if kind.marker and kind.marker in prompt] == [name]
 
 
+@pytest.fixture
+def plan(tmp_path: Path) -> str:
+    """A plan file, so that a test counts requests for examples only."""
+    PLAN.write(tmp_path / "plan.json")
+    return str(tmp_path / "plan.json")
+
+
+def test_a_real_model_makes_a_plan_that_is_shown_saved_and_used(
+    real_server: Any, datagen: RunDatagen, tmp_path: Path
+) -> None:
+    asked = settings(real_server, real_server.url, tmp_path, examples=4, turns=2, **{"judge.threshold": 1})
+    code, text = datagen(*asked, "--plan-only")
+    assert code == 0, text
+    saved = json.loads((tmp_path / "things.plan.json").read_text(encoding="utf-8"))
+    assert len(saved["topics"]) >= 4
+    assert saved["topics"][0] in text
+    code, text = datagen(*asked)
+    assert code == 0, text
+    manifest = json.loads((tmp_path / "things.manifest.json").read_text(encoding="utf-8"))
+    assert manifest["plan"] == saved
+    assert sum(manifest["scores"].values()) >= 4
+    assert all(row["history"] for row in rows(tmp_path))
+
+
 def test_a_dataset_from_a_real_model_is_checked_row_by_row_and_trains(
-    real_server: Any, datagen: RunDatagen, train: Callable[..., Path], tmp_path: Path
+    real_server: Any, datagen: RunDatagen, train: Callable[..., Path], tmp_path: Path, plan: str
 ) -> None:
     # Replies take some 40 tokens: this limit cuts some of them off, so that real rejects are certain.
-    code, text = datagen(*settings(real_server, real_server.url, tmp_path, examples=20, max_tokens=44))
+    code, text = datagen(*settings(real_server, real_server.url, tmp_path, examples=20, max_tokens=44, plan=plan))
     assert code == 0, text
     made = rows(tmp_path)
     assert len(made) == 20
@@ -123,7 +157,7 @@ def is_example(reply: dict[str, Any]) -> bool:
 
 
 def test_a_storm_of_faults_ends_with_the_exact_number_of_rows_and_nothing_paid_twice(
-    real_server: Any, faults: Any, proxy: Any, datagen: RunDatagen, tmp_path: Path
+    real_server: Any, faults: Any, proxy: Any, datagen: RunDatagen, tmp_path: Path, plan: str
 ) -> None:
     storm = [
         faults.rate_limited(1),
@@ -144,9 +178,9 @@ def test_a_storm_of_faults_ends_with_the_exact_number_of_rows_and_nothing_paid_t
         faults.limits(limit_requests=9, remaining_requests=0, reset_requests="1s"),
     ]
     random.Random(0).shuffle(storm)
-    left = iter([None, None, *storm])  # the first two requests settle what the server accepts
+    left = iter([None, *storm])  # the first request settles what the server accepts
     server = proxy(lambda seen: next(left, None) if seen.tries == 0 else None)
-    code, text = datagen(*settings(real_server, server.url, tmp_path, examples=20, timeout=3))
+    code, text = datagen(*settings(real_server, server.url, tmp_path, examples=20, timeout=3, plan=plan))
     assert code == 0, text
     assert {seen.fault for seen in server.seen} == {fault.name for fault in storm} | {"pass"}
     assert len(rows(tmp_path)) == 20
@@ -161,7 +195,7 @@ def test_a_storm_of_faults_ends_with_the_exact_number_of_rows_and_nothing_paid_t
         seen.prompt for seen in server.seen if seen.fault == "slow" and not seen.tries and gave_up(server, seen)
     )
     assert {prompt: n for prompt, n in delivered(server).items() if n > 1 and prompt != late} == {}
-    assert len(delivered(server)) == len(replies) + 1  # and the system message
+    assert len(delivered(server)) == len(replies)
     limited = [seen for seen in server.seen if seen.status == 429]
     assert len(limited) == 2
 
@@ -171,7 +205,7 @@ def gave_up(server: Any, seen: Any) -> bool:
 
 
 def test_a_server_that_refuses_parameters_is_asked_without_them(
-    real_server: Any, faults: Any, proxy: Any, datagen: RunDatagen, tmp_path: Path
+    real_server: Any, faults: Any, proxy: Any, datagen: RunDatagen, tmp_path: Path, plan: str
 ) -> None:
     def script(seen: Any) -> Any:
         if "max_tokens" in seen.body:
@@ -181,9 +215,9 @@ def test_a_server_that_refuses_parameters_is_asked_without_them(
         return None
 
     server = proxy(script)
-    code, text = datagen(*settings(real_server, server.url, tmp_path, examples=3))
+    code, text = datagen(*settings(real_server, server.url, tmp_path, examples=3, plan=plan))
     assert code == 0, text
-    assert {reply["format"] for reply in logged(tmp_path)} == {"json_object"}
+    assert {reply["format"] for reply in logged(tmp_path)} == {"tool"}
     assert [seen.status for seen in server.seen].count(400) == 2
 
 
@@ -232,10 +266,11 @@ def test_a_killed_run_pays_nothing_twice_and_its_files_follow_from_the_log_alone
     assert log.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     config = load_settings(settings(real_server, server.url, killed))
     manifest = json.loads((killed / "things.manifest.json").read_text())
-    known = {cell.prompt for cell in cells(config, manifest["system_message"]) if cell.index in paid}
+    made = Plan(**{key: value if key == "system" else tuple(value) for key, value in manifest["plan"].items()})
+    known = {cell(config, made, [], index).messages[0][1] for index in paid}
     assert len(known) == len(paid)
     again = {seen.prompt for seen in server.seen[asked:]}
-    assert not again & (known | {system_prompt(TASK)})
+    assert not again & (known | {plan_prompt(TASK)})
     # The same replies without an interruption: a server asked twice would not give them again, their log does.
     replayed.mkdir()
     shutil.copy(log, replayed)
