@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; the user's mistakes end without a traceback."""
+    # While it is imported, it reports optional kernels that nobody here asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     top = parser()
     args, rest = top.parse_known_args(argv)
     if args.command is None:
