@@ -24,7 +24,7 @@ from datagen.outputs import Files, write_outputs
 from datagen.plan import SCHEMA as PLAN_SCHEMA
 from datagen.plan import Plan, as_plan, plan_prompt, read_plan
 from datagen.provider import Ask, Provider, RequestFailed
-from datagen.replies import ReplyLog, object_of, row_of
+from datagen.replies import ReplyLog, object_of, row_of, scrubbed
 from datagen.settings import DatagenConfig, Endpoint, Mode, identity, prices
 from datagen.sources import Chunk, read_sources
 from launch.errors import ConfigError, DataError, PeerError, StorageError
@@ -105,7 +105,7 @@ def logged_plan(config: DatagenConfig, log: ReplyLog) -> Plan | None:
     """Return the plan that the log has."""
     for number in range(PLAN_TRIES):
         found = object_of(log.records.get(_plan_id(config, number), {"error": ""}))
-        plan = as_plan(found) if isinstance(found, dict) else None
+        plan = as_plan(scrubbed(found, log.scrub)) if isinstance(found, dict) else None
         if plan:
             return plan
     return None

@@ -15,7 +15,7 @@ from datagen.cells import PROMPTS_VERSION
 from datagen.harvest import Harvest
 from datagen.plan import Plan
 from datagen.preview import preview_page
-from datagen.replies import ReplyLog, Row
+from datagen.replies import ReplyLog, Row, scrubbed
 from datagen.settings import DatagenConfig, Endpoint, Format, as_plain, prices
 from datagen.split import split
 from launch import __version__
@@ -79,10 +79,12 @@ def write_outputs(
     Raises:
         DataError: a row to train on and one held out are alike after all.
     """
-    dealt = split(harvest.rows, config.eval_share, config.seed, config.similarity)
+    # The log has no key in it, but may have one in an escaped form that is plain here.
+    rows_kept: list[Row] = scrubbed(harvest.rows, endpoint.scrub)
+    dealt = split(rows_kept, config.eval_share, config.seed, config.similarity)
     if dealt.test and dealt.highest >= config.similarity:
         raise DataError(f"Rows {dealt.pair} of training and held-out data are alike ({dealt.highest:.2f}).")
-    train, test = ([harvest.rows[number] for number in side] for side in (dealt.train, dealt.test))
+    train, test = ([rows_kept[number] for number in side] for side in (dealt.train, dealt.test))
     entries: dict[str, dict[str, Any]] = {}
     for name, path, rows in ((config.name, files.rows, train), (f"{config.name}_eval", files.eval_rows, test)):
         if rows:

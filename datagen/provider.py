@@ -87,7 +87,11 @@ class Provider:
                 lost = (request.unknown + 1) * held.tokens_in, (request.unknown + 1) * held.tokens_out
                 self._log.note_sent(request.key, as_usage(*lost), request.tries, **request.marks)
                 try:
-                    creating = self._client.chat.completions.with_raw_response.create(**body)
+                    # The client checks what is no extra of the body part by part, which takes longer than all the rest.
+                    rest = {key: value for key, value in body.items() if key not in ("model", "messages")}
+                    creating = self._client.chat.completions.with_raw_response.create(
+                        model=body["model"], messages=body["messages"], extra_body=rest
+                    )
                     raw = await asyncio.wait_for(creating, self._config.timeout)
                     reply = raw.parse()
                 except asyncio.CancelledError:
@@ -163,11 +167,16 @@ class Provider:
             texts["content"] = getattr(getattr(calls[0], "function", None), "arguments", None)
         counted = {name: getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
         known = all(isinstance(count, int) and count >= 0 for count in counted.values())
-        held = self.worst_case(request, batch=batch)
+        cost: dict[str, Any]
+        if known:
+            cost = {"usage": counted}
+        else:
+            held = self.worst_case(request, batch=batch)
+            cost = {"worst_case": as_usage(held.tokens_in, held.tokens_out)}
         return {
             **{name: text if isinstance(text, str) else None for name, text in texts.items()},
             "finish_reason": getattr(choice, "finish_reason", None),
-            **({"usage": counted} if known else {"worst_case": as_usage(held.tokens_in, held.tokens_out)}),
+            **cost,
             "model": getattr(reply, "model", None),
             "format": LADDER[self._rung] if request.schema else "text",
             "tries": request.tries,

@@ -31,7 +31,7 @@ class ReplyLog:
     def __init__(self, path: Path, scrub: Callable[[str], str] = str) -> None:
         self.path = path
         self.records: dict[str, Record] = {}
-        self._scrub = scrub
+        self.scrub = scrub
         self._forgotten: list[Record] = []
         self._file: IO[bytes] | None = None
         data = path.read_bytes() if path.exists() else b""
@@ -84,7 +84,7 @@ class ReplyLog:
 
     def append(self, record: Record) -> None:
         """Add a reply; it has left this process when the call returns."""
-        record = _scrubbed(record, self._scrub)
+        record = scrubbed(record, self.scrub)
         self._write(record)
         self.records[record["id"]] = record
 
@@ -131,12 +131,13 @@ class ReplyLog:
         return [*self.records.values(), *self._forgotten]
 
 
-def _scrubbed(value: Any, scrub: Callable[[str], str]) -> Any:
+def scrubbed(value: Any, scrub: Callable[[str], str]) -> Any:
+    """Return a JSON value with every text in it scrubbed."""
     if isinstance(value, str):
         return scrub(value)
     if isinstance(value, dict):
-        return {key: _scrubbed(item, scrub) for key, item in value.items()}
-    return [_scrubbed(item, scrub) for item in value] if isinstance(value, list) else value
+        return {key: scrubbed(item, scrub) for key, item in value.items()}
+    return [scrubbed(item, scrub) for item in value] if isinstance(value, list) else value
 
 
 def object_of(record: Record) -> dict[str, Any] | str:
@@ -161,7 +162,9 @@ def row_of(record: Record, turns: int) -> Row | str:
     row = _example(found) if turns == 1 else _conversation(found)
     if isinstance(row, str):
         return row
-    if any("\ud800" <= character <= "\udfff" for character in json.dumps(row, ensure_ascii=False)):
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
         return "broken characters"
     return "refused" if REFUSAL.match(row["output"]) else row
 
