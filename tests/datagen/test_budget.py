@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_what_nobody_tells_counts_at_its_worst(serve: Any, fake: Any, datagen: A
         if asked.cell is None:
             return None
         if fault == "timeout":
-            server.delay = 1.3
+            time.sleep(1.3)
         if fault == "html":
             return fake.Reply(body="<html>")
         reply = fake.good(asked.cell)
