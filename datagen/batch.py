@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 import openai
+from openai.types.chat import ChatCompletion
 
-from datagen.budget import Budget, BudgetSpent, Reservation
-from datagen.cells import CONVERSATION_SCHEMA, EXAMPLE_SCHEMA, Cell
+from datagen.budget import BudgetSpent
+from datagen.cells import Cell, digest, schema_of
 from datagen.harvest import Harvest
-from datagen.provider import Ask, client_of, request_body
-from datagen.replies import ReplyLog
+from datagen.provider import Ask, Provider, as_usage, client_of
+from datagen.replies import Record, ReplyLog
 from datagen.settings import DatagenConfig, Endpoint
 from launch.errors import ConfigError, PeerError, Preempted
 
@@ -25,44 +26,163 @@ MOST = 50_000  # requests of one batch, as OpenAI allows
 UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
 
 
-async def run_batches(
-    config: DatagenConfig,
-    endpoint: Endpoint,
-    budget: Budget,
-    harvest: Harvest,
-    log: ReplyLog,
-    say: Callable[[str], None],
-) -> None:
-    """Collect the batches that are done and submit what is missing then.
+class Batches:
+    """Submits what is missing and collects what is done.
 
-    Raises:
-        Preempted: a batch is under way; the same command looks again.
-        ConfigError, PeerError: the server has no batches, or refuses.
+    A batch has two lines in the log: `submit-N` before it is sent, and `batch-N` when the server has taken it. After a
+    crash between the two, the server's list tells whether it was.
     """
-    client = client_of(endpoint, config.timeout)
-    try:
-        if await _collect(client, endpoint, log, say):
-            raise Preempted("The batch is not done yet; the same command looks again.")
-        harvest.advance(log)
-        if harvest.full:
-            return
-        waiting = _missing(harvest, log)
-        if not waiting:
-            return
-        submitted = await _submit(client, config, budget, waiting, log)
-        raise Preempted(
-            f"Submitted {len(waiting)} requests as {submitted}, to be done within {WINDOW}. The same command looks "
-            f"again."
+
+    def __init__(
+        self, config: DatagenConfig, endpoint: Endpoint, provider: Provider, log: ReplyLog, say: Callable[[str], None]
+    ) -> None:
+        self._config, self._endpoint, self._provider, self._log, self._say = config, endpoint, provider, log, say
+        self._client = client_of(endpoint, config.timeout)
+
+    async def run(self, harvest: Harvest, preflight: Callable[[Cell], Awaitable[None]]) -> None:
+        """Collect the batches that are done and submit what is missing then, the first one not in the batch.
+
+        Raises:
+            Preempted: a batch is under way; the same command looks again.
+            BudgetSpent: not a single request fits into what may be spent.
+            ConfigError, PeerError: the server has no batches, or refuses.
+        """
+        url = self._endpoint.base_url
+        try:
+            await self._find_unsure()
+            if await self._collect(harvest):
+                raise Preempted("The batch is not done yet; the same command looks again.")
+            self._provider.budget.count([*self._log.replies(), *self._log.orphans])
+            harvest.advance(self._log)
+            waiting = [] if harvest.full else _missing(harvest, self._log)
+            if waiting and not self._provider.negotiated:
+                await preflight(waiting.pop(0))  # what the server accepts
+            if waiting:
+                raise Preempted(await self._submit(waiting))
+        except openai.NotFoundError as error:
+            raise ConfigError(f"{url} has no Batch API, or has lost the batch: use mode=parallel.") from error
+        except openai.APIStatusError as error:
+            words = f"HTTP {error.status_code}: {self._endpoint.scrub(' '.join(error.message.split()))[:300]}"
+            if error.status_code in (401, 403):
+                raise ConfigError(f"{url} does not accept the key in {self._endpoint.key_name}, {words}") from error
+            raise PeerError(f"{url} does not serve the batch, {words} The same command continues.") from error
+        except openai.APIConnectionError as error:
+            raise PeerError(f"{url} cannot be reached; the same command continues.") from error
+        finally:
+            await self._client.close()
+
+    async def _submit(self, waiting: list[Cell]) -> str:
+        """Submit as much as the budget allows, and say what."""
+        log, tokens = self._log, [0, 0]
+        lines: list[str] = []
+        cells: dict[str, dict[str, Any]] = {}
+        for cell in waiting:
+            ask = Ask(cell.request(), cell.id, schema_of(self._config))
+            held = self._provider.worst_case(ask, batch=True)
+            try:
+                self._provider.budget.reserve(held)
+            except BudgetSpent:
+                if not lines:
+                    raise
+                break
+            tokens = [tokens[0] + held.tokens_in, tokens[1] + held.tokens_out]
+            cells[cell.id] = cell.where
+            lines.append(
+                json.dumps({"custom_id": cell.id, "method": "POST", "url": URL, "body": self._provider.body(ask)})
+            )
+        number = sum(key.startswith("submit-") for key in log.records)
+        mark = f"{self._config.name}-{number}-{digest(list(cells))}"
+        # What it may cost counts from here on, until it is known.
+        worst = {"batch": True, "worst_case": as_usage(*tokens), "tries": len(lines)}
+        file = await self._client.files.create(
+            file=("requests.jsonl", io.BytesIO("\n".join(lines).encode())), purpose="batch"
         )
-    except openai.NotFoundError as error:
-        raise ConfigError(f"{endpoint.base_url} has no Batch API: use mode=parallel.") from error
-    except openai.APIStatusError as error:
-        words = endpoint.scrub(" ".join(error.message.split()))[:300]
-        raise PeerError(f"{endpoint.base_url} refuses the batch, HTTP {error.status_code}: {words}") from error
-    except openai.APIConnectionError as error:
-        raise PeerError(f"{endpoint.base_url} cannot be reached; the same command continues.") from error
-    finally:
-        await client.close()
+        log.append({"id": f"submit-{number}", "mark": mark, "cells": cells, **worst})
+        try:
+            batch = await self._client.batches.create(
+                input_file_id=file.id, endpoint=URL, completion_window=WINDOW, metadata={"tunewright": mark}
+            )
+        except openai.APIStatusError as error:
+            if error.status_code < 500:
+                self._not_taken(f"{number}")
+            raise
+        log.append({"id": f"batch-{number}", "batch": batch.id})
+        return (
+            f"Submitted {len(lines)} requests as {batch.id}, to be done within {WINDOW}. The same command looks again."
+        )
+
+    async def _find_unsure(self) -> None:
+        """Find the batches that may have been submitted, though the log does not say so."""
+        for key in [key for key in self._log.records if key.startswith("submit-")]:
+            number = key.removeprefix("submit-")
+            if f"batch-{number}" in self._log.records:
+                continue
+            found = None
+            async for batch in self._client.batches.list(limit=100):
+                if (batch.metadata or {}).get("tunewright") == self._log.records[key]["mark"]:
+                    found = batch.id
+                    break
+            if found is None:
+                self._not_taken(number)
+            else:
+                self._log.append({"id": f"batch-{number}", "batch": found})
+
+    def _not_taken(self, number: str) -> None:
+        self._log.append({"id": f"batch-{number}", "batch": None})
+        self._settle(number, tries=0)
+
+    def _settle(self, number: str, **changed: Any) -> None:
+        """What a batch costs is known now: its replies have it."""
+        submitted = self._log.records[f"submit-{number}"]
+        self._log.append({**submitted, "worst_case": None, **changed})
+
+    async def _collect(self, harvest: Harvest) -> bool:
+        """Put the replies of batches into the log; true when one is still under way."""
+        under_way, refused = False, None
+        for key in [key for key in self._log.records if key.startswith("batch-")]:
+            number, submitted = key.removeprefix("batch-"), self._log.records[key]["batch"]
+            if submitted is None or f"done-{number}" in self._log.records:
+                continue
+            cells = self._log.records[f"submit-{number}"]["cells"]
+            batch = await self._client.batches.retrieve(submitted)
+            counts = batch.request_counts
+            done = f", {counts.completed} of {counts.total} done" if counts else ""
+            self._say(f"Batch {batch.id}: {batch.status}{done}")
+            if batch.status in UNFINISHED:
+                under_way = True
+                continue
+            # An expired or cancelled batch has the replies that were made, and bills them.
+            for file in filter(None, (batch.output_file_id, batch.error_file_id)):
+                for line in (await self._client.files.content(file)).text.splitlines():
+                    self._take(line, cells, harvest)
+            # What it did not answer is missing still.
+            self._log.append({"id": f"done-{number}", "status": batch.status})
+            self._settle(number)
+            if batch.status == "failed":
+                refused = [str(item.message) for item in (batch.errors and batch.errors.data) or []]
+        if refused is not None:
+            words = self._endpoint.scrub("; ".join(refused)) or "without a reason"
+            raise ConfigError(f"{self._endpoint.base_url} refuses the batch: {words}")
+        return under_way
+
+    def _take(self, text: str, cells: dict[str, Any], harvest: Harvest) -> None:
+        try:
+            line = json.loads(text)
+            key, response = line["custom_id"], line.get("response") or {}
+            body = response.get("body") or {}
+            if key not in cells or key in self._log.records:
+                return
+            if response.get("status_code") == 200 and isinstance(body.get("choices"), list):
+                cell = harvest.cell_at(cells[key]["index"])
+                ask = Ask(cell.request() if cell else [], key, schema_of(self._config))
+                record: Record = self._provider.record(ChatCompletion.construct(**body), ask, batch=True)
+                self._log.append({**cells[key], **record, "batch": True})
+                return
+            reason = line.get("error") or body.get("error") or "no reply"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self._say("A line of the batch's results cannot be read; its example is asked for again.")
+            return
+        self._log.append({**cells[key], "error": self._endpoint.scrub(str(reason))[:300]})
 
 
 def _missing(harvest: Harvest, log: ReplyLog) -> list[Cell]:
@@ -74,80 +194,3 @@ def _missing(harvest: Harvest, log: ReplyLog) -> list[Cell]:
             found.append(cell)
         index += 1
     return found
-
-
-async def _submit(
-    client: openai.AsyncOpenAI, config: DatagenConfig, budget: Budget, waiting: list[Cell], log: ReplyLog
-) -> str:
-    schema = EXAMPLE_SCHEMA if config.turns == 1 else CONVERSATION_SCHEMA
-    lines, worst = [], Reservation(0, 0)
-    for cell in waiting:
-        ask = Ask(cell.request(), schema)
-        held = budget.worst_case(ask.prompt, config.max_tokens)
-        worst = Reservation(worst.tokens_in + held.tokens_in, worst.tokens_out + held.tokens_out)
-        body = request_body(config, ask, "json_schema")
-        lines.append(json.dumps({"custom_id": cell.id, "method": "POST", "url": URL, "body": body}))
-    try:
-        budget.reserve(worst, len(waiting))
-    except BudgetSpent as error:
-        raise ConfigError(f"{error}, for a batch of {len(waiting)} requests at their worst.") from error
-    file = await client.files.create(file=("requests.jsonl", io.BytesIO("\n".join(lines).encode())), purpose="batch")
-    batch = await client.batches.create(input_file_id=file.id, endpoint=URL, completion_window=WINDOW)
-    cells = {cell.id: cell.where for cell in waiting}
-    log.append({"id": f"batch-{batch.id}", "batch": batch.id, "cells": cells, "tries": len(waiting)})
-    return batch.id
-
-
-async def _collect(client: openai.AsyncOpenAI, endpoint: Endpoint, log: ReplyLog, say: Callable[[str], None]) -> bool:
-    """Put the replies of batches into the log; true when one is still under way."""
-    under_way = False
-    open_ones = [
-        record
-        for key, record in list(log.records.items())
-        if key.startswith("batch-") and f"done-{record['batch']}" not in log.records
-    ]
-    for record in open_ones:
-        batch = await client.batches.retrieve(record["batch"])
-        if batch.status in UNFINISHED:
-            counts = batch.request_counts
-            done = f", {counts.completed} of {counts.total} done" if counts else ""
-            say(f"Batch {batch.id}: {batch.status}{done}")
-            under_way = True
-            continue
-        # An expired or cancelled batch has the replies that were made, and bills them.
-        for file in filter(None, (batch.output_file_id, batch.error_file_id)):
-            for line in (await client.files.content(file)).text.splitlines():
-                _take(json.loads(line), record["cells"], endpoint, log)
-        for key, where in record["cells"].items():
-            if key not in log.records:
-                log.append({**where, "error": f"not answered: the batch is {batch.status}"})
-        log.append({"id": f"done-{batch.id}", "status": batch.status})
-        say(f"Batch {batch.id}: {batch.status}")
-        if batch.status == "failed":
-            problems = [str(item.message) for item in (batch.errors.data if batch.errors and batch.errors.data else [])]
-            raise ConfigError(f"The server refuses the batch: {endpoint.scrub('; '.join(problems))}")
-    return under_way
-
-
-def _take(line: dict[str, Any], cells: dict[str, Any], endpoint: Endpoint, log: ReplyLog) -> None:
-    key = line.get("custom_id")
-    if key not in cells or key in log.records:
-        return
-    body = (line.get("response") or {}).get("body") or {}
-    choices = body.get("choices") or []
-    if (line.get("response") or {}).get("status_code") != 200 or not choices:
-        reason = line.get("error") or body.get("error") or "no reply"
-        log.append({**cells[key], "error": endpoint.scrub(str(reason))[:300]})
-        return
-    message, usage = choices[0].get("message") or {}, body.get("usage") or {}
-    texts = {name: message.get(name) for name in ("content", "refusal")}
-    log.append(
-        {
-            **cells[key],
-            **{name: endpoint.scrub(text) if isinstance(text, str) else None for name, text in texts.items()},
-            "finish_reason": choices[0].get("finish_reason"),
-            "usage": {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")} if usage else None,
-            "model": body.get("model"),
-            "format": "json_schema",
-        }
-    )

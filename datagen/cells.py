@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from datagen.plan import Plan
@@ -43,6 +44,11 @@ SCORE_SCHEMA = {
     "required": ["score", "reason"],
     "additionalProperties": False,
 }
+
+
+def schema_of(config: DatagenConfig) -> dict[str, Any]:
+    """Return the shape of an example."""
+    return EXAMPLE_SCHEMA if config.turns == 1 else CONVERSATION_SCHEMA
 
 
 @dataclass(frozen=True)
@@ -85,18 +91,23 @@ def cells(config: DatagenConfig, plan: Plan, chunks: Sequence[Chunk]) -> Iterato
 def cell(config: DatagenConfig, plan: Plan, chunks: Sequence[Chunk], index: int) -> Cell:
     """Return one cell."""
     turn, place = divmod(index, len(plan.topics))
-    topic = random.Random(f"{config.seed}/topics/{turn}").sample(plan.topics, len(plan.topics))[place]
+    topic = plan.topics[_order(f"{config.seed}/topics/{turn}", len(plan.topics))[place]]
     difficulty = plan.difficulties[turn % len(plan.difficulties)]
     chooser = random.Random(f"{config.seed}/cell/{index}")
     persona, form = chooser.choice(plan.personas), chooser.choice(plan.forms)
     chunk = None
     if chunks:
         again, number = divmod(index, len(chunks))
-        chunk = random.Random(f"{config.seed}/sources/{again}").sample(list(chunks), len(chunks))[number]
+        chunk = chunks[_order(f"{config.seed}/sources/{again}", len(chunks))[number]]
     prompt = _prompt(config, plan, index, (topic, persona, difficulty, form), chunk)
     messages = (("user", prompt),)
     where = f"{chunk.file}#{chunk.number}" if chunk else None
     return Cell(index, topic, persona, difficulty, form, messages, request_id(config, messages), where)
+
+
+@lru_cache(maxsize=16)
+def _order(seed: str, count: int) -> list[int]:
+    return random.Random(seed).sample(range(count), count)
 
 
 def sequential_cell(config: DatagenConfig, plan: Plan, index: int, earlier: Sequence[str]) -> Cell:

@@ -9,30 +9,22 @@ import shlex
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from datagen.batch import run_batches
-from datagen.budget import BATCH_PRICE, Budget, BudgetSpent
-from datagen.cells import (
-    CONVERSATION_SCHEMA,
-    EXAMPLE_SCHEMA,
-    PROMPTS_VERSION,
-    SCORE_SCHEMA,
-    Cell,
-    cell_count,
-    digest,
-    score_prompt,
-)
+from datagen.batch import Batches
+from datagen.budget import Budget, BudgetSpent, Reservation
+from datagen.cells import PROMPTS_VERSION, SCORE_SCHEMA, Cell, cell_count, digest, schema_of, score_prompt
 from datagen.display import Display, Progress
 from datagen.harvest import Harvest, score_id
-from datagen.limiter import Limiter
+from datagen.limiter import Limiter, Stopped
 from datagen.outputs import Files, write_outputs
 from datagen.plan import SCHEMA as PLAN_SCHEMA
 from datagen.plan import Plan, as_plan, plan_prompt, read_plan
 from datagen.provider import Ask, Provider, RequestFailed
-from datagen.replies import ReplyLog, object_of, row_of
+from datagen.replies import ReplyLog, object_of, row_of, scrubbed
 from datagen.settings import DatagenConfig, Endpoint, Mode, identity, prices
 from datagen.sources import Chunk, read_sources
 from launch.errors import ConfigError, DataError, PeerError, StorageError
@@ -60,15 +52,15 @@ def generate(
     files = Files(Path(config.out), config.name)
     chunks = read_sources(config.source.split(",")) if config.source else []
     given = read_plan(Path(config.plan)) if config.plan else None
-    asked = {**identity(config), "prompts_version": PROMPTS_VERSION}
-    # What is in the files decides, not their names.
-    asked |= {"plan": digest(repr(given)) if given else None, "source": [chunk.digest for chunk in chunks] or None}
     try:
         files.check_ours()
         if dry_run:
-            return _estimate(config, endpoint, given, chunks, ReplyLog(files.log, asked), say)
+            return _estimate(config, endpoint, given, chunks, _open_log(files, config, endpoint, given, chunks), say)
         files.out.mkdir(parents=True, exist_ok=True)
-        with FileLock(files.lock, timeout=0), contextlib.closing(ReplyLog(files.log, asked)) as log:
+        with (
+            FileLock(files.lock, timeout=0),
+            contextlib.closing(_open_log(files, config, endpoint, given, chunks)) as log,
+        ):
             job = Job(config, endpoint, log, given, chunks, say)
             try:
                 asyncio.run(job.run(plan_only))
@@ -86,6 +78,43 @@ def generate(
         raise StorageError(f"Cannot use {error.filename or files.out}: {error.strerror or error}.") from error
 
 
+def _open_log(
+    files: Files, config: DatagenConfig, endpoint: Endpoint, given: Plan | None, chunks: list[Chunk]
+) -> ReplyLog:
+    """Read the log.
+
+    Raises:
+        ConfigError: it is for other settings, or there is a plan that was edited and would be lost.
+    """
+    log = ReplyLog(files.log, endpoint.scrub)
+    made = logged_plan(config, log)
+    if given is None and made and files.plan.is_file() and read_plan(files.plan) != made:
+        place = shlex.quote(str(files.plan))
+        raise ConfigError(
+            f"{files.plan} was edited: add plan={place} to use it, or delete it to use the plan as it was."
+        )
+    # What is in the files decides, not their names.
+    asked = {**identity(config), "prompts_version": PROMPTS_VERSION}
+    asked["plan"] = digest(repr(given)) if given and given != made else None
+    asked["source"] = digest([chunk.digest for chunk in chunks]) if chunks else None
+    log.begin(asked)
+    return log
+
+
+def logged_plan(config: DatagenConfig, log: ReplyLog) -> Plan | None:
+    """Return the plan that the log has."""
+    for number in range(PLAN_TRIES):
+        found = object_of(log.records.get(_plan_id(config, number), {"error": ""}))
+        plan = as_plan(scrubbed(found, log.scrub)) if isinstance(found, dict) else None
+        if plan:
+            return plan
+    return None
+
+
+def _plan_id(config: DatagenConfig, number: int) -> str:
+    return f"plan-{number}-{digest([config.model, plan_prompt(config.task)])}"
+
+
 class Job:
     """The asking: fills the log until enough replies are rows or a cap is reached."""
 
@@ -99,12 +128,11 @@ class Job:
         say: Callable[[str], None],
     ) -> None:
         self.config, self.endpoint, self.log, self.plan, self.chunks = config, endpoint, log, plan, chunks
-        self.budget = Budget(config.budget, prices(config), factor=BATCH_PRICE if config.mode is Mode.batch else 1.0)
-        self.budget.tokens_in, self.budget.tokens_out = log.spent()
-        self.budget.requests = log.requests()
+        self.budget = Budget(config.budget, partial(prices, config))
+        self.budget.count([*log.replies(), *log.orphans])
         self.display = Display(say)
         self.limiter = Limiter(config.concurrency if config.mode is Mode.parallel else 1)
-        self.provider = Provider(config, endpoint, self.budget, self.limiter, self.display.say)
+        self.provider = Provider(config, endpoint, self.budget, self.limiter, log, self.display.say)
         self.harvest: Harvest | None = None
         self.pending: dict[asyncio.Task[None], int] = {}
         self.hopeful: set[int] = set()  # cells with a row in the log that the harvest has not reached
@@ -138,24 +166,26 @@ class Job:
     def _forget_failures(self) -> None:
         """Ask again, once for each run, for what no reply came for."""
         assert self.plan is not None
-        self.log.forget_errors()
+        if self.config.mode is not Mode.batch:  # in which a single request fails for good
+            self.log.forget_errors(last_only=self.config.mode is Mode.sequential)
         self.harvest = Harvest(self.config, self.plan, self.chunks)
         self.harvest.advance(self.log)
         self.found_before = len(self.harvest.rows)
 
     async def _make_plan(self) -> Plan:
+        messages = [{"role": "user", "content": plan_prompt(self.config.task)}]
         for number in range(PLAN_TRIES):
-            key = f"plan-{number}"
+            if plan := logged_plan(self.config, self.log):
+                return plan
+            key = _plan_id(self.config, number)
             if key not in self.log.records:
-                request = Ask([{"role": "user", "content": plan_prompt(self.config.task)}], PLAN_SCHEMA)
+                request = Ask(messages, key, PLAN_SCHEMA)
                 try:
-                    self.log.append({"id": key, **await self.provider.ask(request)})
+                    self.log.append({"id": key, **await self.provider.ask(request), **self.provider.lost(request)})
                 except BudgetSpent as error:
                     raise ConfigError(f"{error}: not even the plan can be asked for.") from error
-            found = object_of(self.log.records[key])
-            plan = as_plan(found) if isinstance(found, dict) else None
-            if plan:
-                return plan
+        if plan := logged_plan(self.config, self.log):
+            return plan
         raise DataError(
             f"No usable plan in {PLAN_TRIES} replies: see {self.log.path}. Write one yourself: plan=FILE with system, "
             f"topics and personas."
@@ -164,9 +194,10 @@ class Job:
     async def _collect(self) -> None:
         assert self.harvest is not None
         if self.config.mode is Mode.batch:
-            await run_batches(self.config, self.endpoint, self.budget, self.harvest, self.log, self.display.say)
+            await self._batches()
             return
         ahead = self.harvest.next
+        failed: BaseException | None = None
         while True:
             # Never more in flight than rows are missing, so that nothing is paid for that is not wanted. The first one
             # goes alone, to find out what the server accepts.
@@ -180,11 +211,29 @@ class Job:
             finished, _ = await asyncio.wait(self.pending, timeout=TICK, return_when=asyncio.FIRST_COMPLETED)
             for task in finished:
                 del self.pending[task]
-                task.result()
+                if (error := task.exception()) is not None:
+                    # The others may be paid for already: they get the time to end.
+                    failed = failed or error
+                    self._stop()
             self.harvest.advance(self.log)
             self.hopeful = {index for index in self.hopeful if index >= self.harvest.next}
+        if failed is not None:
+            raise failed
         if self.stop_by is not None:
             raise asyncio.CancelledError
+
+    async def _batches(self) -> None:
+        assert self.harvest is not None
+        try:
+            batches = Batches(self.config, self.endpoint, self.provider, self.log, self.display.say)
+            await batches.run(self.harvest, self._ask)
+        except BudgetSpent as error:
+            self.capped = str(error)
+
+    def _stop(self) -> None:
+        self.limiter.stop()
+        if self.stop_by is None:
+            self.stop_by = time.monotonic() + DRAIN_SECONDS
 
     @property
     def _room(self) -> int:
@@ -196,6 +245,7 @@ class Job:
     @property
     def _open(self) -> bool:
         if self.capped is None and self.budget.out_of_time():
+            self.limiter.stop()
             self.capped = f"budget.minutes = {self.config.budget.minutes:g} are over"
         return self.stop_by is None and self.capped is None
 
@@ -223,8 +273,7 @@ class Job:
         assert self.plan is not None
         try:
             if cell.id not in self.log.records:
-                schema = EXAMPLE_SCHEMA if self.config.turns == 1 else CONVERSATION_SCHEMA
-                await self._log(cell.where, Ask(cell.request(), schema))
+                await self._log(cell.where, Ask(cell.request(), cell.id, schema_of(self.config)))
             row = row_of(self.log.records[cell.id], self.config.turns)
             if isinstance(row, str):
                 return
@@ -233,10 +282,12 @@ class Job:
             if judge.threshold is not None and key not in self.log.records:
                 prompt = score_prompt(self.config, self.plan, row)
                 messages = [{"role": "user", "content": prompt}]
-                await self._log({"id": key}, Ask(messages, SCORE_SCHEMA, model=judge.model, temperature=0.0))
+                await self._log({"id": key}, Ask(messages, key, SCORE_SCHEMA, judge.model, 0.0))
             self.hopeful.add(cell.index)
         except BudgetSpent as error:
             self.capped = str(error)
+        except Stopped:
+            pass
 
     async def _log(self, where: dict[str, object], request: Ask) -> None:
         try:
@@ -244,11 +295,9 @@ class Job:
             self.failures = 0
         except RequestFailed as error:
             # No reply came: it counts as a rejected one now, and the next run asks again.
-            record = {**where, "error": str(error), "tries": request.tries}
+            record = {**where, "error": str(error), "tries": request.tries, **request.marks}
             self.failures += 1
-        if request.unknown:
-            record["lost"] = self.provider.worst_case(request)
-        self.log.append(record)
+        self.log.append({**record, **self.provider.lost(request)})
         if self.failures >= FAILURES_IN_A_ROW or (self.failures and not self.provider.negotiated):
             raise PeerError(f"{record['error']} The replies so far are kept; the same command continues.")
 
@@ -256,7 +305,7 @@ class Job:
         if self.stop_by is not None or not self.pending:
             main.cancel()
             return
-        self.stop_by = time.monotonic() + DRAIN_SECONDS
+        self._stop()
         self.display.say(f"Stopping after {len(self.pending)} requests in flight; Ctrl-C again drops them.")
 
     def _show(self) -> None:
@@ -267,7 +316,7 @@ class Job:
                 wanted=self.config.examples,
                 rejects=self.harvest.rejects,
                 in_flight=len(self.pending),
-                tokens=self.budget.tokens_in + self.budget.tokens_out,
+                tokens=self.budget.tokens,
                 usd=self.budget.spent(),
                 made_since_start=len(self.harvest.rows) + len(self.hopeful) - self.found_before,
                 seconds=time.monotonic() - self.began,
@@ -295,19 +344,25 @@ def _estimate(
     say: Callable[[str], None],
 ) -> int:
     """Say what would be asked, and what it would about take."""
-    shown = plan or Plan("(written by the first request)", ("(a topic of the plan)",), ("(a persona of the plan)",))
+    shown = (
+        plan
+        or logged_plan(config, log)
+        or Plan("(written by the first request)", ("(a topic of the plan)",), ("(a persona of the plan)",))
+    )
     first = Harvest(config, shown, chunks).cell_at(0)
     assert first is not None
     prompt = first.messages[0][1]
     done = sum("index" in record and "error" not in record for record in log.records.values())
     calls = max(math.ceil(config.examples / EXPECTED_YIELD) - done, 0)
     each = len(prompt.encode()) / BYTES_PER_TOKEN
+    if config.mode is Mode.sequential:
+        each += min(config.examples, 10) * EXPECTED_REPLY  # the earlier ones that it shows
     if config.judge.threshold is not None:
         calls, each = 2 * calls, each + EXPECTED_REPLY / 2
     reply = min(config.max_tokens, EXPECTED_REPLY * config.turns)
     tokens_in, tokens_out = round(calls * each), round(calls * reply)
-    budget = Budget(config.budget, prices(config), factor=BATCH_PRICE if config.mode is Mode.batch else 1.0)
-    cost = budget.cost(tokens_in, tokens_out)
+    price = Budget(config.budget, partial(prices, config)).price(batch=config.mode is Mode.batch)
+    cost = Reservation(0, 0, price).usd(tokens_in, tokens_out) if price else None
     say(
         f"{config.examples} rows from {config.model} at {endpoint.base_url}, mode {config.mode.name}, at most "
         f"{config.concurrency} requests at once"
@@ -327,15 +382,15 @@ def _finish(job: Job, files: Files, say: Callable[[str], None]) -> int:
     assert job.plan is not None
     config = job.config
     harvest = Harvest(config, job.plan, job.chunks)
-    harvest.advance(job.log)
+    harvest.advance(job.log, gaps=True)
+    why = f"{job.capped}. " if job.capped else ""
     if not harvest.rows:
-        raise DataError(f"No reply was a row; rejected: {harvest.reasons()}. The replies are in {files.log}.")
+        raise DataError(f"{why}No reply was a row; rejected: {harvest.reasons()}. The replies are in {files.log}.")
     written = write_outputs(files, config, job.endpoint, job.plan, harvest, job.log, job.budget)
     kept, held = len(written.train), len(written.test)
     if not harvest.full:
-        why = f"{job.capped}. " if job.capped else ""
         raise DataError(
-            f"{why}Only {len(harvest.rows)} of {config.examples} rows after {harvest.next} replies; rejected: "
+            f"{why}Only {len(harvest.rows)} of {config.examples} rows after {harvest.replies} replies; rejected: "
             f"{harvest.reasons()}. What there is was written to {files.out}; the replies are in {files.log}. "
             + (
                 "Raise the budget to go on."
@@ -349,7 +404,7 @@ def _finish(job: Job, files: Files, say: Callable[[str], None]) -> int:
     else:
         say("Nothing is held out, because the prompts are all alike; data.eval_size=0.1 splits while training.")
     tokens_in, tokens_out = job.log.spent()
-    cost = job.budget.cost(tokens_in, tokens_out)
+    cost = sum(map(job.budget.cost, job.log.replies())) if job.budget.known else None
     say(f"{tokens_in:,} tokens in, {tokens_out:,} out" + (f", ${cost:.2f}" if cost is not None else ""))
     say(f"Look at it: {files.preview}; details in {files.manifest}")
     if config.push:

@@ -34,11 +34,13 @@ class Harvest:
     rejected: list[Rejected] = field(default_factory=list)
     by_topic: dict[str, Counter[str]] = field(default_factory=dict)
     scores: Counter[int] = field(default_factory=Counter)
-    shown: list[str] = field(default_factory=list)  # raw replies of rows, for the sequential mode
+    shown: list[str] = field(default_factory=list)  # raw replies that can be read, for the sequential mode
+    replies: int = 0  # rows and rejects
     next: int = 0  # the first cell that has not been looked at
 
     def __post_init__(self) -> None:
         config = self.config
+        self._cells: dict[int, Cell] = {}
         self._last = cell_count(config)
         rules = Rules(config.similarity, config.language, config.min_output, config.max_output)
         self._selector = Selector(rules)
@@ -57,14 +59,25 @@ class Harvest:
             return None
         if self.config.mode is Mode.sequential:
             return sequential_cell(self.config, self.plan, index, self.shown)
-        return cell(self.config, self.plan, self.chunks, index)
+        found = self._cells.get(index)
+        if found is None:
+            # Each is looked at when it is asked for and when its reply is: half the work.
+            found = self._cells[index] = cell(self.config, self.plan, self.chunks, index)
+        return found
 
-    def advance(self, log: ReplyLog) -> None:
-        """Look at every further cell that the log is complete for, until there are rows enough."""
+    def advance(self, log: ReplyLog, *, gaps: bool = False) -> None:
+        """Look at every further cell that the log is complete for, until there are rows enough.
+
+        With `gaps` it goes past those that it is not complete for: for a run that cannot ask for them.
+        """
+        gaps = gaps and self.config.mode is not Mode.sequential
         while not self.full and (found := self.cell_at(self.next)) is not None:
             record = log.records.get(found.id)
-            if record is None or not self._take(found, record, log):
+            if record is not None and self._take(found, record, log):
+                self.replies += 1
+            elif not gaps:
                 return
+            self._cells.pop(self.next, None)
             self.next += 1
 
     def _take(self, found: Cell, record: Record, log: ReplyLog) -> bool:
@@ -76,6 +89,9 @@ class Harvest:
             if judged is None:
                 return False
             score = score_of(judged)
+        if not isinstance(row, str):
+            # Whatever the rules say of it, so that other rules need no other requests.
+            self.shown.append(str(record["content"]))
         reason = self._reason(row, score)
         topic = self.by_topic.setdefault(found.topic, Counter(accepted=0, rejected=0))
         topic["rejected" if reason else "accepted"] += 1
@@ -93,7 +109,6 @@ class Harvest:
         if score is not None:
             place["score"] = score
         self.rows.append({**row, **{key: value for key, value in place.items() if value}})
-        self.shown.append(str(record["content"]))
         return True
 
     def _reason(self, row: Row | str, score: int | None) -> str | None:

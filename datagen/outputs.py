@@ -15,7 +15,7 @@ from datagen.cells import PROMPTS_VERSION
 from datagen.harvest import Harvest
 from datagen.plan import Plan
 from datagen.preview import preview_page
-from datagen.replies import ReplyLog, Row
+from datagen.replies import ReplyLog, Row, scrubbed
 from datagen.settings import DatagenConfig, Endpoint, Format, as_plain, prices
 from datagen.split import split
 from launch import __version__
@@ -24,6 +24,7 @@ from launch.rundir import write_json
 from trainer.data.registry import edited_registry, read_registry
 
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
+OURS = ("file_name", "formatting", "columns", "tags")  # keys of a registry entry that follow from the rows
 SHAREGPT = {"messages": "conversations", "system": "system"}
 
 
@@ -78,25 +79,28 @@ def write_outputs(
     Raises:
         DataError: a row to train on and one held out are alike after all.
     """
-    dealt = split(harvest.rows, config.eval_share, config.seed, config.similarity)
-    if dealt.test and dealt.highest >= min(config.similarity, 0.999):
+    # The log has no key in it, but may have one in an escaped form that is plain here.
+    rows_kept: list[Row] = scrubbed(harvest.rows, endpoint.scrub)
+    dealt = split(rows_kept, config.eval_share, config.seed, config.similarity)
+    if dealt.test and dealt.highest >= config.similarity:
         raise DataError(f"Rows {dealt.pair} of training and held-out data are alike ({dealt.highest:.2f}).")
-    train, test = ([harvest.rows[number] for number in side] for side in (dealt.train, dealt.test))
+    train, test = ([rows_kept[number] for number in side] for side in (dealt.train, dealt.test))
     entries: dict[str, dict[str, Any]] = {}
     for name, path, rows in ((config.name, files.rows, train), (f"{config.name}_eval", files.eval_rows, test)):
         if rows:
             write_json(path, [shaped(row, plan.system, config.format) for row in rows])
             entries[name] = entry(path, config.format, rows)
-    if not test:
-        files.eval_rows.unlink(missing_ok=True)
     _write_text(files.system, plan.system + "\n")
     plan.write(files.plan)
     with edited_registry(files.registry) as registry:
         for name in (config.name, f"{config.name}_eval"):
             if name in entries:
-                registry[name] = {**registry.get(name, {}), **entries[name]}
+                kept = {key: value for key, value in registry.get(name, {}).items() if key not in OURS}
+                registry[name] = {**kept, **entries[name]}
             else:
                 registry.pop(name, None)
+    if not test:  # after the registry, which may have named it
+        files.eval_rows.unlink(missing_ok=True)
     manifest = _manifest(files, config, endpoint, plan, harvest, log, budget)
     manifest["counts"] |= {"train": len(train), "eval": len(test)}
     manifest["similarity"] = {"highest_train_test": dealt.highest, "pair": list(dealt.pair) if dealt.pair else None}
@@ -146,7 +150,7 @@ def _manifest(
         "counts": {
             "asked_for": config.examples,
             "accepted": len(harvest.rows),
-            "replies": harvest.next,
+            "replies": harvest.replies,
             "requests": log.requests(),
         },
         "rejects": dict(sorted(harvest.rejects.items())),
@@ -154,7 +158,7 @@ def _manifest(
         "scores": {str(score): count for score, count in sorted(harvest.scores.items())},
         "usage": {"prompt_tokens": tokens_in, "completion_tokens": tokens_out},
         "cost": {
-            "usd": budget.cost(tokens_in, tokens_out),
+            "usd": sum(map(budget.cost, log.replies())) if known else None,
             "prices": {"input": known[0], "output": known[1]} if known else None,
         },
         "hashes": {

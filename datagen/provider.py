@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import openai
 
-from datagen.budget import Budget
+from datagen.budget import Budget, Reservation
 from datagen.cells import Message
 from datagen.limiter import Limiter
+from datagen.replies import ReplyLog
 from datagen.settings import DatagenConfig, Endpoint
 from launch.errors import ConfigError, PeerError
 
 ATTEMPTS = 8
+HURRIED = 40  # refusals for haste until a request is given up
 LONGEST_WAIT = 300.0
 TOOL = "write"
+TOO_LONG = re.compile(r"context.{0,20}(length|size|window)", re.IGNORECASE)
 # From strict to none: a server that refuses one is asked with the next. Whatever it accepts, replies are checked here,
 # since many servers take a schema and ignore it.
 LADDER = ("json_schema", "tool", "json_object", "plain")
@@ -33,23 +37,27 @@ class Ask:
     """One request: its messages, the shape of the reply, and how often it was sent."""
 
     messages: list[Message]
+    key: str  # under which the log has it
     schema: dict[str, Any] | None = None  # None: plain text
     model: str | None = None
     temperature: float | None = None
     tries: int = 0
     unknown: int = 0  # tries whose cost nobody told
-    extra: dict[str, Any] = field(default_factory=dict)
+    hurried: int = 0  # tries that were refused for haste
 
     @property
-    def prompt(self) -> str:
-        return "\n".join(message["content"] for message in self.messages)
+    def marks(self) -> dict[str, Any]:
+        """What the log says of the request, to know its price."""
+        return {"judge": self.model} if self.model else {}
 
 
 class Provider:
     """Asks with bounded retries; a refusal for haste holds back every request, not only the one that met it."""
 
-    def __init__(self, config: DatagenConfig, endpoint: Endpoint, budget: Budget, limiter: Limiter, say: Any) -> None:
-        self._config, self._endpoint, self._say = config, endpoint, say
+    def __init__(
+        self, config: DatagenConfig, endpoint: Endpoint, budget: Budget, limiter: Limiter, log: ReplyLog, say: Any
+    ) -> None:
+        self._config, self._endpoint, self._log, self._say = config, endpoint, log, say
         self.budget, self.limiter = budget, limiter
         self._client = client_of(endpoint, config.timeout)
         self._limit_key = "max_tokens"
@@ -67,96 +75,116 @@ class Provider:
         Raises:
             RequestFailed: no reply after every retry, or the server refuses this request.
             BudgetSpent: the request does not fit into what may be spent.
+            Stopped: nothing may be sent any more.
             ConfigError, PeerError: no request can succeed (key, model, quota).
         """
         while True:
-            await self.limiter.opened()
-            held = self.budget.worst_case(request.prompt, self._config.max_tokens)
-            self.budget.reserve(held)
-            request.tries += 1
             wait, connected = None, True
-            try:
-                raw = await self._client.chat.completions.with_raw_response.create(**self._body(request))
-                reply = raw.parse()
-            except asyncio.CancelledError:
-                self._lost(request, held)
-                raise
-            except openai.APIStatusError as error:
-                self.budget.settle(held, 0, 0)  # a refused request is not billed
-                self._alive = True
-                reason = f"HTTP {error.status_code}: {self._words(error)}"
-                self._check_fatal(error, reason)
-                if self._adapt(error, request):
-                    continue
-                if error.status_code < 500 and error.status_code not in (408, 409, 429):
-                    if request.schema and self.negotiated:
-                        raise RequestFailed(reason) from error
-                    raise ConfigError(f"{self._endpoint.base_url} refuses the request, {reason}") from error
-                wait = _retry_after(error.response.headers)
-                if wait is None and error.status_code == 429:
-                    wait = _backoff(request.tries)
-                if error.status_code in (429, 503):
-                    self.limiter.refused(None)
-            except openai.APITimeoutError:
-                self._lost(request, held)
-                reason = f"no reply within {self._config.timeout:g} s"
-            except openai.APIConnectionError as error:
-                self._lost(request, held)
-                reason, connected = f"cannot connect ({type(error.__cause__).__name__})", False
-            except (openai.APIResponseValidationError, ValueError):
-                self._lost(request, held)
-                reason = "the reply is not JSON"
-            else:
-                if isinstance(getattr(reply, "choices", None), list):
-                    self._alive, self.negotiated = True, self.negotiated or request.schema is not None
-                    self.limiter.answered(raw.headers)
-                    record = self._record(reply, request)
-                    usage = record["usage"] or {}
-                    self.budget.settle(held, usage.get("prompt_tokens"), usage.get("completion_tokens"))
-                    return record if record["usage"] else {**record, "worst_case": _as_usage(held)}
-                self._lost(request, held)
-                reason = "the reply is not a chat completion"
-            if request.tries >= (ATTEMPTS if connected or self._alive else 3):
+            async with self.limiter.slot():
+                body, held = self.body(request), self.worst_case(request)
+                self.budget.reserve(held)
+                request.tries += 1
+                lost = (request.unknown + 1) * held.tokens_in, (request.unknown + 1) * held.tokens_out
+                self._log.note_sent(request.key, as_usage(*lost), request.tries, **request.marks)
+                try:
+                    # The client checks what is no extra of the body part by part, which takes longer than all the rest.
+                    rest = {key: value for key, value in body.items() if key not in ("model", "messages")}
+                    creating = self._client.chat.completions.with_raw_response.create(
+                        model=body["model"], messages=body["messages"], extra_body=rest
+                    )
+                    raw = await asyncio.wait_for(creating, self._config.timeout)
+                    reply = raw.parse()
+                except asyncio.CancelledError:
+                    self._lost(request, held)
+                    raise
+                except openai.APIStatusError as error:
+                    self.budget.settle(held, 0, 0)  # a refused request is not billed
+                    self._alive = True
+                    reason = f"HTTP {error.status_code}: {self._words(error)}"
+                    self._check_fatal(error, reason, request)
+                    if self._adapt(error, request):
+                        continue
+                    if error.status_code < 500 and error.status_code not in (408, 409, 429):
+                        if request.schema and self.negotiated:
+                            raise RequestFailed(reason) from error
+                        raise ConfigError(f"{self._endpoint.base_url} refuses the request, {reason}") from error
+                    wait = _retry_after(error.response.headers)
+                    if wait is not None or error.status_code in (429, 503):
+                        self.limiter.refused(wait if wait is not None and wait <= LONGEST_WAIT else None)
+                    if error.status_code == 429:
+                        request.hurried += 1
+                except (openai.APITimeoutError, asyncio.TimeoutError):
+                    self._lost(request, held)
+                    reason = f"no reply within {self._config.timeout:g} s"
+                except openai.APIConnectionError as error:
+                    self._lost(request, held)
+                    reason, connected = f"cannot connect ({type(error.__cause__).__name__})", False
+                except (openai.APIResponseValidationError, ValueError):
+                    self._lost(request, held)
+                    reason = "the reply is not JSON"
+                else:
+                    if isinstance(getattr(reply, "choices", None), list):
+                        self._alive, self.negotiated = True, self.negotiated or request.schema is not None
+                        self.limiter.answered(raw.headers)
+                        record = self.record(reply, request)
+                        usage = record.get("usage") or {}
+                        self.budget.settle(held, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+                        return record
+                    self._lost(request, held)
+                    reason = "the reply is not a chat completion"
+            # Being told to slow down is no failure of the request: it may happen many times.
+            failed = request.tries - request.hurried
+            if failed >= (ATTEMPTS if connected or self._alive else 3) or request.hurried >= HURRIED:
                 raise RequestFailed(f"{self._endpoint.base_url}: {reason}, tried {request.tries} times.")
-            if wait is None:
-                await asyncio.sleep(_backoff(request.tries))
-            elif wait > LONGEST_WAIT:
+            if wait is not None and wait > LONGEST_WAIT:
                 raise PeerError(f"{self._endpoint.base_url} asks to wait {wait:.0f} s. The same command continues.")
-            else:
-                self.limiter.refused(wait)
+            if wait is None:
+                await self.limiter.pause(_backoff(failed or request.hurried))
 
-    def _lost(self, request: Ask, held: Any) -> None:
+    def _lost(self, request: Ask, held: Reservation) -> None:
         """Count a try that may have been billed at its worst."""
         self.budget.settle(held, None, None)
         request.unknown += 1
 
-    def worst_case(self, request: Ask) -> dict[str, int]:
-        """Return what the tries without an answer may have cost, for the log."""
-        held = self.budget.worst_case(request.prompt, self._config.max_tokens)
-        return {key: request.unknown * value for key, value in _as_usage(held).items()}
+    def worst_case(self, request: Ask, *, batch: bool = False) -> Reservation:
+        return self.budget.worst_case(self.body(request), self._config.max_tokens, request.model, batch=batch)
 
-    def _body(self, request: Ask) -> dict[str, Any]:
+    def lost(self, request: Ask) -> dict[str, Any]:
+        """Return what the tries without an answer may have cost, for the log."""
+        held, count = self.worst_case(request), request.unknown
+        return {"lost": as_usage(count * held.tokens_in, count * held.tokens_out)} if count else {}
+
+    def body(self, request: Ask) -> dict[str, Any]:
         return request_body(self._config, request, LADDER[self._rung], self._limit_key)
 
-    def _record(self, reply: Any, request: Ask) -> dict[str, Any]:
+    def record(self, reply: Any, request: Ask, *, batch: bool = False) -> dict[str, Any]:
+        """Return a chat completion as a record for the log, whatever it may hold."""
         choice = reply.choices[0] if reply.choices else None
         message, usage = getattr(choice, "message", None), getattr(reply, "usage", None)
         texts = {name: getattr(message, name, None) for name in ("content", "refusal")}
         calls = getattr(message, "tool_calls", None)
-        if calls:
+        if isinstance(calls, list) and calls:
             texts["content"] = getattr(getattr(calls[0], "function", None), "arguments", None)
         counted = {name: getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
+        known = all(isinstance(count, int) and count >= 0 for count in counted.values())
+        cost: dict[str, Any]
+        if known:
+            cost = {"usage": counted}
+        else:
+            held = self.worst_case(request, batch=batch)
+            cost = {"worst_case": as_usage(held.tokens_in, held.tokens_out)}
         return {
-            **{name: self._endpoint.scrub(text) if isinstance(text, str) else None for name, text in texts.items()},
+            **{name: text if isinstance(text, str) else None for name, text in texts.items()},
             "finish_reason": getattr(choice, "finish_reason", None),
-            "usage": counted if all(isinstance(count, int) for count in counted.values()) else None,
+            **cost,
             "model": getattr(reply, "model", None),
             "format": LADDER[self._rung] if request.schema else "text",
             "tries": request.tries,
+            **request.marks,
         }
 
-    def _check_fatal(self, error: openai.APIStatusError, reason: str) -> None:
-        model, url, key = self._config.model, self._endpoint.base_url, self._endpoint.key_name
+    def _check_fatal(self, error: openai.APIStatusError, reason: str, request: Ask) -> None:
+        model, url, key = request.model or self._config.model, self._endpoint.base_url, self._endpoint.key_name
         if error.status_code == 401:
             raise ConfigError(f"{url} does not accept the key in {key}, {reason}") from error
         if error.status_code == 403:
@@ -165,7 +193,7 @@ class Provider:
             raise ConfigError(f"{url} has no model '{model}', or the address is wrong, {reason}") from error
         if "insufficient_quota" in (error.code, error.type):
             raise PeerError(f"The account behind {key} has no credit left at {url}, {reason}") from error
-        if error.code == "context_length_exceeded":
+        if error.code == "context_length_exceeded" or (error.status_code == 400 and TOO_LONG.search(reason)):
             raise ConfigError(
                 f"The request is longer than '{model}' can read: shorten the task or the sources, or lower max_tokens, "
                 f"{reason}"
@@ -203,7 +231,7 @@ def client_of(endpoint: Endpoint, timeout: float) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(api_key=endpoint.key, base_url=endpoint.base_url, max_retries=0, timeout=timeout)
 
 
-def request_body(config: DatagenConfig, request: Ask, rung: str, limit_key: str = "max_tokens") -> dict[str, Any]:
+def request_body(config: DatagenConfig, request: Ask, rung: str, limit_key: str) -> dict[str, Any]:
     """Return the body of a chat-completions request."""
     body: dict[str, Any] = {"model": request.model or config.model, "messages": request.messages}
     body[limit_key] = config.max_tokens
@@ -222,8 +250,8 @@ def request_body(config: DatagenConfig, request: Ask, rung: str, limit_key: str 
     return body
 
 
-def _as_usage(held: Any) -> dict[str, int]:
-    return {"prompt_tokens": held.tokens_in, "completion_tokens": held.tokens_out}
+def as_usage(tokens_in: int, tokens_out: int) -> dict[str, int]:
+    return {"prompt_tokens": tokens_in, "completion_tokens": tokens_out}
 
 
 def _backoff(attempt: int) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Optional, get_type_hints
 from urllib.parse import urlsplit
@@ -208,7 +210,7 @@ def _check(config: DatagenConfig) -> None:
         "attempts": 1,
     }
     for key, bound in least.items():
-        if getattr(config, key) < bound:
+        if not bound <= getattr(config, key) < math.inf:
             raise ConfigError(f"`{key}` is {getattr(config, key)}: write at least {bound:g}.")
     for key, low, high in (("temperature", 0, 2), ("eval_share", 0, 0.5), ("similarity", 0.1, 1)):
         value = getattr(config, key)
@@ -223,13 +225,21 @@ def _check(config: DatagenConfig) -> None:
         raise ConfigError("`mode=batch` does not score: leave out judge.threshold, or use mode=parallel.")
     for key in ("usd", "tokens", "requests", "minutes"):
         value = getattr(config.budget, key)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ConfigError(f"`budget.{key}` is {value}: write a number above 0.")
+    for key in ("input", "output"):
+        value = getattr(config.price, key)
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"`price.{key}` is {value}: write dollars for a million tokens.")
     if config.budget.usd is not None and prices(config) is None:
         raise ConfigError(
             f"`budget.usd` is {config.budget.usd:g}, but the price of '{config.model}' is not known: write "
-            f"price.input= and "
-            f"price.output= in dollars for a million tokens, or budget.tokens= instead."
+            "price.input= and price.output= in dollars for a million tokens, or budget.tokens= instead."
+        )
+    if config.budget.usd is not None and threshold is not None and prices(config, config.judge.model) is None:
+        raise ConfigError(
+            f"`budget.usd` is {config.budget.usd:g}, but the price of '{config.judge.model}', which scores, is not "
+            "known: write budget.tokens= instead."
         )
     if config.language is not None and not re.fullmatch(r"[a-z]{2,3}", config.language):
         raise ConfigError(f"`language` is {config.language!r}: write a code such as zh or en.")
@@ -237,15 +247,25 @@ def _check(config: DatagenConfig) -> None:
         raise ConfigError(f"`plan` is '{config.plan}', and there is no such file. --plan-only writes one.")
 
 
-def prices(config: DatagenConfig) -> tuple[float, float] | None:
-    """Return dollars for a million tokens of prompt and reply, or None where they are not known."""
-    price = config.price
-    if price.input is not None and price.output is not None:
-        return price.input, price.output
-    known: Mapping[str, Any] = yaml.safe_load(PRICES.read_text(encoding="utf-8"))["models"].get(config.model, {})
-    if config.provider == "openai_compatible" or not known:
-        return None
-    return float(known["input"]), float(known["output"])
+def prices(config: DatagenConfig, judge: str | None = None) -> tuple[float, float] | None:
+    """Return dollars for a million tokens of prompt and reply, or None where they are not known.
+
+    `price.input` and `price.output` are those of `model`; a judge that is another one has its own.
+    """
+    model = judge or config.model
+    # The name of a deployment or of a server's model may be anything.
+    known = _listed_prices().get(model, {}) if config.provider == "openai" else {}
+    own = config.price if model == config.model else PriceConfig()
+    found = [
+        given if given is not None else known.get(key) for key, given in (("input", own.input), ("output", own.output))
+    ]
+    return None if found[0] is None or found[1] is None else (float(found[0]), float(found[1]))
+
+
+@lru_cache
+def _listed_prices() -> Mapping[str, Any]:
+    listed: Mapping[str, Any] = yaml.safe_load(PRICES.read_text(encoding="utf-8"))["models"]
+    return listed
 
 
 def identity(config: DatagenConfig) -> dict[str, Any]:
@@ -278,6 +298,8 @@ def find_endpoint(config: DatagenConfig) -> Endpoint:
             f"There is no key for {url}: export {key_name}=... first, or use a server of your own, for example "
             f"provider=openai_compatible base_url=http://localhost:8000/v1."
         )
+    if key and Endpoint(url, key).scrub(said := repr(asdict(config))) != said:
+        raise ConfigError(f"A setting holds the key of {key_name}, and settings are written to files: leave it out.")
     if not all("!" <= character <= "~" for character in key):
         raise ConfigError(f"{key_name} holds a blank or a character outside ASCII: copy the key again.")
     return Endpoint(url, key or "none", key_name, config.api_version if azure else None)

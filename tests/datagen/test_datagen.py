@@ -82,7 +82,7 @@ def test_a_description_becomes_a_dataset_that_the_trainer_reads(
     manifest = json.loads((tmp_path / "riddles.manifest.json").read_text())
     assert manifest["usage"] == {"prompt_tokens": 2100, "completion_tokens": 420}
     assert len(server.asked) == 21
-    assert 8 < server.most_at_once <= 16
+    assert 8 < server.most_at_once <= 20
     assert all(TASK in asked.body["messages"][0]["content"] for asked in server.asked)
     assert "'data.names=[riddles]' 'data.eval_names=[riddles_eval]'" in text
 
@@ -137,7 +137,7 @@ def test_ctrl_c_waits_for_what_is_paid_and_names_the_command_that_continues(
     assert process.returncode == 130, text
     assert "Traceback" not in text
     assert "tunewright datagen 'task=" in text
-    logged = (tmp_path / "riddles.datagen.jsonl").read_text().splitlines()
+    logged = [line for line in (tmp_path / "riddles.datagen.jsonl").read_text().splitlines() if '"sent"' not in line]
     assert len(logged) == 1 + len(server.answered) == 1 + len(server.asked)
     server.delay = 0
     assert datagen(*settings(server, tmp_path))[0] == 0
