@@ -79,7 +79,8 @@ def test_what_a_killed_run_had_in_flight_counts_for_the_next_one(
     for _ in range(2):
         code, text = datagen(*fake.settings(server, tmp_path, budget__requests=6))
         assert code == 3, text
-        assert len(server.asked) == 6
+        # A request is noted before it is sent: the one that was noted when the kill came may never have left.
+        assert 5 <= len(server.asked) <= 6
     assert datagen(*fake.settings(server, tmp_path))[0] == 0
     assert fake.manifest(tmp_path)["counts"]["requests"] == 21  # as if it had not been killed
 
