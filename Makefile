@@ -23,7 +23,7 @@ data_choice = $(if $(wildcard configs/hydra/data/$(1).yaml),data=$(1),data=regis
 train = $(BIN)/tunewright train model=$(MODEL) $(call data_choice,$(DATA)) $(if $(NPROC),cluster.num_processes=$(NPROC)) \
 	$(if $(NAME),name=$(NAME)) $(1) $(ARGS)
 
-.PHONY: help setup demo test test-gpu lint datagen check zero2 zero3 single compare tensorboard chat bench-data clean
+.PHONY: help setup demo test test-gpu lint datagen check zero2 zero3 single compare tensorboard chat bench-data bench-datagen clean
 
 help:  ## list the targets
 	@echo "make TARGET [MODEL=tiny] [DATA=demo] [NPROC=2] [NAME=my-run] [ARGS=\"key=value ...\"]"
@@ -86,6 +86,10 @@ chat: setup  ## ask base and tuned model the same questions: make chat RUN=runs/
 
 bench-data: setup  ## tokenising 100,000 rows beside datasets.map, and LLaMA-Factory with PEER=its virtual environment
 	$(BIN)/python bench/data.py $(if $(PEER),--peer $(PEER)) $(ARGS)
+
+bench-datagen: setup  ## datagen at 64 requests in flight beside one after the other, and its selection at 20,000 rows
+	$(BIN)/python bench/datagen.py $(ARGS)
+	$(BIN)/python bench/datagen_select.py
 
 clean:  ## remove runs and tool caches; keeps .venv and the cache of models and tokens
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
