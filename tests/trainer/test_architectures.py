@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from trl import SFTConfig
 
 from launch.batching import BatchPlan
 from launch.errors import ConfigError
+from launch.schema import FullConfig, LoraConfig
 from trainer import attention
 from trainer.batches import FlatCollator, PaddedCollator
 from trainer.data.render import IGNORED
@@ -187,7 +187,7 @@ def test_what_a_layer_asks_for_ends_training_rather_than_being_left_out() -> Non
 
 # Training, with the trainer that runs use
 
-TARGETS = {"full": None, "lora": SimpleNamespace(name="lora", r=4, alpha=8, dropout=0.0, target_modules="all-linear")}
+METHODS = {"full": FullConfig(name="full"), "lora": LoraConfig(name="lora", r=4, alpha=8)}
 TRAINED = ["llama3", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_capped", "phi3", "gpt2", "bloom"]
 
 Build = Callable[..., TunewrightTrainer]
@@ -229,7 +229,7 @@ def build(small_tokenizer: Any, tmp_path: Path) -> Build:
         )
         rows = Dataset.from_list([{key: row[key].tolist() for key in row} for row in rows_of(*LENGTHS)])
         return TunewrightTrainer(
-            model=adapt(model, TARGETS[method] or SimpleNamespace(name="full")),
+            model=adapt(model, METHODS[method]),
             args=args,
             train_dataset=rows,
             eval_dataset=rows,
@@ -243,7 +243,7 @@ def build(small_tokenizer: Any, tmp_path: Path) -> Build:
     return trainer
 
 
-@pytest.mark.parametrize("method", TARGETS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_learns_what_the_method_trains_and_nothing_else(name: str, method: str, build: Build) -> None:
     trainer = build(name, method)
