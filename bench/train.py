@@ -131,6 +131,8 @@ def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, 
     batch, ranks = args.batch or KINDS[kind].batch, 1 if strategy == "single" else 2
     with tempfile.TemporaryDirectory(prefix="tunewright-bench-") as scratch:
         load = write_rows(Path(scratch) / "rows", model, kind, args.steps, args.seed, batch)
+        learning_rate = args.learning_rate or LEARNING_RATES[method]
+        pack = -(-max(load.longest, round(sum(load.tokens) / args.steps / ranks * 1.02)) // 8) * 8
         all_runs = [Runs(contender, cannot=contender.cannot(method, strategy)) for contender in args.contenders]
         for repeat in range(args.repeats):
             for runs in all_runs:
@@ -148,16 +150,15 @@ def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, 
                     ranks=ranks,
                     steps=args.steps,
                     batch=batch,
-                    pack=max(load.longest, round(sum(load.tokens) / args.steps / ranks * 1.02)),
-                    learning_rate=args.learning_rate or LEARNING_RATES[method],
+                    pack=pack,
+                    learning_rate=learning_rate,
                     seed=args.seed,
                 )
                 watched, steps = run_once(runs.contender, job)
                 runs.watched.append(watched)
                 runs.steps.append(steps)
-                say(
-                    f"  {runs.contender.name} {repeat + 1}/{args.repeats}: {len(steps)} steps in {watched.wall_s:.0f} s"
-                )
+                took = f"{len(steps)} steps in {watched.wall_s:.0f} s, {watched.others_cpu_s:.0f} s of CPU by others"
+                say(f"  {runs.contender.name} {repeat + 1}/{args.repeats}: {took}")
                 if watched.exit_code:
                     say(watched.log[-2500:])
             for dtype, rate in gemm_rates().items():
@@ -172,7 +173,7 @@ def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, 
             "rows": kind,
             "strategy": strategy,
             "workload": load.facts(),
-            "settings": {"batch": batch, "steps": args.steps, "learning_rate": job.learning_rate, "pack": job.pack},
+            "settings": {"batch": batch, "steps": args.steps, "learning_rate": learning_rate, "pack": pack},
             "gemm_dtype": dtype,
             "contenders": rows,
         }
@@ -221,7 +222,9 @@ def main() -> int:
     model = build_model(cache, args.shape)
     peer = os.environ.get("PEER_PYTHON")
     known = [tunewright(), *scripts()]
-    known += [llamafactory(peer, best=False), llamafactory(peer, best=True)] if peer else []
+    known += (
+        [llamafactory(peer), llamafactory(peer, best=True), llamafactory(peer, best=True, packing=True)] if peer else []
+    )
     args.contenders = [one for one in known if any(part in one.name for part in args.only.split(","))]
     facts = machine()
     args.peak_flops = peak_of_gpu(facts)
