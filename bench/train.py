@@ -32,7 +32,7 @@ from workload import KINDS, SHAPE, SMALL, Job, Workload, build_model, credited_f
 
 METHODS, STRATEGIES = ("lora", "qlora", "full", "prompt_tuning"), ("single", "ddp", "zero2", "zero3")
 # High enough that the loss of a random model falls within a few steps: parity means nothing while nothing is learnt.
-LEARNING_RATES = {"lora": 1e-2, "qlora": 1e-2, "full": 1e-3, "prompt_tuning": 0.1}
+LEARNING_RATES = {"lora": 3e-3, "qlora": 3e-3, "full": 1e-3, "prompt_tuning": 0.1}
 REFERENCES = ("TRL, defaults", "Trainer, padding", "LLaMA-Factory, defaults")
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets")
 FOR_ALL = ("deepspeed", "bitsandbytes")
