@@ -55,7 +55,7 @@ def _threads(job: Job) -> int:
 def _script(job: Job, name: str, *more: str) -> list[str]:
     path = Path(job.out) / "job.json"
     path.write_text(json.dumps(asdict(job)))
-    ranks = ["-m", "torch.distributed.run", f"--nproc-per-node={job.ranks}", "--master-port=0"] if job.ranks > 1 else []
+    ranks = ["-m", "torch.distributed.run", f"--nproc-per-node={job.ranks}", "--standalone"] if job.ranks > 1 else []
     return [sys.executable, *ranks, str(BENCH / name), str(path), *more]
 
 
@@ -125,6 +125,7 @@ def tunewright(extra: list[str] | None = None) -> Contender:
 # It refuses `pure_bf16` on a CPU.
 LLAMAFACTORY_BEST = {"disable_gradient_checkpointing": True, "flash_attn": "sdpa"}
 PACKING = {"packing": True, "neat_packing": True, "per_device_train_batch_size": 1}
+PACKING |= {"max_steps": -1, "num_train_epochs": 1}
 
 
 def llamafactory(python: str, *, best: bool = False, packing: bool = False) -> Contender:

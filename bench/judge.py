@@ -10,7 +10,7 @@ from contenders import Step
 
 # Relative. All start from the same weights; then their adapters begin at other random values and their formats differ.
 FIRST_STEP = 0.005
-ANY_STEP = 0.03
+ANY_STEP = 0.01
 MEAN = 0.03  # of the whole run, where packing puts other rows into a step
 TOKENS = 0.01
 

@@ -90,7 +90,10 @@ def describe(runs: Runs, load: Workload, method: str, shape: dict[str, Any], gem
     found: dict[str, Any] = {"name": runs.contender.name, "same_rows_each_step": runs.contender.same_rows}
     if not good:
         return found
-    rates = [speed(watched.marks, tokens_of(steps, load), args.warmup) for watched, steps in good]
+    rates = [
+        speed(watched.marks, tokens_of(steps, load, same_rows=runs.contender.same_rows), args.warmup)
+        for watched, steps in good
+    ]
     scored = sum(load.scored) / sum(load.tokens)  # a token in so many reaches the head
     flops = credited_flops(shape, method, 10**6, round(scored * 10**6)) / 10**6 * statistics.median(rates)
     return found | {
@@ -108,12 +111,14 @@ def describe(runs: Runs, load: Workload, method: str, shape: dict[str, Any], gem
     }
 
 
-def tokens_of(steps: list[Step], load: Workload) -> list[int]:
-    """Non-padding tokens of each step: the contender's own count where it packs, else those of the rows."""
-    if len(steps) != len(load.tokens) and steps[-1].tokens is not None:
+def tokens_of(steps: list[Step], load: Workload, *, same_rows: bool) -> list[int]:
+    """Non-padding tokens of each step: those of its rows, or where it packs its own count, else the mean."""
+    if same_rows:
+        return load.tokens
+    if steps[-1].tokens is not None:
         seen = [0.0, *(step.tokens or 0.0 for step in steps)]
         return [round(after - before) for before, after in itertools.pairwise(seen)]
-    return load.tokens
+    return [round(sum(load.tokens) / len(steps))] * len(steps)
 
 
 def gemm_rates(repeats: int = 1) -> dict[str, float]:

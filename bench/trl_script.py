@@ -50,7 +50,9 @@ def tuned(job: Job) -> dict[str, Any]:
 
     args = {**common_arguments(job), "per_device_train_batch_size": 1, "bf16": False, "gradient_checkpointing": False}
     packing = job.method != "prompt_tuning"  # PEFT drops position ids there, so that packed rows would mix
-    if not packing:
+    if packing:  # one pass over the rows, in as many packs as they make
+        args |= {"max_steps": -1, "num_train_epochs": 1}
+    else:
         args["per_device_train_batch_size"] = job.per_device
     config = SFTConfig(packing=packing, max_length=job.pack if packing else job.cutoff, **args)
     quantized = {"quantization_config": quantization()} if job.method == "qlora" else {}

@@ -32,7 +32,7 @@ def job(tmp_path: Path, **changes: Any) -> workload.Job:
     ("steps", "reason"),
     [
         (REFERENCE, None),
-        ([Step(9.71, 0.4), Step(9.45, 1.1), Step(9.1, 1.0)], None),
+        ([Step(9.71, 0.4), Step(9.45, 1.1), Step(9.05, 1.0)], None),
         ([Step(9.70, 0.0), *REFERENCE[1:]], "a gradient norm is zero"),
         ([Step(9.70, float("nan")), *REFERENCE[1:]], "not finite"),
         ([Step(float("inf"), 1.0), *REFERENCE[1:]], "not finite"),
@@ -61,6 +61,14 @@ def test_a_failed_command_is_void() -> None:
 
 def test_speed_counts_tokens_after_the_warm_up() -> None:
     assert judge.speed([10.0, 11.0, 13.0, 15.0], [100, 100, 300, 500], warmup=2) == pytest.approx(200.0)
+
+
+def test_a_packed_run_counts_its_own_tokens() -> None:
+    load = workload.Workload(Path(), [100, 300], [50, 100], 90, 500)
+    packed = [Step(9.0, 1.0, 150), Step(9.0, 1.0, 400)]
+    assert train.tokens_of(packed, load, same_rows=True) == [100, 300]
+    assert train.tokens_of(packed, load, same_rows=False) == [150, 250]
+    assert train.tokens_of([Step(9.0, 1.0)] * 4, load, same_rows=False) == [100] * 4
 
 
 def test_steps_are_read_from_what_each_contender_writes(tmp_path: Path) -> None:
