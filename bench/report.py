@@ -18,6 +18,7 @@ RESULT = BENCH / "results" / "train.json"
 PAGE = BENCH.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- made by bench/report.py: begin -->", "<!-- made by bench/report.py: end -->"
 ALLOWED_FALL = 0.15
+NOTED_CPU_S = 10
 Json = dict[str, Any]
 
 COLUMNS = (
@@ -95,7 +96,20 @@ def section(result: Json) -> str:
     ]
     for cell in result["cells"]:
         parts.append(f"### {title(cell)}\n\n{table(cell)}\n")
+        parts += [f"{note}\n" for note in notes(cell)]
     return "\n".join(parts)
+
+
+def notes(cell: Json) -> list[str]:
+    """What a reader has to know of rows whose runs other processes disturbed."""
+    found = []
+    for row in cell["contenders"]:
+        others = row.get("others_cpu_s", {"max": 0.0})["max"]
+        if row.get("disturbed_runs_left_out"):
+            found.append(f"{row['name']}: {row['disturbed_runs_left_out']} disturbed runs are left out.")
+        elif others > NOTED_CPU_S:
+            found.append(f"{row['name']}: other processes took {others:.0f} s of CPU during its worst run.")
+    return found
 
 
 def write_docs(result: Json, page: Path = PAGE) -> None:

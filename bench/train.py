@@ -35,6 +35,7 @@ METHODS, STRATEGIES = ("lora", "qlora", "full", "prompt_tuning"), ("single", "dd
 LEARNING_RATES = {"lora": 3e-3, "qlora": 3e-3, "full": 1e-3, "prompt_tuning": 0.1}
 REFERENCES = ("TRL, defaults", "Trainer, padding", "LLaMA-Factory, defaults")
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets")
+DISTURBED = 0.1
 FOR_ALL = ("deepspeed", "bitsandbytes")
 
 
@@ -82,11 +83,12 @@ def judge(all_runs: list[Runs], load: Workload, wanted: int) -> dict[str, str | 
 
 def describe(runs: Runs, load: Workload, method: str, shape: dict[str, Any], gemm: float, args: Any) -> dict[str, Any]:
     """Return a contender's figures, or nothing but its name where no run got through two steps."""
-    good = [
+    ended = [
         (watched, steps)
         for watched, steps in zip(runs.watched, runs.steps, strict=True)
         if len(watched.marks) > 1 and len(watched.marks) == len(steps)
     ]
+    good = [(watched, steps) for watched, steps in ended if not disturbed(watched)] or ended
     found: dict[str, Any] = {"name": runs.contender.name, "same_rows_each_step": runs.contender.same_rows}
     if not good:
         return found
@@ -101,6 +103,7 @@ def describe(runs: Runs, load: Workload, method: str, shape: dict[str, Any], gem
         "first_step_s": summary([watched.marks[0] for watched, _ in good]),
         "peak_private_mib": summary([watched.peak_private_mib for watched, _ in good]),
         "peak_rss_mib": summary([watched.peak_rss_mib for watched, _ in good]),
+        "disturbed_runs_left_out": len(ended) - len(good),
         "others_cpu_s": summary([watched.others_cpu_s for watched, _ in good]),
         "gflops": flops / 1e9,
         "of_gemm": flops / gemm,
@@ -109,6 +112,11 @@ def describe(runs: Runs, load: Workload, method: str, shape: dict[str, Any], gem
         "losses": [[step.loss for step in steps] for _, steps in good],
         "grad_norms": [[step.grad_norm for step in steps] for _, steps in good],
     }
+
+
+def disturbed(watched: Watched) -> bool:
+    """Whether other processes took more than a tenth of the machine meanwhile: such a time says nothing."""
+    return watched.others_cpu_s > DISTURBED * watched.wall_s * CORES
 
 
 def tokens_of(steps: list[Step], load: Workload, *, same_rows: bool) -> list[int]:
