@@ -23,11 +23,11 @@ data_choice = $(if $(wildcard configs/hydra/data/$(1).yaml),data=$(1),data=regis
 train = $(BIN)/tunewright train model=$(MODEL) $(call data_choice,$(DATA)) $(if $(NPROC),cluster.num_processes=$(NPROC)) \
 	$(if $(NAME),name=$(NAME)) $(1) $(ARGS)
 
-.PHONY: help setup demo test test-gpu lint datagen check zero2 zero3 single compare tensorboard chat bench-data bench-datagen clean
+.PHONY: help setup demo test test-gpu lint datagen check zero2 zero3 single compare tensorboard chat bench bench-check bench-start bench-data bench-datagen clean
 
 help:  ## list the targets
 	@echo "make TARGET [MODEL=tiny] [DATA=demo] [NPROC=2] [NAME=my-run] [ARGS=\"key=value ...\"]"
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready  ## create .venv and install the pinned, tested versions
 
@@ -83,6 +83,15 @@ tensorboard: setup  ## open the curves of every run under LOGDIR
 
 chat: setup  ## ask base and tuned model the same questions: make chat RUN=runs/demo/zero2
 	$(BIN)/tunewright chat $(RUN)
+
+bench: setup  ## training speed beside TRL, Trainer and, with PEER_PYTHON=its python, LLaMA-Factory: make bench ARGS=--docs
+	$(BIN)/python bench/train.py $(ARGS)
+
+bench-check: setup  ## whether a ratio of the newest bench result is below that of the last committed one
+	$(BIN)/python bench/report.py check
+
+bench-start: setup  ## how long --help, an error and the first optimiser step take, and where the time goes
+	$(BIN)/python bench/start.py $(ARGS)
 
 bench-data: setup  ## tokenising 100,000 rows beside datasets.map, and LLaMA-Factory with PEER=its virtual environment
 	$(BIN)/python bench/data.py $(if $(PEER),--peer $(PEER)) $(ARGS)

@@ -14,22 +14,20 @@ import argparse
 import io
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import measure
 import numpy as np
-import psutil
+from measure import CORES, MIB, Memory, busy_seconds, machine
 from omegaconf import OmegaConf
 
 from launch.compose import compose_config, load_config
@@ -40,11 +38,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BENCH = Path(__file__).resolve().parent
-CORES = len(os.sched_getaffinity(0))
 CUTOFF = 1024
 STARTUP_ROWS = 16
 PACKAGES = ("datasets", "transformers", "tokenizers", "pyarrow", "torch")
-MIB = 2**20
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------
@@ -254,7 +250,7 @@ def run(command: Command, task: Task) -> Usage:
     with log.open("a") as output, tempfile.TemporaryFile("w+") as stdin:
         stdin.write(command.stdin)
         stdin.seek(0)
-        busy, started = _busy(), time.perf_counter()
+        busy, started = busy_seconds(), time.perf_counter()
         process = subprocess.Popen(
             command.argv, cwd=BENCH.parent, env=env, stdin=stdin, stdout=output, stderr=subprocess.STDOUT
         )
@@ -267,53 +263,7 @@ def run(command: Command, task: Task) -> Usage:
         raise RuntimeError(f"{' '.join(command.argv)} exited with {process.returncode}:\n{log.read_text()[-3000:]}")
     cpu = used.ru_utime + used.ru_stime
     rss = max(memory.rss, used.ru_maxrss * 1024)  # the kernel's mark misses no moment, but is of one process
-    return Usage(wall, cpu, max(_busy() - busy - cpu, 0.0), rss / MIB, memory.private / MIB)
-
-
-def _busy() -> float:
-    """Return seconds that all cores have spent since the machine started, on anything but this process."""
-    times = psutil.cpu_times()
-    idle = times.idle + times.iowait + times.guest + times.guest_nice  # guest time is part of user time
-    return float(sum(times) - idle - time.process_time())
-
-
-class Memory:
-    """The largest sum over a process and its descendants, looked at from a thread, up to ten times a second."""
-
-    def __init__(self, pid: int) -> None:
-        self.rss = self.private = 0
-        self._root = psutil.Process(pid)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        pause = 0.1
-        while not self._stopped.wait(pause):
-            started = time.thread_time()
-            try:
-                pids = [self._root.pid, *(child.pid for child in self._root.children(recursive=True))]
-            except psutil.NoSuchProcess:
-                return
-            sizes = [_memory_of(pid) for pid in pids]
-            self.rss = max(self.rss, sum(rss for rss, _ in sizes))
-            self.private = max(self.private, sum(private for _, private in sizes))
-            # The kernel walks every page for it: take no more than 2 % of a core away from what is measured.
-            pause = max(0.1, 50 * (time.thread_time() - started))
-
-
-def _memory_of(pid: int) -> tuple[int, int]:
-    """Return bytes resident, and those of them that no file backs; pages shared after a fork count by their share."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    except OSError:
-        return 0, 0  # it has just ended
-    sizes = {name: int(value.split()[0]) * 1024 for name, _, value in (line.partition(":") for line in lines)}
-    return sizes.get("Rss", 0), sizes.get("Pss_Anon", 0)
+    return Usage(wall, cpu, max(busy_seconds() - busy - cpu, 0.0), rss / MIB, memory.private / MIB)
 
 
 @dataclass
@@ -379,7 +329,9 @@ class Result:
     differs: str = ""
 
 
-def measure(contender: Contender, small: Path, data: Path, model: Path, scratch: Path) -> tuple[Result, Tokens]:
+def measure_contender(
+    contender: Contender, small: Path, data: Path, model: Path, scratch: Path
+) -> tuple[Result, Tokens]:
     """Run it thrice, on few rows, on all and again, and read what it made."""
     print(f"{contender.name} ...", file=sys.stderr, flush=True)
     with fresh_task(small, model, scratch) as task:
@@ -444,26 +396,11 @@ def memory_table(results: dict[int, Usage]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    return {
-        "cpu": cpu,
-        "cores": CORES,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "system": platform.platform(),
-        "load_before": os.getloadavg(),
-    }
-
-
 def versions(peer: Path | None) -> dict[str, dict[str, str]]:
     """Return Python's and the packages' versions in this environment and in the peer's."""
-    found = {"tunewright": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}}
+    found = {"tunewright": measure.versions(sys.executable, PACKAGES)}
     if peer:
-        script = "import json, platform, sys; from importlib.metadata import version; "
-        script += "print(json.dumps({'python': platform.python_version(), **{p: version(p) for p in sys.argv[1:]}}))"
-        command = [str(peer / "bin" / "python"), "-c", script, "llamafactory", *PACKAGES]
-        found["LLaMA-Factory"] = json.loads(subprocess.check_output(command))
+        found["LLaMA-Factory"] = measure.versions(str(peer / "bin" / "python"), ("llamafactory", *PACKAGES))
     return found
 
 
@@ -481,7 +418,7 @@ def compare_speed(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     reference: Tokens | None = None
     for contender in contenders:
         if args.only in contender.name:
-            result, tokens = measure(contender, small, registry, args.model, scratch)
+            result, tokens = measure_contender(contender, small, registry, args.model, scratch)
             reference = tokens if reference is None else reference
             result.differs = difference(tokens, reference)
             results.append(result)

@@ -28,6 +28,9 @@ TARGETS = [
     "compare",
     "tensorboard",
     "chat",
+    "bench",
+    "bench-check",
+    "bench-start",
     "bench-data",
     "clean",
 ]

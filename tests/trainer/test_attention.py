@@ -55,6 +55,14 @@ def test_each_row_sees_itself_only(window: int | None) -> None:
     compare("cpu", torch.float32, 1e-5, window)
 
 
+@pytest.mark.parametrize("short", [0, 12, 256])
+def test_half_precision_is_as_near_to_the_truth_whatever_the_length(
+    short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.attention.SHORT", short)
+    compare("cpu", torch.bfloat16, 0.02)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, WINDOW, 33, 100])
 def test_each_row_sees_itself_only_in_the_kernel_of_a_gpu(window: int | None) -> None:

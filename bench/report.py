@@ -1,0 +1,198 @@
+"""What becomes of a bench's JSON: a table, the section of docs/benchmarks.md, and the comparison with the last one.
+
+python bench/report.py docs      # writes the section between its markers
+python bench/report.py check     # exits 1 where a ratio to a competitor fell by more than 15 %
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).resolve().parent
+RESULT = BENCH / "results" / "train.json"
+PAGE = BENCH.parent / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- made by bench/report.py: begin -->", "<!-- made by bench/report.py: end -->"
+ALLOWED_FALL = 0.15
+NOTED_CPU_S = 10
+Json = dict[str, Any]
+
+COLUMNS = (
+    "",
+    "tokens/s",
+    "spread",
+    "tunewright is",
+    "first step after",
+    "private memory",
+    "RSS",
+    "GFLOP/s",
+    "MFU",
+    "of the GEMM rate",
+    "counts",
+)
+
+
+def table(cell: Json) -> str:
+    """One cell of the grid as Markdown, a contender a line."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 2) + "|---|"]
+    ours = next((row for row in cell["contenders"] if row["name"] == "tunewright"), None)
+    for row in cell["contenders"]:
+        if "tokens_per_second" not in row:
+            lines.append(f"| {row['name']} |" + " |" * (len(COLUMNS) - 2) + f" void: {row['void']} |")
+            continue
+        speed = row["tokens_per_second"]
+        times = ours["tokens_per_second"]["median"] / speed["median"] if ours and _counts(ours) else None
+        cells = [
+            row["name"],
+            f"{speed['median']:,.0f}",
+            f"{speed['min']:,.0f} to {speed['max']:,.0f}",
+            f"{times:.2f} x" if times and row is not ours and _counts(row) else "",
+            f"{row['first_step_s']['median']:.1f} s",
+            f"{row['peak_private_mib']['median']:,.0f} MiB",
+            f"{row['peak_rss_mib']['median']:,.0f} MiB",
+            f"{row['gflops']:,.0f}",
+            f"{row['mfu']:.0%}" if row.get("mfu") else "-",
+            f"{row['of_gemm']:.0%}",
+            f"void: {row['void']}" if row["void"] else "yes",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _counts(row: Json) -> bool:
+    return "tokens_per_second" in row and not row["void"]
+
+
+def title(cell: Json) -> str:
+    rows = cell["workload"]
+    tokens, count = sum(rows["tokens"]), cell["settings"]["batch"] * cell["settings"]["steps"]
+    return (
+        f"{cell['method']}, {cell['rows']} rows (mean {tokens / count:.0f} tokens, longest {rows['longest']:,}; padded "
+        f"batches hold {rows['padded'] / tokens:.2f} times the tokens), {cell['strategy']}"
+    )
+
+
+def section(result: Json) -> str:
+    """The text between the markers."""
+    machine, settings = result["machine"], result["settings"]
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in result["gemm"].items())
+    versions = "; ".join(
+        f"{where}: {', '.join(f'{name} {number}' for name, number in found.items())}"
+        for where, found in result["versions"].items()
+    )
+    parts = [
+        f"    {result['command']}\n",
+        f"{settings['model']}. {settings['repeats']} interleaved repetitions of {settings['steps']} steps, the first "
+        f"{settings['warmup']} of which warm up; seed {settings['seed']}, learning rate {settings['learning_rate']}. "
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+        f"{', ' + machine['gpu'] if machine.get('gpu') else ', no GPU'}; {result['when']}, commit {result['commit']}. "
+        f"Best matrix product, GFLOP/s: {rates}. {versions}.\n",
+        f"A time is from the start of the process, caches of its own empty. GFLOP/s credits 4 a frozen and 6 a trained "
+        f"weight and token, the head on scored positions. {result['parity']}\n",
+    ]
+    for cell in result["cells"]:
+        parts.append(f"### {title(cell)}\n\n{table(cell)}\n")
+        parts += [f"{note}\n" for note in notes(cell)]
+    return "\n".join(parts)
+
+
+def notes(cell: Json) -> list[str]:
+    """What a reader has to know of rows whose runs other processes disturbed."""
+    found = []
+    for row in cell["contenders"]:
+        others = row.get("others_cpu_s", {"max": 0.0})["max"]
+        if row.get("disturbed_runs_left_out"):
+            found.append(f"{row['name']}: {row['disturbed_runs_left_out']} disturbed runs are left out.")
+        elif others > NOTED_CPU_S:
+            found.append(f"{row['name']}: other processes took {others:.0f} s of CPU during its worst run.")
+    return found
+
+
+def write_docs(result: Json, page: Path = PAGE) -> None:
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n\n{section(result)}\n{END}{after}", encoding="utf-8")
+
+
+def ratios(result: Json) -> dict[str, float]:
+    """tunewright's rate / a competitor's, by cell and competitor, of rows that count."""
+    found = {}
+    for cell in result["cells"]:
+        ours = next((row for row in cell["contenders"] if row["name"] == "tunewright"), None)
+        if ours is None or not _counts(ours):
+            continue
+        for row in cell["contenders"]:
+            if row is not ours and _counts(row):
+                key = f"{cell['method']}, {cell['rows']} rows, {cell['strategy']}, {row['name']}"
+                found[key] = ours["tokens_per_second"]["median"] / row["tokens_per_second"]["median"]
+    return found
+
+
+def falls(new: Json, old: Json) -> list[str]:
+    """A line for each ratio that fell by more than is allowed, or that could be had before and cannot now."""
+    after, before = ratios(new), ratios(old)
+    measured = {(cell["method"], cell["rows"], cell["strategy"]) for cell in new["cells"]}
+    void = [
+        f"{cell['method']}, {cell['rows']} rows, {cell['strategy']}: tunewright's own row is void ({row['void']})"
+        for cell in new["cells"]
+        for row in cell["contenders"]
+        if row["name"] == "tunewright" and row["void"]
+    ]
+    assert measured
+    return void + [
+        f"{key}: {after[key]:.2f} x now, {was:.2f} x before ({after[key] / was - 1:+.0%})"
+        for key, was in before.items()
+        if key in after and after[key] < was * (1 - ALLOWED_FALL)
+    ]
+
+
+def committed(path: Path = RESULT) -> Json | None:
+    """The result as it was last committed; where the file has not changed since, the one committed before that."""
+    name = path.relative_to(BENCH.parent).as_posix()
+    log = _git("log", "--format=%H", "--", name).split()
+    current = path.read_text(encoding="utf-8")
+    for commit in log:
+        text = _git("show", f"{commit}:{name}")
+        if text and text != current:
+            return dict(json.loads(text))
+    return None
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=BENCH.parent, capture_output=True, text=True).stdout
+
+
+def check() -> int:
+    if not RESULT.exists():
+        print("There is no bench/results/train.json: run `make bench` first.")
+        return 2
+    old, new = committed(), json.loads(RESULT.read_text(encoding="utf-8"))
+    if old is None:
+        print("Nothing to compare with: no other result of bench/train.py is committed yet.")
+        return 0
+    compared = sorted(ratios(new).keys() & ratios(old).keys())
+    found = falls(new, old)
+    for line in found:
+        print(f"FELL {line}")
+    print(
+        f"{len(compared)} ratios compared with commit {old['commit']}, {len(found)} fell by more than 15 % or are void."
+    )
+    return 1 if found else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["docs", "check"])
+    if parser.parse_args().what == "check":
+        return check()
+    write_docs(json.loads(RESULT.read_text(encoding="utf-8")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

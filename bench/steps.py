@@ -1,0 +1,96 @@
+"""For the competitors' scripts: the job they are given, PEFT's settings, and a line for each optimiser step."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from workload import Job
+
+MARK = "BENCH "
+
+
+class StepLines(TrainerCallback):
+    """`BENCH {"step": 1, "loss": 9.7, ...}` for each log line of the first rank."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and "loss" in logs:
+            figures = {key: float(logs[key]) for key in ("loss", "grad_norm", "num_tokens") if key in logs}
+            print(MARK + json.dumps({"step": state.global_step, **figures}), flush=True)
+
+
+def read_job() -> Job:
+    return Job(**json.loads(Path(sys.argv[1]).read_text()))
+
+
+def peft_config(job: Job) -> Any:
+    """PEFT's settings of a method, or None for full fine-tuning."""
+    import peft
+
+    task = peft.TaskType.CAUSAL_LM
+    if job.method == "prompt_tuning":
+        return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=job.virtual_tokens)
+    if job.method in ("lora", "qlora"):
+        return peft.LoraConfig(task_type=task, r=job.rank, lora_alpha=2 * job.rank, target_modules="all-linear")
+    return None
+
+
+def quantization() -> Any:
+    """NF4 with double quantisation, as the QLoRA paper has it."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def common_arguments(job: Job) -> dict[str, Any]:
+    """What is the same for all: batch, steps, learning rate, seed, order. The rest stays at each one's defaults."""
+    import torch
+
+    settings: dict[str, Any] = {
+        "output_dir": job.out,
+        "per_device_train_batch_size": job.per_device,
+        "max_steps": job.steps,
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": job.seed,
+    }
+    if job.strategy.startswith("zero"):
+        return settings | _zero(job)
+    if not torch.cuda.is_available():
+        settings["use_cpu"] = True
+    return settings
+
+
+def _zero(job: Job) -> dict[str, Any]:
+    """DeepSpeed, which on a CPU needs the process group made first (accelerate 1.15 trains without it otherwise)."""
+    import torch
+    from accelerate import PartialState
+
+    stage = int(job.strategy.removeprefix("zero"))
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    if torch.cuda.is_available():
+        return {"deepspeed": config}
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    return {"deepspeed": config, "bf16": False, "accelerator_config": {"use_configured_state": True}}

@@ -1,0 +1,299 @@
+"""Training speed: tunewright beside TRL, plain transformers Trainer and LLaMA-Factory, on the same rows and model.
+
+    python bench/train.py                                   # LoRA, short rows, one device: ten minutes on two cores
+    python bench/train.py --methods lora,full --rows short,long --strategies single,zero2
+    PEER_PYTHON=/tmp/peer-lf/bin/python python bench/train.py        # LLaMA-Factory too
+
+Repetitions are interleaved. Times are of the lines that report a step, taken by this process for all contenders alike.
+A row whose losses are not those of the others, or with a gradient of zero, is void.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from contenders import Contender, Step, environment, llamafactory, scripts, tunewright
+from judge import PARITY, fall, speed, summary, void_reason
+from measure import CORES, Watched, machine, versions, watch
+from report import RESULT, table, title, write_docs
+from workload import KINDS, SHAPE, SMALL, Job, Workload, build_model, credited_flops, write_rows
+
+METHODS, STRATEGIES = ("lora", "qlora", "full", "prompt_tuning"), ("single", "ddp", "zero2", "zero3")
+# High enough that the loss of a random model falls within a few steps: parity means nothing while nothing is learnt.
+LEARNING_RATES = {"lora": 3e-3, "qlora": 3e-3, "full": 1e-3, "prompt_tuning": 0.1}
+REFERENCES = ("TRL, defaults", "Trainer, padding", "LLaMA-Factory, defaults")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets")
+DISTURBED = 0.1
+FOR_ALL = ("deepspeed", "bitsandbytes")
+
+
+@dataclass
+class Runs:
+    """What one contender did in one cell of the grid."""
+
+    contender: Contender
+    watched: list[Watched] = field(default_factory=list)
+    steps: list[list[Step]] = field(default_factory=list)
+    cannot: str | None = None
+
+
+def run_once(contender: Contender, job: Job) -> tuple[Watched, list[Step]]:
+    watched = watch(contender.argv(job), Path(job.out), environment(job), contender.is_step)
+    return watched, contender.steps(job, watched.log)
+
+
+def judge(all_runs: list[Runs], load: Workload, wanted: int) -> dict[str, str | None]:
+    """Return {contender: why its row is void}, judged against the first reference that is sound in itself."""
+    tokens = sum(load.tokens)
+    reference: list[Step] | None = None
+    for name in (*REFERENCES, "tunewright"):
+        for runs in all_runs:
+            if runs.contender.name == name and runs.steps and reference is None:
+                steps, code = runs.steps[0], runs.watched[0].exit_code
+                if void_reason(steps, steps, wanted, tokens, same_rows=True, exit_code=code) is None:
+                    reference = steps
+    verdicts: dict[str, str | None] = {}
+    for runs in all_runs:
+        reasons = [runs.cannot] if runs.cannot else []
+        for watched, steps in zip(runs.watched, runs.steps, strict=True):
+            reason = void_reason(
+                steps,
+                reference or steps,
+                wanted,
+                tokens,
+                same_rows=runs.contender.same_rows,
+                exit_code=watched.exit_code,
+            )
+            reasons += [reason] if reason else []
+        verdicts[runs.contender.name] = reasons[0] if reasons else None
+    return verdicts
+
+
+def describe(runs: Runs, load: Workload, method: str, shape: dict[str, Any], gemm: float, args: Any) -> dict[str, Any]:
+    """Return a contender's figures, or nothing but its name where no run got through two steps."""
+    ended = [
+        (watched, steps)
+        for watched, steps in zip(runs.watched, runs.steps, strict=True)
+        if len(watched.marks) > 1 and len(watched.marks) == len(steps)
+    ]
+    good = [(watched, steps) for watched, steps in ended if not disturbed(watched)] or ended
+    found: dict[str, Any] = {"name": runs.contender.name, "same_rows_each_step": runs.contender.same_rows}
+    if not good:
+        return found
+    rates = [
+        speed(watched.marks, tokens_of(steps, load, same_rows=runs.contender.same_rows), args.warmup)
+        for watched, steps in good
+    ]
+    scored = sum(load.scored) / sum(load.tokens)  # a token in so many reaches the head
+    flops = credited_flops(shape, method, 10**6, round(scored * 10**6)) / 10**6 * statistics.median(rates)
+    return found | {
+        "tokens_per_second": summary(rates),
+        "first_step_s": summary([watched.marks[0] for watched, _ in good]),
+        "peak_private_mib": summary([watched.peak_private_mib for watched, _ in good]),
+        "peak_rss_mib": summary([watched.peak_rss_mib for watched, _ in good]),
+        "disturbed_runs_left_out": len(ended) - len(good),
+        "others_cpu_s": summary([watched.others_cpu_s for watched, _ in good]),
+        "gflops": flops / 1e9,
+        "of_gemm": flops / gemm,
+        "mfu": flops / args.peak_flops if args.peak_flops else None,
+        "loss_fell_by": fall(good[0][1]),
+        "losses": [[step.loss for step in steps] for _, steps in good],
+        "grad_norms": [[step.grad_norm for step in steps] for _, steps in good],
+    }
+
+
+def disturbed(watched: Watched) -> bool:
+    """Whether other processes took more than a tenth of the machine meanwhile: such a time says nothing."""
+    return watched.others_cpu_s > DISTURBED * watched.wall_s * CORES
+
+
+def tokens_of(steps: list[Step], load: Workload, *, same_rows: bool) -> list[int]:
+    """Non-padding tokens of each step: those of its rows, or where it packs its own count, else the mean."""
+    if same_rows:
+        return load.tokens
+    if steps[-1].tokens is not None:
+        seen = [0.0, *(step.tokens or 0.0 for step in steps)]
+        return [round(after - before) for before, after in itertools.pairwise(seen)]
+    return [round(sum(load.tokens) / len(steps))] * len(steps)
+
+
+def gemm_rates(repeats: int = 1) -> dict[str, float]:
+    """The best matrix product in both formats, in a process of its own with the threads that contenders get."""
+    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(CORES)}
+    script = str(Path(__file__).with_name("gemm.py"))
+    return {
+        dtype: max(float(subprocess.check_output([sys.executable, script, dtype], env=env)) for _ in range(repeats))
+        for dtype in ("bfloat16", "float32")
+    }
+
+
+def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, rates: dict[str, float]) -> Any:
+    """Run every contender `repeats` times, in turn, on fresh folders, and judge them."""
+    batch, ranks = args.batch or KINDS[kind].batch, 1 if strategy == "single" else 2
+    with tempfile.TemporaryDirectory(prefix="tunewright-bench-") as scratch:
+        load = write_rows(Path(scratch) / "rows", model, kind, args.steps, args.seed, batch)
+        learning_rate = args.learning_rate or LEARNING_RATES[method]
+        pack = -(-max(load.longest, round(sum(load.tokens) / args.steps / ranks * 1.02)) // 8) * 8
+        all_runs = [Runs(contender, cannot=contender.cannot(method, strategy)) for contender in args.contenders]
+        for repeat in range(args.repeats):
+            for runs in all_runs:
+                if runs.cannot:
+                    continue
+                out = Path(scratch) / f"{repeat}-{all_runs.index(runs)}"
+                out.mkdir()
+                job = Job(
+                    model=str(model),
+                    rows=str(load.folder / "seen" / "bench.json"),
+                    registry=str(load.folder / "ours"),
+                    out=str(out),
+                    method=method,
+                    strategy=strategy,
+                    ranks=ranks,
+                    steps=args.steps,
+                    batch=batch,
+                    pack=pack,
+                    learning_rate=learning_rate,
+                    seed=args.seed,
+                )
+                watched, steps = run_once(runs.contender, job)
+                runs.watched.append(watched)
+                runs.steps.append(steps)
+                took = f"{len(steps)} steps in {watched.wall_s:.0f} s, {watched.others_cpu_s:.0f} s of CPU by others"
+                say(f"  {runs.contender.name} {repeat + 1}/{args.repeats}: {took}")
+                if watched.exit_code:
+                    say(watched.log[-2500:])
+            for dtype, rate in gemm_rates().items():
+                rates[dtype] = max(rate, rates.get(dtype, 0.0))
+        verdicts = judge(all_runs, load, args.steps)
+        dtype = "float32" if strategy.startswith("zero") and not args.peak_flops else "bfloat16"
+        rows = [describe(runs, load, method, args.shape, rates[dtype], args) for runs in all_runs]
+        for row in rows:
+            row["void"] = verdicts[row["name"]]
+        return {
+            "method": method,
+            "rows": kind,
+            "strategy": strategy,
+            "workload": load.facts(),
+            "settings": {"batch": batch, "steps": args.steps, "learning_rate": learning_rate, "pack": pack},
+            "gemm_dtype": dtype,
+            "contenders": rows,
+        }
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def choices(text: str, known: tuple[str, ...]) -> list[str]:
+    """Return what a comma-separated option names; argparse shows the error."""
+    picked = text.split(",")
+    wrong = [item for item in picked if item not in known]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: not one of {', '.join(known)}")
+    return picked
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--methods", type=lambda text: choices(text, METHODS), default=["lora"], help=",".join(METHODS))
+    top.add_argument("--rows", type=lambda text: choices(text, tuple(KINDS)), default=["short"], help="short,long")
+    top.add_argument(
+        "--strategies", type=lambda text: choices(text, STRATEGIES), default=["single"], help=",".join(STRATEGIES)
+    )
+    top.add_argument("--all", action="store_true", help="the whole grid: hours on two cores")
+    top.add_argument("--only", default="", help="contenders whose name has one of these in it, comma-separated")
+    top.add_argument("--repeats", type=int, default=3)
+    top.add_argument("--steps", type=int, default=8, help="optimiser steps of a run")
+    top.add_argument("--warmup", type=int, default=2, help="of them not measured")
+    top.add_argument("--batch", type=int, help="rows of a step; otherwise 8 short or 2 long ones")
+    top.add_argument("--learning-rate", type=float)
+    top.add_argument("--seed", type=int, default=42)
+    top.add_argument("--small", action="store_true", help="a model of half a million parameters, to try the bench")
+    top.add_argument("--out", type=Path, default=RESULT, help="JSON; cells measured there before are kept")
+    top.add_argument("--docs", action="store_true", help="write the section of docs/benchmarks.md too")
+    return top
+
+
+def main() -> int:
+    args = parser().parse_args()
+    if args.all:
+        args.methods, args.rows, args.strategies = list(METHODS), list(KINDS), list(STRATEGIES)
+    args.shape = SMALL if args.small else SHAPE
+    cache = Path(os.environ.get("TUNEWRIGHT_CACHE", "~/.cache/tunewright")).expanduser()
+    model = build_model(cache, args.shape)
+    peer = os.environ.get("PEER_PYTHON")
+    known = [tunewright(), *scripts()]
+    known += (
+        [llamafactory(peer), llamafactory(peer, best=True), llamafactory(peer, best=True, packing=True)] if peer else []
+    )
+    args.contenders = [one for one in known if any(part in one.name for part in args.only.split(","))]
+    facts = machine()
+    args.peak_flops = peak_of_gpu(facts)
+    rates: dict[str, float] = {}
+    cells = []
+    for method, kind, strategy in itertools.product(args.methods, args.rows, args.strategies):
+        say(f"{method}, {kind} rows, {strategy}")
+        cell = measure_cell(method, kind, strategy, model, args, rates)
+        cells.append(cell)
+        print(f"\n{title(cell)}\n\n{table(cell)}\n", flush=True)
+        result = {
+            "when": datetime.date.today().isoformat(),
+            "commit": git_commit(),
+            "command": shlex.join(["python", "bench/train.py", *sys.argv[1:]]),
+            "machine": facts,
+            "versions": {
+                "tunewright, TRL, Trainer": versions(sys.executable, (*PACKAGES, *FOR_ALL)),
+                **({"LLaMA-Factory": versions(peer, ("llamafactory", *PACKAGES))} if peer else {}),
+            },
+            "settings": {
+                "model": f"A random Qwen2 in bfloat16: {', '.join(f'{k} {v}' for k, v in args.shape.items())}",
+                "steps": args.steps,
+                "warmup": args.warmup,
+                "repeats": args.repeats,
+                "seed": args.seed,
+                "learning_rate": args.learning_rate or {name: LEARNING_RATES[name] for name in args.methods},
+            },
+            "parity": PARITY,
+            "gemm": rates,
+            "cells": cells,
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(PARITY)
+    if args.docs:
+        write_docs(result)
+    ours = [row for cell in cells for row in cell["contenders"] if row["name"] == "tunewright"]
+    return 1 if any(row["void"] for row in ours) else 0
+
+
+def peak_of_gpu(facts: dict[str, Any]) -> float | None:
+    """The data sheet's figure for a GPU; a CPU has none that we know."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    from trl.trainer.utils import get_peak_flops
+
+    facts["gpu"] = torch.cuda.get_device_name()
+    return get_peak_flops(facts["gpu"], "bfloat16")
+
+
+def git_commit() -> str:
+    told = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return told.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Plain transformers Trainer with padding, as its documentation has it: python bench/trainer_script.py JOB.json"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from steps import StepLines, common_arguments, peft_config, quantization, read_job
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from workload import encode
+
+
+def main() -> None:
+    job = read_job()
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    rows = json.loads(Path(job.rows).read_text())
+    dataset = Dataset.from_list(rows).map(lambda row: encode(tokenizer, row), remove_columns=list(rows[0]))
+    args = TrainingArguments(**common_arguments(job))
+    if job.method == "full":  # float32 weights under autocast
+        args.bf16 = not job.strategy.startswith("zero")
+        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    else:  # the base as it is stored, in bfloat16; PEFT keeps its adapters in float32
+        import peft
+
+        quantized = {"quantization_config": quantization()} if job.method == "qlora" else {}
+        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16, **quantized)
+        if quantized:
+            model = peft.prepare_model_for_kbit_training(model)
+        torch.manual_seed(job.seed)
+        model = peft.get_peft_model(model, peft_config(job))
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    Trainer(model, args, collator, dataset, processing_class=tokenizer, callbacks=[StepLines()]).train()
+
+
+if __name__ == "__main__":
+    main()

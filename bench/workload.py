@@ -1,0 +1,197 @@
+"""What all contenders train: a random Qwen2 of 39 M parameters and rows made of the text that ships in data/.
+
+The rows of a step are the same for all. tunewright shuffles by its seed; the others get the rows in the order that
+comes out of it and do not shuffle.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.batching import BatchPlan
+from trainer.tiny import CORPUS, tiny_folder
+
+# The tokenizer is the embedded model's, of 4,096 entries. The model's vocabulary is larger, so that the head weighs
+# what it does in a real model of this size.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 16384,
+    "hidden_size": 512,
+    "intermediate_size": 1472,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+SMALL: dict[str, Any] = {**SHAPE, "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128}
+SMALL |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+RANK = 8
+VIRTUAL_TOKENS = 20
+CUTOFF = 4096
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Rows of one kind: how many make a step."""
+
+    batch: int
+
+
+KINDS = {"short": Kind(8), "long": Kind(2)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a contender is told, as JSON. `rows` are in the order of training."""
+
+    model: str
+    rows: str
+    registry: str
+    out: str
+    method: str
+    strategy: str
+    ranks: int
+    steps: int
+    batch: int
+    pack: int
+    learning_rate: float
+    seed: int
+    rank: int = RANK
+    virtual_tokens: int = VIRTUAL_TOKENS
+    cutoff: int = CUTOFF
+
+    @property
+    def per_device(self) -> int:
+        return self.batch // self.ranks
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Rows on disk, with the tokens and scored tokens of each step."""
+
+    folder: Path
+    tokens: list[int]
+    scored: list[int]
+    longest: int
+    padded: int
+
+    def facts(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "folder"}
+
+
+def build_model(cache: Path, shape: dict[str, Any]) -> Path:
+    """Write the model once, in bfloat16, with the embedded model's tokenizer; return its folder."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer_folder = tiny_folder(cache)
+    if not (tokenizer_folder / "tokenizer.json").is_file():
+        from trainer.tiny import build_tiny
+
+        build_tiny(cache)
+    width = f"{shape['num_hidden_layers']}x{shape['hidden_size']}x{shape['intermediate_size']}x{shape['vocab_size']}"
+    folder = cache / "bench" / f"{tokenizer_folder.name}-{width}"
+    if (folder / "config.json").is_file():
+        return folder
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.model_max_length = CUTOFF
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**shape, **ends)).to(torch.bfloat16)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def matmul_parameters(shape: dict[str, Any], method: str) -> tuple[int, int, int]:
+    """Return (frozen, trained, head) matmul weights; the head is met by scored tokens only."""
+    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    kv = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    linears = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
+    linears += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    body = layers * sum(a * b for a, b in linears)
+    head = hidden * shape["vocab_size"]
+    if method == "full":
+        return 0, body, head
+    adapters = layers * sum(RANK * (a + b) for a, b in linears) if method in ("lora", "qlora") else 0
+    return body, adapters, head
+
+
+def credited_flops(shape: dict[str, Any], method: str, tokens: int, scored: int) -> float:
+    """4 FLOPs for a frozen weight, 6 for a trained one; the head on scored positions; recomputation is not credited."""
+    frozen, trained, head = matmul_parameters(shape, method)
+    return float((4 * frozen + 6 * trained) * tokens + (6 if method == "full" else 4) * head * scored)
+
+
+def write_rows(folder: Path, model: Path, kind: str, steps: int, seed: int, batch: int) -> Workload:
+    """Write `seen/` in the order of training and `ours/` in the order that tunewright's shuffle makes the same."""
+    from transformers import AutoTokenizer
+
+    from trainer.batches import MicroBatches
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rng, sentences = random.Random(seed), _sentences()
+    rows = [_row(rng, sentences, tokenizer, kind) for _ in range(steps * batch)]
+    plan = BatchPlan(batch, 1, batch, 1)
+    order = [index for part in MicroBatches(len(rows), plan, 0, shuffle=True, seed=seed) for index in part]
+    ours = [rows[0]] * len(rows)
+    for row, place in zip(rows, order, strict=True):
+        ours[place] = row
+    for name, content in (("seen", rows), ("ours", ours)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "bench.json").write_text(json.dumps(content, ensure_ascii=False, indent=0))
+        columns = {"prompt": "instruction", "query": "input", "response": "output"}
+        registry = {"bench": {"file_name": "bench.json", "columns": columns}}
+        (folder / name / "dataset_info.json").write_text(json.dumps(registry))
+    counts = [_count(tokenizer, row) for row in rows]
+    by_step = [counts[start : start + batch] for start in range(0, len(rows), batch)]
+    return Workload(
+        folder,
+        [sum(tokens for tokens, _ in step) for step in by_step],
+        [sum(scored for _, scored in step) for step in by_step],
+        max(tokens for tokens, _ in counts),
+        sum(batch * max(tokens for tokens, _ in step) for step in by_step),
+    )
+
+
+def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
+    """What a user writes to tokenise an alpaca row: ids, and labels on the answer."""
+    user = row["instruction"] + ("\n" + row["input"] if row["input"] else "")
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": row["output"]}]
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    full = tokenizer.apply_chat_template(messages, return_dict=False)
+    return {"input_ids": full, "labels": [-100] * len(prompt) + full[len(prompt) :]}
+
+
+def _count(tokenizer: Any, row: dict[str, str]) -> tuple[int, int]:
+    encoded = encode(tokenizer, row)
+    return len(encoded["input_ids"]), sum(label >= 0 for label in encoded["labels"])
+
+
+def _sentences() -> list[str]:
+    """Every text and every answer of the shipped corpus."""
+    lines = [json.loads(line) for line in CORPUS.read_text(encoding="utf-8").splitlines() if line]
+    return [line["text"] if "text" in line else line["messages"][-1]["content"] for line in lines]
+
+
+def _row(rng: random.Random, sentences: list[str], tokenizer: Any, kind: str) -> dict[str, str]:
+    """Short: as in alpaca, most rows below the mean of 200 tokens and a long tail. Long: 1k to 4k, all alike likely."""
+    wanted = min(rng.lognormvariate(4.83, 0.65), 1000) if kind == "short" else rng.uniform(950, 3900)
+    return {
+        "instruction": _text(rng, sentences, tokenizer, rng.uniform(12, 40)),
+        "input": _text(rng, sentences, tokenizer, rng.uniform(10, 50)) if rng.random() < 0.4 else "",
+        "output": _text(rng, sentences, tokenizer, wanted),
+    }
+
+
+def _text(rng: random.Random, sentences: list[str], tokenizer: Any, tokens: float) -> str:
+    """Sentences one after the other up to about so many tokens."""
+    text: list[str] = []
+    while tokens > 0:
+        text.append(rng.choice(sentences))
+        tokens -= len(tokenizer(text[-1])["input_ids"])
+    return " ".join(text)

@@ -1,0 +1,139 @@
+"""The training bench's own logic: what it reads, which rows are void, which ratios fell. Nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "bench"))  # its files are scripts, which find each other beside them
+
+import contenders  # noqa: E402
+import judge  # noqa: E402
+import report  # noqa: E402
+import train  # noqa: E402
+import workload  # noqa: E402
+from contenders import Step  # noqa: E402
+
+REFERENCE = [Step(9.70, 1.2), Step(9.40, 1.1), Step(9.00, 1.0)]
+
+
+def job(tmp_path: Path, **changes: Any) -> workload.Job:
+    settings = dict.fromkeys(("model", "rows", "registry"), "/nowhere") | {"out": str(tmp_path), "method": "lora"}
+    settings |= {"strategy": "single", "ranks": 1, "steps": 3, "batch": 8, "pack": 1600, "learning_rate": 0.01}
+    return workload.Job(**{**settings, "seed": 42, **changes})
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        (REFERENCE, None),
+        ([Step(9.71, 0.4), Step(9.45, 1.1), Step(9.05, 1.0)], None),
+        ([Step(9.70, 0.0), *REFERENCE[1:]], "a gradient norm is zero"),
+        ([Step(9.70, float("nan")), *REFERENCE[1:]], "not finite"),
+        ([Step(float("inf"), 1.0), *REFERENCE[1:]], "not finite"),
+        ([Step(9.60, 1.2), *REFERENCE[1:]], "loss 9.600 instead of 9.700 at step 1"),
+        ([*REFERENCE[:2], Step(9.70, 1.0)], "loss 9.700 instead of 9.000 at step 3"),
+        (REFERENCE[:2], "2 steps instead of 3"),
+        ([*REFERENCE[:2], Step(9.00, 1.0, tokens=4000)], "4,000 tokens instead of 5,000"),
+        ([], "no step"),
+    ],
+)
+def test_a_row_is_void_when_it_did_not_do_the_same_work(steps: list[Step], reason: str | None) -> None:
+    found = judge.void_reason(steps, REFERENCE, 3, 5000, same_rows=True)
+    assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+def test_a_packed_row_is_judged_by_its_mean_and_its_tokens() -> None:
+    packed = [Step(9.70, 1.0, 1700), Step(9.50, 1.0, 3400), Step(9.2, 1.0, 4900), Step(9.0, 1.0, 5000)]
+    assert judge.void_reason(packed, REFERENCE, 3, 5000, same_rows=False) is None
+    asleep = [Step(9.70, 1.0, 2500), Step(9.70, 1.0, 5000)]
+    assert "mean loss" in str(judge.void_reason(asleep, REFERENCE, 3, 5000, same_rows=False))
+
+
+def test_a_failed_command_is_void() -> None:
+    assert judge.void_reason(REFERENCE, REFERENCE, 3, 5000, same_rows=True, exit_code=1) == "exited with 1"
+
+
+def test_speed_counts_tokens_after_the_warm_up() -> None:
+    assert judge.speed([10.0, 11.0, 13.0, 15.0], [100, 100, 300, 500], warmup=2) == pytest.approx(200.0)
+
+
+def test_a_packed_run_counts_its_own_tokens() -> None:
+    load = workload.Workload(Path(), [100, 300], [50, 100], 90, 500)
+    packed = [Step(9.0, 1.0, 150), Step(9.0, 1.0, 400)]
+    assert train.tokens_of(packed, load, same_rows=True) == [100, 300]
+    assert train.tokens_of(packed, load, same_rows=False) == [150, 250]
+    assert train.tokens_of([Step(9.0, 1.0)] * 4, load, same_rows=False) == [100] * 4
+
+
+def test_steps_are_read_from_what_each_contender_writes(tmp_path: Path) -> None:
+    log = 'Loading\nBENCH {"step": 1, "loss": 9.7, "grad_norm": 1.5, "num_tokens": 800.0}\n{\'loss\': 9.7}\n'
+    script = contenders.scripts()[0]
+    assert script.steps(job(tmp_path), log) == [Step(9.7, 1.5, 800.0)]
+    assert [script.is_step(line) for line in log.splitlines()] == [False, True, False]
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [{"loss": 9.7, "grad_norm": 1.5, "tokens_seen": 800}, {"eval_loss": 9.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ours = contenders.tunewright()
+    assert ours.steps(job(tmp_path), "") == [Step(9.7, 1.5, 800)]
+    assert ours.is_step("  step 1/8  loss 9.7031  grad norm 1.52  1,700 tokens/s  0:04 left\n")
+    history = [{"loss": 9.7, "grad_norm": 1.5}, {"train_runtime": 3.0}]
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    peer = contenders.llamafactory("/peer/bin/python")
+    assert peer.steps(job(tmp_path), "") == [Step(9.7, 1.5)]
+    assert peer.argv(job(tmp_path))[0] == "/peer/bin/llamafactory-cli"
+    assert peer.cannot("prompt_tuning", "single")
+
+
+def test_flops_of_a_frozen_weight_are_four_and_of_a_trained_one_six() -> None:
+    frozen, adapters, head = workload.matmul_parameters(workload.SHAPE, "lora")
+    assert (frozen, head) == (30_474_240, 8_388_608)
+    assert workload.credited_flops(workload.SHAPE, "lora", 10, 4) == 10 * (4 * frozen + 6 * adapters) + 4 * 4 * head
+    assert workload.credited_flops(workload.SHAPE, "full", 10, 4) == 6 * (10 * frozen + 4 * head)
+
+
+def result(rate: float, void: str | None = None) -> dict[str, Any]:
+    names = {"tunewright": rate, "TRL, defaults": 100.0}
+    rows = [{"name": name, "tokens_per_second": {"median": speed}, "void": None} for name, speed in names.items()]
+    rows[0]["void"] = void
+    return {"cells": [{"method": "lora", "rows": "short", "strategy": "single", "contenders": rows}]}
+
+
+def test_a_ratio_that_fell_by_more_than_a_seventh_is_told() -> None:
+    assert report.falls(result(660), result(750)) == []
+    assert report.falls(result(600), result(750)) == [
+        "lora, short rows, single, TRL, defaults: 6.00 x now, 7.50 x before (-20%)"
+    ]
+    assert "own row is void" in report.falls(result(750, void="a gradient norm is zero"), result(750))[0]
+
+
+def test_choices_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parser().parse_args(["--methods", "lora,magic"])
+    assert "magic: not one of lora, qlora, full, prompt_tuning" in capsys.readouterr().err
+
+
+def test_two_steps_of_tunewright_and_trainer_agree(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "result.json"
+    settings = ["--small", "--steps", "2", "--warmup", "1", "--repeats", "1", "--batch", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *settings, "--only", "tunewright,Trainer"])
+    assert train.main() == 0
+    found = json.loads(out.read_text())
+    rows = {row["name"]: row for row in found["cells"][0]["contenders"]}
+    assert {name: row["void"] for name, row in rows.items()} == {"tunewright": None, "Trainer, padding": None}
+    ours, theirs = (rows[name]["losses"][0] for name in ("tunewright", "Trainer, padding"))
+    assert ours[0] == pytest.approx(theirs[0], rel=judge.FIRST_STEP)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nan earlier table\n{report.END}\nafter\n")
+    report.write_docs(found, page)
+    assert "| tunewright |" in page.read_text()
+    assert page.read_text().endswith("after\n")
+    assert "an earlier table" not in page.read_text()
