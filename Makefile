@@ -23,7 +23,7 @@ data_choice = $(if $(wildcard configs/hydra/data/$(1).yaml),data=$(1),data=regis
 train = $(BIN)/tunewright train model=$(MODEL) $(call data_choice,$(DATA)) $(if $(NPROC),cluster.num_processes=$(NPROC)) \
 	$(if $(NAME),name=$(NAME)) $(1) $(ARGS)
 
-.PHONY: help setup demo test test-gpu lint datagen check zero2 zero3 single compare tensorboard chat bench bench-check bench-start bench-data bench-datagen clean
+.PHONY: help setup demo test test-slow test-gpu lint datagen check zero2 zero3 single compare tensorboard chat bench bench-check bench-start bench-data bench-datagen clean
 
 help:  ## list the targets
 	@echo "make TARGET [MODEL=tiny] [DATA=demo] [NPROC=2] [NAME=my-run] [ARGS=\"key=value ...\"]"
@@ -50,7 +50,10 @@ demo: setup  ## train the shipped task with ZeRO-2, ZeRO-3 and QLoRA, compare th
 	@$(BIN)/tunewright demo
 
 test: lint  ## lint, then the tests that CI runs: on CPU, without network
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+
+test-slow: setup  ## the cells of the legality table that `make test` leaves out, about four minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu: setup  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -73,29 +73,32 @@ def test_the_documented_table_is_the_one_that_is_checked() -> None:
 
 
 @pytest.fixture(scope="session")
-def trained(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    """Train every allowed cell of a strategy in one start of its ranks; return {cell label: what happened}."""
+def trained(
+    request: pytest.FixtureRequest, small_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
+    """Train the selected cells of a strategy in one start of its ranks; return {cell label: what happened}."""
     known: dict[str, dict[str, Any]] = {}
+    selected = [item.callspec.params["cell"] for item in request.session.items if item.name.startswith("test_a_cell")]
 
     def run(strategy: str) -> dict[str, Any]:
         if strategy not in known:
-            known[strategy] = _train_all(strategy, small_model, tmp_path_factory.mktemp(strategy))
+            cells = [cell for cell in selected if cell.strategy == strategy]
+            known[strategy] = _train_all(cells, small_model, tmp_path_factory.mktemp(strategy))
         return known[strategy]
 
     return run
 
 
-def _train_all(strategy: str, model: Path, root: Path) -> dict[str, Any]:
+def _train_all(cells: list[Cell], model: Path, root: Path) -> dict[str, Any]:
     devices = find_devices()
     common = [f"output_root={root / 'runs'}", "model=folder", f"model.path={model}", "data.eval_names=[]"]
     common += [f"train.max_steps={STEPS}", "train.logging_steps=1", "data.max_samples=16", "train.scheduler=constant"]
     common += ["train.global_batch_size=16", "train.micro_batch_size=8", "cluster.threads_per_process=1"]
     config = None
-    for cell in allowed(devices.kind):
-        if cell.strategy == strategy:
-            rate = f"train.learning_rate={RATES[cell.method]}"
-            config = compose_config([*common, rate, f"name={label(cell)}", *overrides(cell)])
-            (root / f"{label(cell)}.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
+    for cell in cells:
+        rate = f"train.learning_rate={RATES[cell.method]}"
+        config = compose_config([*common, rate, f"name={label(cell)}", *overrides(cell)])
+        (root / f"{label(cell)}.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
     assert config is not None
     ranks = world_size(config, devices)
     settings = root / "settings" / "accelerate.yaml"
@@ -117,10 +120,20 @@ def allowed(device: str) -> list[Cell]:
     return [cell for cell in cells(device) if verdict(cell).outcome != "refused"]
 
 
+def with_speed(device: str) -> list[Any]:
+    """The cells; those of a strategy that differs little from a wholly tested one are slow, a few methods aside."""
+    marked = []
+    for cell in allowed(device):
+        usual = cell.method in ("full", "lora", "qlora", "prompt_tuning") and cell.bits != 8
+        quick = cell.strategy in ("single", "zero2", "zero3") or (usual and cell.layout == "padding-free")
+        marked.append(pytest.param(cell, marks=[] if quick else [pytest.mark.slow], id=label(cell)))
+    return marked
+
+
 HERE = find_devices().kind
 
 
-@pytest.mark.parametrize("cell", allowed("cpu"), ids=label)
+@pytest.mark.parametrize("cell", with_speed("cpu"))
 @pytest.mark.skipif(HERE != "cpu", reason="the cells of a GPU are in test_a_cell_trains_on_a_gpu")
 def test_a_cell_trains(cell: Cell, trained: Callable[[str], dict[str, Any]]) -> None:
     _check_trained(cell, trained(cell.strategy)[label(cell)])
