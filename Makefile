@@ -100,7 +100,7 @@ bench-data: setup  ## tokenising 100,000 rows beside datasets.map, and LLaMA-Fac
 	$(BIN)/python bench/data.py $(if $(PEER),--peer $(PEER)) $(ARGS)
 
 bench-datagen: setup  ## datagen at 64 requests in flight beside one after the other, and its selection at 20,000 rows
-	$(BIN)/python bench/datagen.py $(ARGS)
+	$(BIN)/python bench/datagen_rate.py $(ARGS)
 	$(BIN)/python bench/datagen_select.py
 
 clean:  ## remove runs and tool caches; keeps .venv and the cache of models and tokens

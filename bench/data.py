@@ -1,6 +1,6 @@
 """Preprocessing speed: alpaca rows in a JSON file to token ids and labels on disk, tunewright beside what else is used.
 
-    python bench/data.py --rows 100000 --peer /tmp/peer-lf     # PEER: a virtual environment with LLaMA-Factory
+    python bench/data.py --rows 100000 --peer ~/peer-lf     # PEER: a virtual environment with LLaMA-Factory
     python bench/data.py --memory                              # tunewright's peak memory at 25k, 50k and 100k rows
 
 Contenders run one after the other, each in fresh processes with fresh caches, on the same file, tokenizer and template:

@@ -2,7 +2,7 @@
 
     python bench/train.py                                   # LoRA, short rows, one device: ten minutes on two cores
     python bench/train.py --methods lora,full --rows short,long --strategies single,zero2
-    PEER_PYTHON=/tmp/peer-lf/bin/python python bench/train.py        # LLaMA-Factory too
+    PEER_PYTHON=~/peer-lf/bin/python python bench/train.py        # LLaMA-Factory too
 
 Repetitions are interleaved. Times are of the lines that report a step, taken by this process for all contenders alike.
 A row whose losses are not those of the others, or with a gradient of zero, is void.

@@ -142,7 +142,7 @@ def _read_pdf(file: str) -> list[str]:
     for number in range(count):
         try:
             pages.append(reader.pages[number].extract_text().strip())
-        except Exception as error:
+        except Exception as error:  # as above
             raise DataError(f"{file}, page {number + 1}: its text cannot be read ({error}). {AGAIN}") from error
     if count and not "".join(pages):
         raise DataError(f"{file}: none of its {count} pages holds text, only pictures. Recognise the text first (OCR).")

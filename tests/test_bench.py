@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -10,14 +11,12 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "bench"))  # its files are scripts, which find each other beside them
-
-import contenders  # noqa: E402
-import judge  # noqa: E402
-import report  # noqa: E402
-import train  # noqa: E402
-import workload  # noqa: E402
-from contenders import Step  # noqa: E402
+# The files of bench/ are scripts, which find each other beside them; last, so that they hide nothing else.
+sys.path.append(str(REPOSITORY / "bench"))
+contenders, judge, report, train, workload = map(
+    importlib.import_module, ("contenders", "judge", "report", "train", "workload")
+)
+Step = contenders.Step
 
 REFERENCE = [Step(9.70, 1.2), Step(9.40, 1.1), Step(9.00, 1.0)]
 

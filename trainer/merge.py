@@ -231,7 +231,7 @@ def _give_name(staging: Path, folder: Path) -> None:
         folder.rename(aside)
     try:
         staging.rename(folder)
-    except BaseException:
+    except BaseException:  # Ctrl-C as well: the earlier merge is put back, and the reason goes on
         if aside.exists():
             aside.rename(folder)
         raise

@@ -77,7 +77,7 @@ class Judge:
         device = _device(merged)
         try:
             model: Any = load_model(merged, self.config.model, self.dtype)
-        except Exception as error:
+        except Exception as error:  # what was just written is on trial: whatever stops it is the answer
             raise StorageError(f"The merged model cannot be loaded: {error}") from error
         spoken = _speak(model.to(device).eval(), self.rows, device)
         pairs = list(zip(spoken.logits, self.adapter.logits, strict=True))

@@ -49,7 +49,7 @@ class Checkpoint:
         tensors = self._tensors(self.files[name])
         try:
             return tensors[name] if isinstance(tensors, dict) else tensors.get_tensor(name)
-        except Exception as error:
+        except Exception as error:  # safetensors and torch each have several for a damaged file
             raise StorageError(f"{self.files[name]}: the tensor {name} cannot be read: {error}") from error
 
     def numel(self, name: str) -> int:
@@ -63,7 +63,7 @@ class Checkpoint:
             self._open = None
             try:
                 self._open = (path, _opened(path))
-            except Exception as error:
+            except Exception as error:  # as above
                 raise StorageError(f"{path} cannot be read: {error}") from error
         return self._open[1]
 

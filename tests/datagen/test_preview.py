@@ -245,7 +245,10 @@ def test_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).resolve().parents[2], check=True, timeout=60)
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="no node")
+@pytest.mark.skipif(
+    shutil.which("node") is None,
+    reason="runs the page's script, which takes node",
+)
 def test_the_filter_works() -> None:
     page = Page(preview_page({}, [row(1)], [], []))
     fake = """

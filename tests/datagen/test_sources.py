@@ -154,7 +154,7 @@ def test_folders_and_patterns_are_sorted_and_nothing_is_read_twice(
 
 def encrypted(data: bytes, folder: Path, password: str) -> bytes:
     (folder / "plain").write_bytes(data)
-    writer = PdfWriter(PdfReader(folder / "plain"))  # type: ignore[arg-type]
+    writer = PdfWriter(PdfReader(folder / "plain"))
     writer.encrypt(password, "owner", algorithm="RC4-128")
     writer.write(folder / "locked")
     return (folder / "locked").read_bytes()

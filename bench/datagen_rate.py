@@ -1,7 +1,7 @@
 """Rows per second of `tunewright datagen` against a server that takes a fixed time for each reply.
 
-    python bench/datagen.py                            # 640 rows, 1 s a reply, 64 at once; sequential ones: 20 rows
-    python bench/datagen.py --latency 0.05             # the client's own work shows: CPU per reply
+    python bench/datagen_rate.py                       # 640 rows, 1 s a reply, 64 at once; sequential ones: 20 rows
+    python bench/datagen_rate.py --latency 0.05        # the client's own work shows: CPU per reply
 
 The server is a process of its own on loopback and never the limit. Compared are the product at `--concurrency` requests
 in flight, its mode=sequential, and the loop of gpt-llm-trainer written out here with the plain `openai` client: one
