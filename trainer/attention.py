@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig
 
 from launch.errors import ConfigError
+from trainer.document_attention import document_attention
 
 NAME = "tunewright_varlen"
 
@@ -32,10 +33,6 @@ HARMLESS_TENSORS = {"cu_seq_lens_q", "cu_seq_lens_k", "position_ids", "cache_pos
 
 # The largest head of PyTorch's flash attention.
 KERNEL_HEAD_DIM = 256
-
-# On a CPU documents up to this many tokens are computed in float32: forward and backward of bfloat16 (torch 2.13) take
-# 2.9 times as long at 32 tokens, 1.8 times at 128, 1.1 times at 256, and less from about 512.
-SHORT = 256
 
 ADVICE = ". Set `train.padding_free=false`."
 
@@ -156,11 +153,11 @@ def _per_document(
     dropout: float,
 ) -> torch.Tensor:
     lengths = cu_seq_lens.diff().tolist()
+    if query.device.type == "cpu" and dropout == 0:
+        return document_attention(query, key, value, lengths, scaling, sliding_window)
     parts = []
     # One split instead of a slice for each document: the gradient of a slice is a whole tensor of zeros around it.
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
-        if q.device.type == "cpu" and q.size(2) <= SHORT:
-            q, k, v = q.float(), k.float(), v.float()
         mask = _band(q.size(2), sliding_window, q.device)
         out = scaled_dot_product_attention(
             q,
@@ -172,7 +169,7 @@ def _per_document(
             scale=scaling,
             enable_gqa=query.size(1) != key.size(1),
         )
-        parts.append(out.to(query.dtype))
+        parts.append(out)
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()  # some models take a view of it
 
 

@@ -30,13 +30,18 @@ def adapt(model: PreTrainedModel, method: Any, tokenizer: Path | None = None) ->
         return model
     import peft
 
+    from trainer import lora
+
     if method.name == "qlora":
         _keep_differentiable(model)
     if getattr(method, "adapter", None):
-        return peft.PeftModel.from_pretrained(
+        adapted = peft.PeftModel.from_pretrained(
             model, method.adapter, is_trainable=True, autocast_adapter_dtype=False, low_cpu_mem_usage=False
         )
-    return peft.get_peft_model(model, peft_config(method, model, tokenizer), autocast_adapter_dtype=False)
+    else:
+        adapted = peft.get_peft_model(model, peft_config(method, model, tokenizer), autocast_adapter_dtype=False)
+    lora.fuse(adapted)
+    return adapted
 
 
 def peft_config(method: Any, model: PreTrainedModel, tokenizer: Path | None = None) -> PeftConfig:

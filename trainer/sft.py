@@ -23,7 +23,9 @@ from launch.batching import BatchPlan
 from launch.errors import NumericError
 from trainer.batches import Batch, EpochDataLoader, FlatCollator, MicroBatches, PaddedCollator, TokenRows, token_counts
 from trainer.checkpoints import in_format, learns_prompt, load_prompt_encoder, prompt_for_saving, save_prompt_encoder
+from trainer.data.render import IGNORED
 from trainer.data.stream import StreamDataLoader, StreamedMicroBatches, TokenStream
+from trainer.head import add_scored_head
 from trainer.noise import EmbeddingNoise
 from trainer.optimizer import attach_master_weights
 from trainer.telemetry import Meter, device_peak_flops, matmul_parameters, over_ranks, peak_memory
@@ -59,6 +61,8 @@ class TunewrightTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self.dtype, self.group_by_length, self.loraplus_ratio = dtype, group_by_length, loraplus_ratio
         in_format(self.model, dtype)
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        self.scored_head = self.args.device.type == "cpu" and add_scored_head(base)
         self.noise = EmbeddingNoise(self.model, neftune_alpha) if neftune_alpha else None
         self.meter = Meter()
         self.matmuls = matmul_parameters(self.model)
@@ -113,11 +117,11 @@ class TunewrightTrainer(SFTTrainer):
     ) -> torch.Tensor:
         if self.noise is not None:
             self.noise.see(inputs)
-        if "scored" not in inputs:
+        if "scored" not in inputs and not self.scored_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        total = scored_loss_sum(model, inputs)
+        total = scored_loss_sum(model, inputs, scored_head=self.scored_head)
         if num_items_in_batch is None:
-            return total / max(inputs["targets"].numel(), 1)
+            return total / (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
         # Ranks average their gradients, `num_items_in_batch` counts the tokens of all of them.
         return total * self.accelerator.num_processes / num_items_in_batch
 
@@ -131,10 +135,10 @@ class TunewrightTrainer(SFTTrainer):
         total, tokens = 0.0, 0
         with torch.no_grad():
             for batch in self.get_eval_dataloader(eval_dataset):
-                scored = int((batch["labels"][..., 1:] != -100).sum())
+                scored = int((batch["labels"][..., 1:] != IGNORED).sum())
                 batch = self._prepare_inputs(batch)
-                if "scored" in batch:
-                    total += float(scored_loss_sum(model, batch))
+                if "scored" in batch or self.scored_head:
+                    total += float(scored_loss_sum(model, batch, scored_head=self.scored_head))
                 else:
                     total += float(super().compute_loss(model, batch, num_items_in_batch=1)) / self.args.world_size
                 tokens += scored
@@ -215,13 +219,16 @@ class TunewrightTrainer(SFTTrainer):
         return figures
 
 
-def scored_loss_sum(model: Any, batch: Batch) -> torch.Tensor:
-    """Return the cross-entropy summed over the scored positions of a flat batch.
+def scored_loss_sum(model: Any, batch: Batch, *, scored_head: bool = False) -> torch.Tensor:
+    """Return the cross-entropy summed over the scored positions of a batch, flat or with a `scored_head` padded.
 
-    On a GPU through TRL's fused head, which never makes the (S, vocabulary) logits; elsewhere that head would run on
-    every position (TRL 1.16), so the model's own `logits_to_keep` picks the scored ones before its head.
+    On a GPU through TRL's fused head, on a CPU through ours: neither makes the (S, vocabulary) logits. For heads that
+    ours does not take, the model's own `logits_to_keep` picks the scored positions before its head.
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "scored", "targets")}
+    if scored_head:
+        output = model(**inputs, labels=batch["labels"], loss_sum=True, use_cache=False)
+        return output.loss_sum  # type: ignore[no-any-return]
     if batch["input_ids"].device.type == "cuda":
         outputs = model(**inputs, labels=batch["labels"], fused_lm_head=True, use_cache=False)
         return -outputs.log_probs.sum()

@@ -55,12 +55,27 @@ def test_each_row_sees_itself_only(window: int | None) -> None:
     compare("cpu", torch.float32, 1e-5, window)
 
 
-@pytest.mark.parametrize("short", [0, 12, 256])
-def test_half_precision_is_as_near_to_the_truth_whatever_the_length(
-    short: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("kept", [0, 20, 1000])
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_it_does_not_matter_how_a_row_is_cut_into_blocks(
+    block: int, kept: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.attention.SHORT", short)
-    compare("cpu", torch.bfloat16, 0.02)
+    """Nor whether probabilities are kept for the backward pass or computed again."""
+    monkeypatch.setattr("trainer.document_attention.BLOCK", block)
+    monkeypatch.setattr("trainer.document_attention.KEPT", kept)
+    compare("cpu", torch.float32, 1e-5, window)
+    compare("cpu", torch.bfloat16, 0.02, window)
+
+
+def test_scores_in_the_hundreds_keep_their_fraction() -> None:
+    """bfloat16 has no halves from 256 on: scores rounded to it would give both keys the same weight or all to one."""
+    query = torch.full((1, 1, 2, 1), 32.0, dtype=torch.bfloat16)
+    key = torch.tensor([16.0, 15.9375], dtype=torch.bfloat16).view(1, 1, 2, 1)  # scores 512 and 510
+    value = torch.tensor([0.0, 1.0], dtype=torch.bfloat16).view(1, 1, 2, 1)
+    bounds = torch.tensor([0, 2], dtype=torch.int32)
+    out = varlen_attention(torch.nn.Module(), query, key, value, None, scaling=1.0, cu_seq_lens_q=bounds)[0]
+    assert out[0, 1, 0, 0].item() == pytest.approx(torch.tensor(-2.0).sigmoid().item(), rel=0.01)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,149 @@
+"""Attention of documents that lie end to end, on a CPU: blocks of queries, each against the keys that it sees.
+
+PyTorch's own kernel for a CPU (torch 2.13) walks such short rows slowly, above all backwards. Here each block is a few
+batched matrix products: documents of 235 tokens take 0.4 times as long forward and backward, of 900 tokens 0.5 times.
+Scores are computed in float32 whatever the model's format, as a flash kernel does: some models have scores in the
+hundreds, which bfloat16 would round to whole numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+# Queries of a block. Longer ones compute more scores that nothing looks at, shorter ones start more small products.
+BLOCK = 128
+# The probabilities of documents up to this many tokens are kept for the backward pass, those of longer ones computed
+# again: what is kept grows with the square of the length.
+KEPT = 512
+
+
+def document_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention within each document.
+
+    Args:
+        query: (1, heads, T, head_dim), T the tokens of all documents.
+        key: (1, kv_heads, T, head_dim).
+        value: (1, kv_heads, T, value_dim).
+        lengths: tokens of each document; their sum is T.
+        scaling: what scores are multiplied by; None: head_dim ** -0.5.
+        sliding_window: how many tokens a token sees, itself among them; None: all before it.
+
+    Returns:
+        (1, T, heads, value_dim).
+    """
+    scale = query.size(-1) ** -0.5 if scaling is None else scaling
+    return _DocumentAttention.apply(query, key, value, lengths, scale, sliding_window)  # type: ignore[no-any-return]
+
+
+class _DocumentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: list[int],
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        out = query.new_empty(1, query.size(2), query.size(1), value.size(-1))
+        queries, keys = _scaled(query, key.size(1), scale), key[0].contiguous().float()
+        outs, values = _grouped(out.transpose(1, 2), key.size(1)), value[0].contiguous()
+        unseen = _Unseen(window, keys)
+        kept: list[torch.Tensor | None] = []
+        for block, seen, length in _blocks(lengths, window):
+            probabilities = _probabilities(queries, keys, block, seen, unseen).to(value.dtype)
+            outs[:, :, block] = torch.bmm(probabilities, values[:, seen]).unflatten(1, (queries.size(1), -1))
+            kept.append(probabilities if any(ctx.needs_input_grad) and length <= KEPT else None)
+        ctx.save_for_backward(query, key, value, out)
+        ctx.lengths, ctx.scale, ctx.window, ctx.kept = lengths, scale, window, kept
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, out = ctx.saved_tensors
+        kv_heads, scale = key.size(1), ctx.scale
+        d_query = torch.empty_like(query)
+        # The gradient through a softmax takes off the mean of the gradients of its outputs: (1, heads, T, 1).
+        means = _grouped((d_out.float() * out).sum(-1, keepdim=True).transpose(1, 2), kv_heads)
+        queries, d_queries = _grouped(query, kv_heads).contiguous(), _grouped(d_query, kv_heads)
+        d_outs = _grouped(d_out.transpose(1, 2), kv_heads).contiguous()
+        keys, values = key[0].contiguous(), value[0].contiguous()
+        # Several blocks add to the same keys: in float32.
+        d_keys, d_values = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (keys, values))
+        again = None
+        if None in ctx.kept:
+            again = _scaled(query, kv_heads, scale), keys.float()
+        unseen = _Unseen(ctx.window, d_keys)
+        for probabilities, (block, seen, _) in zip(ctx.kept, _blocks(ctx.lengths, ctx.window), strict=True):
+            if probabilities is None:
+                probabilities = _probabilities(*again, block, seen, unseen).to(value.dtype)
+            d_block = d_outs[:, :, block].flatten(1, 2)
+            d_values[:, seen] += torch.bmm(probabilities.mT, d_block)
+            d_scores = torch.bmm(d_block, values[:, seen].mT).float()
+            d_scores = d_scores.sub_(means[:, :, block].flatten(1, 2)).mul_(probabilities).to(query.dtype)
+            d_queries[:, :, block] = torch.bmm(d_scores, keys[:, seen]).unflatten(1, (queries.size(1), -1))
+            d_keys[:, seen] += torch.bmm(d_scores.mT, queries[:, :, block].flatten(1, 2))
+        d_query *= scale
+        d_key, d_value = (
+            torch.empty_like(tensor).copy_(gradient) for tensor, gradient in ((key, d_keys * scale), (value, d_values))
+        )
+        return d_query, d_key, d_value, None, None, None
+
+
+def _blocks(lengths: list[int], window: int | None) -> Iterator[tuple[slice, slice, int]]:
+    """Yield each block's queries, the keys that they see, which end at the same token, and its document's length."""
+    begin = 0
+    for length in lengths:
+        for first in range(begin, begin + length, BLOCK):
+            last = min(first + BLOCK, begin + length)
+            yield slice(first, last), slice(begin if window is None else max(begin, first - window + 1), last), length
+        begin += length
+
+
+def _grouped(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """Return (1, heads, T, size) as (kv_heads, query heads of each, T, size), without copying."""
+    return tensor[0].unflatten(0, (kv_heads, -1))
+
+
+def _scaled(query: torch.Tensor, kv_heads: int, scale: float) -> torch.Tensor:
+    return _grouped(query, kv_heads).to(torch.float32, memory_format=torch.contiguous_format, copy=True).mul_(scale)
+
+
+def _probabilities(
+    queries: torch.Tensor, keys: torch.Tensor, block: slice, seen: slice, unseen: _Unseen
+) -> torch.Tensor:
+    """Return what each query of a block takes from each key, (kv_heads, queries of a group, keys) in float32."""
+    scores = torch.bmm(queries[:, :, block].flatten(1, 2), keys[:, seen].mT)
+    unseen.take_off(scores.unflatten(1, (queries.size(1), -1)))
+    return torch.softmax(scores, -1, out=scores)
+
+
+class _Unseen:
+    """Minus infinity for what a query of a block does not see: made once for each number of queries and of keys."""
+
+    def __init__(self, window: int | None, like: torch.Tensor) -> None:
+        self.window, self.like = window, like
+        self.made: dict[tuple[int, int], torch.Tensor] = {}
+
+    def take_off(self, scores: torch.Tensor) -> None:
+        """Add it to scores (..., queries, keys); both end at the same token."""
+        queries, keys = scores.shape[-2:]
+        if self.window is None:  # every query sees the keys before the block
+            keys, scores = queries, scores[..., -queries:]
+        if (queries, keys) not in self.made:
+            unseen = self.like.new_full((queries, keys), -torch.inf).triu_(1 + keys - queries)
+            if self.window is not None:
+                unseen += self.like.new_full((queries, keys), -torch.inf).tril_(keys - queries - self.window)
+            self.made[queries, keys] = unseen
+        scores.add_(self.made[queries, keys])
