@@ -129,6 +129,7 @@ def credited_flops(shape: dict[str, Any], method: str, tokens: int, scored: int)
 
 def write_rows(folder: Path, model: Path, kind: str, steps: int, seed: int, batch: int) -> Workload:
     """Write `seen/` in the order of training and `ours/` in the order that tunewright's shuffle makes the same."""
+    import numpy as np
     from transformers import AutoTokenizer
 
     from trainer.batches import MicroBatches
@@ -137,7 +138,9 @@ def write_rows(folder: Path, model: Path, kind: str, steps: int, seed: int, batc
     rng, sentences = random.Random(seed), _sentences()
     rows = [_row(rng, sentences, tokenizer, kind) for _ in range(steps * batch)]
     plan = BatchPlan(batch, 1, batch, 1)
-    order = [index for part in MicroBatches(len(rows), plan, 0, shuffle=True, seed=seed) for index in part]
+    order = [
+        index for part in MicroBatches(np.ones(len(rows), int), plan, 0, shuffle=True, seed=seed) for index in part
+    ]
     ours = [rows[0]] * len(rows)
     for row, place in zip(rows, order, strict=True):
         ours[place] = row

@@ -3,79 +3,122 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from heapq import heappop, heappush
 
 from omegaconf import DictConfig
 
 from launch.errors import ConfigError
-from launch.schema import TrainConfig
-
-T = TypeVar("T")
+from launch.schema import DataConfig, TrainConfig
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Rows of a step: `global_batch` in all, on each rank `accumulation` batches of at most `micro_batch`."""
+    """What a step trains on: `global_batch` units in all, on each rank `accumulation` batches of at most `micro_batch`.
 
-    global_batch: int
+    A unit is a row, or with packing a pack of rows. With `tokens`, a step has about so many tokens instead, and any
+    number of rows.
+    """
+
+    global_batch: int | None
     world_size: int
     micro_batch: int
     accumulation: int
+    tokens: int | None = None
+    unit: str = "row"
 
-    def steps_per_epoch(self, rows: int) -> int:
-        """Optimiser steps of one pass over `rows` rows; the last one may hold fewer rows."""
-        return math.ceil(rows / self.global_batch)
+    def steps_per_epoch(self, units: int, tokens: int = 0) -> int:
+        """Optimiser steps of one pass over so many units, which hold so many tokens; the last may have fewer units."""
+        if self.global_batch is None:
+            return math.ceil(tokens / (self.tokens or 1))
+        return math.ceil(units / self.global_batch)
 
     def describe(self) -> str:
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        return (
-            f"{self.global_batch} rows a step = {ranks} x {self.accumulation} micro-batches of "
-            f"at most {self.micro_batch}"
-        )
+        parts = f"{self.accumulation} micro-batch{'' if self.accumulation == 1 else 'es'}"
+        if self.global_batch is None:
+            return f"about {self.tokens:,} tokens a step, in any number of rows = {ranks} x {parts}"
+        return f"{self.global_batch} {self.unit}s a step = {ranks} x {parts} of at most {self.micro_batch}"
 
-    def share(self, rows: list[T], rank: int) -> list[list[T]]:
-        """Return the micro-batches of `rank` for one optimiser step; some are empty in an epoch's last step.
+    def share(self, costs: Sequence[int], rank: int) -> list[list[int]]:
+        """Return the micro-batches of `rank` for one optimiser step, as positions in `costs`, the tokens of each unit.
 
-        Every rank gets the same number of micro-batches, so that collective operations stay in step.
+        Every rank gets the same number of micro-batches, so that collective operations stay in step, and about the
+        same tokens, so that none waits for another. Some micro-batches are empty in an epoch's last step.
         """
-        per_rank = math.ceil(len(rows) / self.world_size)
-        mine = rows[rank * per_rank : (rank + 1) * per_rank]
-        size = math.ceil(len(mine) / self.accumulation)
-        return [mine[index * size : (index + 1) * size] for index in range(self.accumulation)]
+        most = len(costs) if self.global_batch is None else self.micro_batch
+        mine = deal(costs, self.world_size, most * self.accumulation)[rank]
+        parts = deal([costs[position] for position in mine], self.accumulation, most)
+        return [[mine[position] for position in part] for part in parts]
 
 
-def batch_plan(train: TrainConfig, world_size: int) -> BatchPlan:
-    """Work out micro-batches and accumulation from the settings.
+def deal(costs: Sequence[int], parts: int, most: int) -> list[list[int]]:
+    """Deal positions out into `parts` of like cost, at most `most` in each: the dearest first, to the cheapest part.
+
+    (Graham 1969, "longest processing time first".) `parts` times `most` have to hold all.
+    """
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    cheapest = [(0, part) for part in range(parts)]  # a heap of (cost so far, part), those with room only
+    for position in sorted(range(len(costs)), key=lambda position: -costs[position]):
+        cost, part = heappop(cheapest)
+        dealt[part].append(position)
+        if len(dealt[part]) < most:
+            heappush(cheapest, (cost + costs[position], part))
+    return [sorted(part) for part in dealt]
+
+
+def batch_plan(
+    train: TrainConfig, world_size: int, *, cutoff_len: int = DataConfig.cutoff_len, packing: bool = False
+) -> BatchPlan:
+    """Work out micro-batches and accumulation from the settings; `cutoff_len` and `packing` are those of the data.
 
     Raises:
-        ConfigError: a size below 1, both or neither of the two ways to say the global batch, or more ranks than rows.
+        ConfigError: a size below 1, none or several of the ways to say the global batch, or more ranks than rows.
     """
     micro, total, accumulation = train.micro_batch_size, train.global_batch_size, train.gradient_accumulation_steps
-    for key, value in (
-        ("micro_batch_size", micro),
-        ("global_batch_size", total),
-        ("gradient_accumulation_steps", accumulation),
-    ):
+    ways = {
+        "global_batch_size": total,
+        "gradient_accumulation_steps": accumulation,
+        "tokens_per_batch": train.tokens_per_batch,
+    }
+    for key, value in {"micro_batch_size": micro, **ways}.items():
         if value is not None and value < 1:
             raise ConfigError(f"`train.{key}` is {value}: write a whole number from 1.")
-    if accumulation is not None and total is not None:
-        raise ConfigError(
-            f"`train.global_batch_size` is {total} and `train.gradient_accumulation_steps` is {accumulation}: "
-            f"set one and write the other as null."
-        )
+    given = {key: value for key, value in ways.items() if value is not None}
+    if len(given) > 1:
+        said = " and ".join(f"`train.{key}` is {value}" for key, value in given.items())
+        raise ConfigError(f"{said}: set one and write the other as null.")
+    if train.tokens_per_batch is not None:
+        return _token_plan(train.tokens_per_batch, world_size, micro, cutoff_len)
+    unit = "pack" if packing else "row"
     if accumulation is not None:
-        return BatchPlan(micro * accumulation * world_size, world_size, micro, accumulation)
+        return BatchPlan(micro * accumulation * world_size, world_size, micro, accumulation, unit=unit)
     if total is None:
-        raise ConfigError("Set `train.global_batch_size` or `train.gradient_accumulation_steps`: both are null.")
+        raise ConfigError(
+            "Set `train.global_batch_size`, `train.gradient_accumulation_steps` or `train.tokens_per_batch`."
+        )
     if total < world_size:
         raise ConfigError(
-            f"`train.global_batch_size` is {total}, less than the {world_size} ranks: each rank needs a row at least. "
+            f"`train.global_batch_size` is {total}, less than the {world_size} ranks: each rank needs a {unit} at "
+            f"least. "
             f"Write {world_size} or more."
         )
     per_rank = math.ceil(total / world_size)
-    accumulation = math.ceil(per_rank / micro)
-    return BatchPlan(total, world_size, math.ceil(per_rank / accumulation), accumulation)
+    return BatchPlan(total, world_size, min(micro, total), math.ceil(per_rank / micro), unit=unit)
+
+
+def _token_plan(tokens: int, world_size: int, micro: int, cutoff_len: int) -> BatchPlan:
+    """Micro-batches have to be no larger than the largest that `micro_batch_size` rows could make."""
+    least = 2 * cutoff_len * world_size
+    if tokens < least:
+        raise ConfigError(
+            f"`train.tokens_per_batch` is {tokens}: with rows of up to {cutoff_len} tokens (`data.cutoff_len`) and "
+            f"{world_size} rank{'' if world_size == 1 else 's'}, a step could be left without a row. Write {least} or "
+            f"more, or a smaller data.cutoff_len."
+        )
+    accumulation = math.ceil(tokens / world_size / (micro * cutoff_len))
+    return BatchPlan(None, world_size, micro, accumulation, tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -94,12 +137,12 @@ class Steps:
         return f"{total}: {self.per_epoch:,} an epoch, {self.epochs:.3g} epochs; {self.batch}"
 
 
-def planned_steps(config: DictConfig, plan: BatchPlan, examples: int) -> Steps:
-    """Return the optimiser steps that a configuration takes with this many training examples."""
+def planned_steps(config: DictConfig, plan: BatchPlan, units: int, tokens: int) -> Steps:
+    """Return the optimiser steps that a configuration takes with so many rows or packs, which hold so many tokens."""
     train = config.train
     if config.data.streaming:
         return Steps(int(train.max_steps), None, None, plan.describe())
-    per_epoch = plan.steps_per_epoch(examples)
+    per_epoch = plan.steps_per_epoch(units, tokens)
     if train.max_steps:
         epochs = train.max_steps / per_epoch if per_epoch else 0.0
         return Steps(int(train.max_steps), per_epoch, epochs, plan.describe())

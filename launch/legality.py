@@ -55,7 +55,36 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
     _check_strategy(config, devices, ranks)
     _check_numbers(config)
     _check_data(config)
-    return batch_plan(config.train, ranks)
+    _check_flat_rows(config)
+    return batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
+
+
+def _check_flat_rows(config: DictConfig) -> None:
+    """What decides by their tokens which rows train together needs rows without padding whose lengths are known."""
+    for key, wanted in (
+        ("data.packing", config.data.packing),
+        ("train.tokens_per_batch", config.train.tokens_per_batch),
+    ):
+        if not wanted:
+            continue
+        if config.method.name in PROMPT_LEARNING:
+            raise ConfigError(
+                f"`{key}` does not go with method={config.method.name}: its virtual tokens go before each row of a "
+                f"padded batch. Leave {key} out."
+            )
+        for other, set_ in (
+            ("train.padding_free=false", not config.train.padding_free),
+            ("data.streaming=true", config.data.streaming),
+            ("train.group_by_length=true", config.train.group_by_length),
+        ):
+            if set_:
+                raise ConfigError(f"`{key}` does not go with `{other}`: choose one.")
+    if config.data.packing and config.train.tokens_per_batch:
+        raise ConfigError(
+            "`data.packing` and `train.tokens_per_batch` both fill batches with tokens: choose one. Packing counts "
+            "packs "
+            "of data.cutoff_len tokens, so train.global_batch_size says how many tokens a step has."
+        )
 
 
 def cell_of(config: DictConfig, devices: Devices) -> Cell:

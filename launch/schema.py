@@ -156,6 +156,10 @@ class DataConfig:
     prefer_modelscope: bool = option(False, "where an entry is on both hubs, take ms_hub_url before hf_hub_url")
     compat: Compat = option(Compat.none, "llamafactory: its stricter rules, see docs/data.md")
     allow_outside: bool = option(False, "let the registry name files outside its own folder")
+    packing: bool = option(
+        False,
+        "put rows together, unseen by each other, into packs of up to cutoff_len tokens; batch sizes then count packs",
+    )
     workers: Optional[int] = option(None, "processes that tokenise; null: one for each core")
     cache_dir: str = option(
         SI("${oc.env:TUNEWRIGHT_CACHE,'~/.cache/tunewright'}"), "where token caches and the embedded model are kept"
@@ -273,6 +277,11 @@ class TrainConfig:
     global_batch_size: Optional[int] = option(16, "rows per optimiser step, over all ranks")
     gradient_accumulation_steps: Optional[int] = option(
         None, "instead of global_batch_size: micro-batches per rank and optimiser step"
+    )
+    tokens_per_batch: Optional[int] = option(
+        None,
+        "instead of global_batch_size: about this many tokens per optimiser step, over all ranks, in any number of "
+        "rows",
     )
     micro_batch_size: int = option(
         4, "at most this many rows at once on a device: a memory bound, not a hyper-parameter"

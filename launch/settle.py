@@ -53,8 +53,15 @@ def _layout(config: DictConfig, architecture: Architecture, devices: Devices) ->
     reason = ruling.reason if ruling.outcome == "padded" else None
     if architecture.padding_free_problem:
         reason = f"Padded batches: {architecture.padding_free_problem}."
-    if reason:
-        config.train.padding_free = False
+    if not reason:
+        return None
+    for key, wanted in (
+        ("data.packing", config.data.packing),
+        ("train.tokens_per_batch", config.train.tokens_per_batch),
+    ):
+        if wanted:
+            raise ConfigError(f"`{key}` needs rows without padding. {reason} Leave {key} out.")
+    config.train.padding_free = False
     return reason
 
 

@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from launch.batching import BatchPlan
 from trainer.data.render import IGNORED
+from trainer.packing import cut, pack
 
 Batch = dict[str, Any]
 
@@ -50,27 +51,51 @@ class TokenRows:
 class MicroBatches:
     """The micro-batches of one rank, in order: a batch sampler for `DataLoader`.
 
-    The global batch of a step is the same rows for any number of ranks and any micro-batch size. With the `lengths`
-    (rows,) of all rows, those of a step are of like length.
+    The rows of a step are the same for any number of ranks and any micro-batch size; who of them gets which depends on
+    the `lengths` (rows,) of all rows, so that all have about the same work. With `pack_to`, rows share packs of so many
+    tokens, the same ones in every epoch. With `group_by_length`, the rows of a step are of like length.
     """
 
     def __init__(
-        self, rows: int, plan: BatchPlan, rank: int, *, shuffle: bool, seed: int, lengths: np.ndarray | None = None
+        self,
+        lengths: np.ndarray,
+        plan: BatchPlan,
+        rank: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        group_by_length: bool = False,
+        pack_to: int | None = None,
     ) -> None:
-        self.rows, self.plan, self.rank = rows, plan, rank
-        self.shuffle, self.seed, self.epoch, self.lengths = shuffle, seed, 0, lengths
+        self.plan, self.rank = plan, rank
+        self.shuffle, self.seed, self.epoch, self.group_by_length = shuffle, seed, 0, group_by_length
+        self.packs = None if pack_to is None else pack(lengths, pack_to, seed)
+        self.lengths = lengths if self.packs is None else np.array([lengths[rows].sum() for rows in self.packs])
 
     def __len__(self) -> int:
-        return self.plan.steps_per_epoch(self.rows) * self.plan.accumulation
+        return self._steps() * self.plan.accumulation
+
+    def _steps(self) -> int:
+        return self.plan.steps_per_epoch(len(self.lengths), int(self.lengths.sum()))
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(self.rows)
-        if self.shuffle and self.lengths is not None:
+        order = np.arange(len(self.lengths))
+        if self.shuffle and self.group_by_length:
             order = self._grouped()
         elif self.shuffle:
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
-        for start in range(0, self.rows, self.plan.global_batch):
-            yield from self.plan.share(order[start : start + self.plan.global_batch].tolist(), self.rank)
+        if self.plan.global_batch is None:
+            steps = [order[positions] for positions in cut(self.lengths[order], self._steps())]
+        else:
+            steps = np.split(order, np.arange(self.plan.global_batch, len(order), self.plan.global_batch))
+        for step in steps:
+            for positions in self.plan.share(self.lengths[step].tolist(), self.rank):
+                yield self._rows(step[positions])
+
+    def _rows(self, units: np.ndarray) -> list[int]:
+        if self.packs is None:
+            return units.tolist()  # type: ignore[no-any-return]
+        return [row for unit in units for row in self.packs[unit].tolist()]
 
     def _grouped(self) -> np.ndarray:
         """Return the rows shuffled, those of a step of like length, as transformers' `group_by_length` does."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
 from launch.batching import BatchPlan, planned_steps
 from launch.errors import StorageError
 from trainer.architecture import ensure_counts
-from trainer.data.cache import open_rows
+from trainer.data.cache import TokenCache, open_rows, units
 from trainer.data.select import rows_to_train
 from trainer.prepare import find_prepared
 
@@ -28,24 +29,38 @@ def forecast(config: DictConfig, plan: BatchPlan) -> Iterator[str]:
         f"({trainable / total:.3%})"
     )
     try:
-        rows, exact = training_rows(config)
+        rows = training_rows(config)
     except StorageError as error:
         yield f"Rows and steps are not known here: {error}"
         yield plan.describe()
         return
     if rows is not None:
-        yield f"{rows:,} examples to train on" + ("" if exact else ", if every row can be used")
-    yield planned_steps(config, plan, rows or 0).describe()
+        yield f"{rows.examples:,} examples to train on" + ("" if rows.cache else ", if every row can be used")
+        if rows.cache is None and (config.data.packing or config.train.tokens_per_batch):
+            yield f"{plan.describe()}; how many steps that makes is known once the rows are tokenised"
+            return
+    cache = rows.cache if rows else None
+    tokens = cache.counts("train")[1] if cache else 0
+    count = units(cache, config) if cache else rows.examples if rows else 0
+    yield planned_steps(config, plan, count, tokens).describe()
 
 
-def training_rows(config: DictConfig) -> tuple[int | None, bool]:
-    """Return how many examples train, or None for a stream, and whether that is known from their tokens."""
+@dataclass(frozen=True)
+class TrainingRows:
+    """How many examples train, and their tokens where they are known already."""
+
+    examples: int
+    cache: TokenCache | None
+
+
+def training_rows(config: DictConfig) -> TrainingRows | None:
+    """Count the examples, or return None for a stream."""
     if config.data.streaming:
-        return None, False
+        return None
     prepared = find_prepared(config)
     if prepared:
-        return prepared.cache.counts("train")[0], True
+        return TrainingRows(prepared.cache.counts("train")[0], prepared.cache)
     datasets, _ = open_rows(config)
     sizes = [sum(1 for _ in rows) for rows in datasets]
     names, samples = [rows.entry.name for rows in datasets], [rows.entry.num_samples for rows in datasets]
-    return rows_to_train(names, sizes, samples, config.data, config.train.seed), False
+    return TrainingRows(rows_to_train(names, sizes, samples, config.data, config.train.seed), None)

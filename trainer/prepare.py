@@ -154,7 +154,8 @@ def _known(config: DictConfig, cache: TokenCache) -> list[str]:
 
 def _report(config: DictConfig, prepared: Prepared) -> Report:
     """Report on data that was just made ready, as `tunewright data check` does."""
-    plan = batch_plan(config.train, world_size(config, find_devices()))
+    ranks = world_size(config, find_devices())
+    plan = batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
     return make_report(prepared.cache, config, plan, load_tokenizer(prepared.model_path, config.model))
 
 

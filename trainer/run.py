@@ -58,7 +58,7 @@ def train(
     started = time.perf_counter()
     device = state.device
     dtype = torch_dtype(config.model.dtype, device.type)
-    plan = batch_plan(config.train, state.num_processes)
+    plan = batch_plan(config.train, state.num_processes, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
     deepspeed = _deepspeed_config(config)
     args = _arguments(config, run, plan, device, deepspeed)
     if deepspeed is not None:
@@ -87,6 +87,7 @@ def train(
         padding_free=config.train.padding_free,
         stream=_stream(config, cache, tokenizer) if config.data.streaming else None,
         group_by_length=config.train.group_by_length,
+        pack_to=config.data.cutoff_len if config.data.packing else None,
         neftune_alpha=config.train.neftune_alpha,
         loraplus_ratio=config.method.get("loraplus_ratio"),
     )

@@ -49,6 +49,7 @@ class TunewrightTrainer(SFTTrainer):
         padding_free: bool,
         stream: TokenStream | None = None,
         group_by_length: bool = False,
+        pack_to: int | None = None,
         neftune_alpha: float | None = None,
         loraplus_ratio: float | None = None,
         **kwargs: Any,
@@ -59,7 +60,8 @@ class TunewrightTrainer(SFTTrainer):
         self.plan, self.stream = plan, stream
         # The loss below is divided by `num_items_in_batch` whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
-        self.dtype, self.group_by_length, self.loraplus_ratio = dtype, group_by_length, loraplus_ratio
+        self.dtype, self.loraplus_ratio = dtype, loraplus_ratio
+        self.group_by_length, self.pack_to = group_by_length, pack_to
         in_format(self.model, dtype)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.scored_head = self.args.device.type == "cpu" and add_scored_head(base)
@@ -87,14 +89,17 @@ class TunewrightTrainer(SFTTrainer):
         return self._loader(self.eval_dataset if eval_dataset is None else eval_dataset, shuffle=False)
 
     def _loader(self, dataset: Any, *, shuffle: bool) -> EpochDataLoader:
-        rows = TokenRows(dataset)
+        rows, plan = TokenRows(dataset), self.plan
+        if not shuffle:  # nothing is accumulated or packed
+            plan = BatchPlan(plan.micro_batch * plan.world_size, plan.world_size, plan.micro_batch, 1)
         batches = MicroBatches(
-            len(rows),
-            self.plan,
+            rows.lengths(),
+            plan,
             self.args.process_index,
             shuffle=shuffle,
             seed=self.args.data_seed or self.args.seed,
-            lengths=rows.lengths() if shuffle and self.group_by_length else None,
+            group_by_length=shuffle and self.group_by_length,
+            pack_to=self.pack_to if shuffle else None,
         )
         return EpochDataLoader(
             rows,  # type: ignore[arg-type]

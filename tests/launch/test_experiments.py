@@ -160,8 +160,10 @@ def test_huanhuan_takes_the_published_steps(experiment: str, steps: int, data: P
 
     config = composed(experiment, f"data.dir={data}")
     plan = check(config, ONE_GPU if experiment == "huanhuan_single" else EIGHT_GPUS)
-    assert training_rows(config) == (2030, False)
-    assert planned_steps(config, plan, 2030).total == steps
+    rows = training_rows(config)
+    assert rows is not None
+    assert (rows.examples, rows.cache) == (2030, None)
+    assert planned_steps(config, plan, 2030, 0).total == steps
 
 
 def test_a_dry_run_tells_parameters_rows_and_steps(tunewright: Any, data: Path, tmp_path: Path) -> None:

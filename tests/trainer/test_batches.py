@@ -53,7 +53,7 @@ def test_an_empty_micro_batch_teaches_nothing(tiny: Any) -> None:
 
 def test_every_row_comes_once_an_epoch_and_in_another_order_each_epoch() -> None:
     plan = BatchPlan(global_batch=8, world_size=2, micro_batch=2, accumulation=2)
-    ranks = [MicroBatches(21, plan, rank, shuffle=True, seed=3) for rank in range(2)]
+    ranks = [MicroBatches(np.arange(21) + 1, plan, rank, shuffle=True, seed=3) for rank in range(2)]
     orders = []
     for epoch in range(2):
         for rank in ranks:
@@ -67,7 +67,7 @@ def test_every_row_comes_once_an_epoch_and_in_another_order_each_epoch() -> None
 def test_a_global_batch_is_the_same_rows_for_any_world() -> None:
     def steps(world: int, micro: int, accumulation: int) -> list[set[int]]:
         plan = BatchPlan(global_batch=8, world_size=world, micro_batch=micro, accumulation=accumulation)
-        ranks = [list(MicroBatches(30, plan, rank, shuffle=True, seed=1)) for rank in range(world)]
+        ranks = [list(MicroBatches(np.arange(30) % 7 + 1, plan, rank, shuffle=True, seed=1)) for rank in range(world)]
         return [
             {row for rank in ranks for batch in rank[start : start + accumulation] for row in batch}
             for start in range(0, len(ranks[0]), accumulation)

@@ -43,7 +43,8 @@ def test_the_fused_sum_is_pefts(settings: dict[str, Any], small_model: Path) -> 
     assert fuse(fused) == layers
     (expected, gradients), (logits, others) = outcome(plain), outcome(fused)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-    assert gradients.keys() == others.keys() and len(gradients) == 2 * layers
+    assert gradients.keys() == others.keys()
+    assert len(gradients) == 2 * layers
     for name, gradient in gradients.items():
         assert gradient.abs().sum() > 0
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5)

@@ -49,7 +49,7 @@ def test_ranks_share_the_global_batch_of_one_process(stream: Any, tiny_tokenizer
         steps = []
         for _ in range(4):
             parts = [list(islice(rank, accumulation)) for rank in ranks]
-            steps.append([text for part in parts for micro in part for text in answers(tiny_tokenizer, micro)])
+            steps.append(sorted(text for part in parts for micro in part for text in answers(tiny_tokenizer, micro)))
         return steps
 
     one = batches(1, 1)

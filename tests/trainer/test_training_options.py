@@ -131,7 +131,7 @@ def steps_of(world: int, lengths: np.ndarray, epoch: int = 0, seed: int = 1, siz
     plan = BatchPlan(size, world, micro_batch=2, accumulation=math.ceil(size / world / 2))
     ranks = []
     for rank in range(world):
-        batches = MicroBatches(len(lengths), plan, rank, shuffle=True, seed=seed, lengths=lengths)
+        batches = MicroBatches(lengths, plan, rank, shuffle=True, seed=seed, group_by_length=True)
         batches.set_epoch(epoch)
         ranks.append(list(batches))
     starts = range(0, len(ranks[0]), plan.accumulation)

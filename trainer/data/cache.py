@@ -30,6 +30,7 @@ from launch.templates import template_file
 from trainer.data.select import Part, held_out_rows, training_examples
 from trainer.data.sources import Rows, open_datasets
 from trainer.data.tokens import Outcome, no_row_left, tokenize
+from trainer.packing import pack
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,6 +62,13 @@ class CachedDataset:
         from datasets import Dataset
 
         return Dataset.from_file(str(self.folder / "tokens.arrow"))
+
+    def lengths(self) -> np.ndarray:
+        """Return the tokens of each example (examples,), without reading the tokens themselves."""
+        import pyarrow.compute
+
+        column = _arrow(self.folder / "tokens.arrow").column("input_ids")
+        return np.asarray(pyarrow.compute.list_value_length(column), np.int64)
 
     def table(self) -> Any:
         """Open the table of the rows read, see `tokens.ROWS`, as a pyarrow table."""
@@ -124,6 +132,11 @@ class TokenCache:
         whole = concatenate_datasets([dataset for dataset, _ in parts]).remove_columns("row")
         return whole if len(order) == len(whole) and (order == np.arange(len(whole))).all() else whole.select(order)
 
+    def lengths(self, split: str) -> np.ndarray:
+        """Return the tokens of each example of a split (examples,), in the order of `open`."""
+        parts = [cached.lengths()[examples] for cached, examples in self.chosen(split)]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
     def counts(self, split: str) -> tuple[int, int, int]:
         """Return (examples, tokens, tokens with a label) of a split."""
         examples = tokens = scored = 0
@@ -136,6 +149,13 @@ class TokenCache:
             tokens += int((table["tokens"].to_numpy()[rows] * times / each).sum())
             scored += int((table["scored"].to_numpy()[rows] * times / each).sum())
         return examples, tokens, scored
+
+
+def units(cache: TokenCache, config: DictConfig) -> int:
+    """Return what an epoch's steps are counted in: the packs that training makes of the rows, or the rows."""
+    if not config.data.packing:
+        return cache.counts("train")[0]
+    return len(pack(cache.lengths("train"), config.data.cutoff_len, config.train.seed))
 
 
 def cache_key(rows: Rows, config: DictConfig, model_path: Path | None, limit: int | None = None) -> str:

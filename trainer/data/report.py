@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from launch.batching import BatchPlan, Steps, planned_steps
 from launch.legality import longest_row
-from trainer.data.cache import SAMPLE, SPLITS, CachedDataset, TokenCache
+from trainer.data.cache import SAMPLE, SPLITS, CachedDataset, TokenCache, units
 from trainer.data.similar import PERMUTATIONS, similar_pairs
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def make_report(cache: TokenCache, config: DictConfig, plan: BatchPlan, tokenize
         datasets=reports,
         splits=counts,
         overlap=_overlap(_used(cache, "train"), _used(cache, "eval")) if counts["eval"].examples else None,
-        steps=planned_steps(config, plan, counts["train"].examples),
+        steps=planned_steps(config, plan, units(cache, config), counts["train"].tokens),
     )
 
 
@@ -205,13 +205,6 @@ def _table(cached: CachedDataset) -> dict[str, np.ndarray]:
     ]
     columns["sketch"] = np.concatenate([np.zeros((0, PERMUTATIONS), np.uint32), *sketches])
     return columns
-
-
-def _lengths(cached: CachedDataset) -> np.ndarray:
-    """Return the tokens of each example (examples,), without reading the tokens themselves."""
-    import pyarrow.compute
-
-    return np.asarray(pyarrow.compute.list_value_length(cached.examples().data.column("input_ids")), np.int64)
 
 
 def _label(cached: CachedDataset) -> str:
@@ -228,7 +221,7 @@ def _of_dataset(
     near: Repeats,
     languages: Languages,
 ) -> DatasetReport:
-    outcome, lengths = cached.outcome, _lengths(cached)
+    outcome, lengths = cached.outcome, cached.lengths()
     kept = table["reason"] < 0
     order = np.argsort(-lengths, kind="stable")[:LONGEST]
     figures = np.percentile(lengths, PERCENTILES, method="inverted_cdf") if len(lengths) else []

@@ -97,7 +97,8 @@ class StreamedMicroBatches(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[list[dict[str, np.ndarray]]]:
         examples = iter(self.stream)
         while batch := list(islice(examples, self.plan.global_batch)):
-            yield from self.plan.share(batch, self.rank)
+            for positions in self.plan.share([len(example["input_ids"]) for example in batch], self.rank):
+                yield [batch[position] for position in positions]
 
 
 class StreamDataLoader(DataLoader):  # type: ignore[type-arg]
