@@ -94,7 +94,7 @@ def tunewright(extra: list[str] | None = None) -> Contender:
             "strategy": job.strategy,
             "train.max_steps": job.steps,
             "train.global_batch_size": job.batch,
-            "train.micro_batch_size": job.per_device,
+            "train.micro_batch_size": job.batch,  # a memory bound: ranks may share rows out unevenly
             "train.learning_rate": job.learning_rate,
             "train.scheduler": "constant",
             "train.warmup_ratio": 0,
@@ -126,6 +126,7 @@ def tunewright(extra: list[str] | None = None) -> Contender:
 LLAMAFACTORY_BEST = {"disable_gradient_checkpointing": True, "flash_attn": "sdpa"}
 PACKING = {"packing": True, "neat_packing": True, "per_device_train_batch_size": 1}
 PACKING |= {"max_steps": -1, "num_train_epochs": 1}
+PACKING |= {"include_num_input_tokens_seen": "no"}  # its mask of four dimensions makes the sum of the mask overflow
 
 
 def llamafactory(python: str, *, best: bool = False, packing: bool = False) -> Contender:
@@ -154,6 +155,7 @@ def llamafactory(python: str, *, best: bool = False, packing: bool = False) -> C
             "disable_tqdm": True,
             "save_strategy": "no",
             "report_to": "none",
+            "include_num_input_tokens_seen": "non_padding",
             "bf16": True,
             "use_cpu": True,
             "seed": job.seed,
@@ -170,7 +172,11 @@ def llamafactory(python: str, *, best: bool = False, packing: bool = False) -> C
     def steps(job: Job, log: str) -> list[Step]:
         file = Path(job.out) / "run" / "trainer_state.json"
         history = json.loads(file.read_text())["log_history"] if file.exists() else []
-        return [Step(line["loss"], line.get("grad_norm", 0.0)) for line in history if "loss" in line]
+        return [
+            Step(line["loss"], line.get("grad_norm", 0.0), line.get("num_input_tokens_seen"))
+            for line in history
+            if "loss" in line
+        ]
 
     def cannot(method: str, strategy: str) -> str | None:
         if method == "prompt_tuning":

@@ -68,34 +68,40 @@ def _counts(row: Json) -> bool:
 
 
 def title(cell: Json) -> str:
-    rows = cell["workload"]
-    tokens, count = sum(rows["tokens"]), cell["settings"]["batch"] * cell["settings"]["steps"]
+    rows, run = cell["workload"], cell["run"]
+    tokens, count = sum(rows["tokens"]), cell["settings"]["batch"] * run["steps"]
     return (
         f"{cell['method']}, {cell['rows']} rows (mean {tokens / count:.0f} tokens, longest {rows['longest']:,}; padded "
         f"batches hold {rows['padded'] / tokens:.2f} times the tokens), {cell['strategy']}"
     )
 
 
+def told(cell: Json) -> str:
+    """How a cell was measured."""
+    run = cell["run"]
+    times = "one run" if run["repeats"] == 1 else f"{run['repeats']} interleaved repetitions"
+    return (
+        f"{times} of {run['steps']} steps, the first {run['warmup']} to warm up; seed {run['seed']}, learning rate "
+        f"{cell['settings']['learning_rate']}; best {cell['gemm_dtype']} matrix product {cell['gemm'] / 1e9:,.0f} "
+        f"GFLOP/s; {run['when']}, commit {run['commit']}, `{run['command']}`"
+    )
+
+
 def section(result: Json) -> str:
     """The text between the markers."""
-    machine, settings = result["machine"], result["settings"]
-    rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in result["gemm"].items())
+    machine = result["machine"]
     versions = "; ".join(
         f"{where}: {', '.join(f'{name} {number}' for name, number in found.items())}"
         for where, found in result["versions"].items()
     )
     parts = [
-        f"    {result['command']}\n",
-        f"{settings['model']}. {settings['repeats']} interleaved repetitions of {settings['steps']} steps, the first "
-        f"{settings['warmup']} of which warm up; seed {settings['seed']}, learning rate {settings['learning_rate']}. "
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
-        f"{', ' + machine['gpu'] if machine.get('gpu') else ', no GPU'}; {result['when']}, commit {result['commit']}. "
-        f"Best matrix product, GFLOP/s: {rates}. {versions}.\n",
+        f"{result['model']}. {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+        f"{', ' + machine['gpu'] if machine.get('gpu') else ', no GPU'}. {versions}.\n",
         f"A time is from the start of the process, caches of its own empty. GFLOP/s credits 4 a frozen and 6 a trained "
         f"weight and token, the head on scored positions. {result['parity']}\n",
     ]
     for cell in result["cells"]:
-        parts.append(f"### {title(cell)}\n\n{table(cell)}\n")
+        parts.append(f"### {title(cell)}\n\n{table(cell)}\n\n{told(cell)}.\n")
         parts += [f"{note}\n" for note in notes(cell)]
     return "\n".join(parts)
 
@@ -180,7 +186,7 @@ def check() -> int:
     for line in found:
         print(f"FELL {line}")
     print(
-        f"{len(compared)} ratios compared with commit {old['commit']}, {len(found)} fell by more than 15 % or are void."
+        f"{len(compared)} ratios compared with the committed result, {len(found)} fell by more than 15 % or are void."
     )
     return 1 if found else 0
 

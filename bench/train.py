@@ -36,6 +36,7 @@ LEARNING_RATES = {"lora": 3e-3, "qlora": 3e-3, "full": 1e-3, "prompt_tuning": 0.
 REFERENCES = ("TRL, defaults", "Trainer, padding", "LLaMA-Factory, defaults")
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets")
 DISTURBED = 0.1
+GRID = (METHODS, tuple(KINDS), STRATEGIES)
 FOR_ALL = ("deepspeed", "bitsandbytes")
 
 
@@ -188,6 +189,7 @@ def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, 
             "workload": load.facts(),
             "settings": {"batch": batch, "steps": args.steps, "learning_rate": learning_rate, "pack": pack},
             "gemm_dtype": dtype,
+            "gemm": rates[dtype],
             "contenders": rows,
         }
 
@@ -246,29 +248,29 @@ def main() -> int:
     for method, kind, strategy in itertools.product(args.methods, args.rows, args.strategies):
         say(f"{method}, {kind} rows, {strategy}")
         cell = measure_cell(method, kind, strategy, model, args, rates)
-        cells.append(cell)
-        print(f"\n{title(cell)}\n\n{table(cell)}\n", flush=True)
-        result = {
+        cell["run"] = {
             "when": datetime.date.today().isoformat(),
             "commit": git_commit(),
             "command": shlex.join(["python", "bench/train.py", *sys.argv[1:]]),
+            "steps": args.steps,
+            "warmup": args.warmup,
+            "repeats": args.repeats,
+            "seed": args.seed,
+        }
+        cells.append(cell)
+        print(f"\n{title(cell)}\n\n{table(cell)}\n", flush=True)
+        result = {
             "machine": facts,
             "versions": {
                 "tunewright, TRL, Trainer": versions(sys.executable, (*PACKAGES, *FOR_ALL)),
                 **({"LLaMA-Factory": versions(peer, ("llamafactory", *PACKAGES))} if peer else {}),
             },
-            "settings": {
-                "model": f"A random Qwen2 in bfloat16: {', '.join(f'{k} {v}' for k, v in args.shape.items())}",
-                "steps": args.steps,
-                "warmup": args.warmup,
-                "repeats": args.repeats,
-                "seed": args.seed,
-                "learning_rate": args.learning_rate or {name: LEARNING_RATES[name] for name in args.methods},
-            },
+            "model": f"A random Qwen2 in bfloat16: {', '.join(f'{k} {v}' for k, v in args.shape.items())}",
             "parity": PARITY,
             "gemm": rates,
             "cells": cells,
         }
+        result = joined(result, args.out)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(PARITY)
@@ -276,6 +278,35 @@ def main() -> int:
         write_docs(result)
     ours = [row for cell in cells for row in cell["contenders"] if row["name"] == "tunewright"]
     return 1 if any(row["void"] for row in ours) else 0
+
+
+def joined(result: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Return the result with the cells that were measured before on the same machine, model and packages.
+
+    A file of another machine, or of other packages, is begun anew: its figures do not go beside these.
+    """
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+
+    def place(facts: dict[str, Any]) -> Any:
+        return facts["machine"]["cpu"], facts["machine"]["cores"], facts["machine"].get("gpu"), facts.get("model")
+
+    if not before or before.get("parity") != result["parity"] or place(before) != place(result):
+        return result
+    theirs = before["versions"]
+    if any(theirs.get(where, found) != found for where, found in result["versions"].items()):
+        return result
+    measured = {key(cell) for cell in result["cells"]}
+    kept = [cell for cell in before["cells"] if key(cell) not in measured]
+    cells = sorted(
+        [*kept, *result["cells"]],
+        key=lambda cell: [order.index(part) for order, part in zip(GRID, key(cell), strict=True)],
+    )
+    rates = {dtype: max(rate, before["gemm"].get(dtype, 0.0)) for dtype, rate in result["gemm"].items()}
+    return {**result, "versions": {**theirs, **result["versions"]}, "gemm": rates, "cells": cells}
+
+
+def key(cell: dict[str, Any]) -> tuple[str, str, str]:
+    return cell["method"], cell["rows"], cell["strategy"]
 
 
 def peak_of_gpu(facts: dict[str, Any]) -> float | None:
