@@ -32,7 +32,7 @@ class Command:
     def shown(self) -> str:
         """Return the command as a person would type it."""
         settings = [f"{key}={shlex.quote(value)}" for key, value in self.env.items()]
-        return " ".join([*settings, "accelerate", shlex.join(self.argv[3:])])
+        return " ".join([*settings, "accelerate launch", shlex.join(self.argv[3:])])
 
 
 def accelerate_config(config: DictConfig, ranks: int, devices: Devices) -> dict[str, object]:
@@ -62,10 +62,11 @@ def build_command(
     script = ["-m", "trainer", "--run", str(run.path)]
     if checkpoint:
         script += ["--checkpoint", str(checkpoint)]
-    # The module behind the `accelerate` script, so that the installation this process runs from is the one used.
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+    # The module behind `accelerate launch`, so that the installation this process runs from is the one used.
+    # Its own front module imports every other command of accelerate first, for half a second.
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
     return Command(
-        [*accelerate, "launch", "--config_file", str(run.path / "accelerate.yaml"), *script],
+        [*accelerate, "--config_file", str(run.path / "accelerate.yaml"), *script],
         _environment(config, plan.world_size, devices),
         accelerate_config(config, plan.world_size, devices),
     )

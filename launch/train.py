@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -20,6 +21,9 @@ from launch.rundir import Claim, claim, prepare_folder
 from launch.settle import settle
 from launch.supervise import run_ranks
 
+if TYPE_CHECKING:
+    from trainer.prepare import Preparation
+
 
 @dataclass(frozen=True)
 class Job:
@@ -32,20 +36,24 @@ class Job:
     command: Command
 
 
-def plan_job(config: DictConfig, devices: Devices) -> Job:
-    """Check a configuration as far as can be done without starting anything.
+def plan_job(config: DictConfig, devices: Devices, meanwhile: Callable[[], None] = lambda: None) -> Job:
+    """Check a configuration as far as can be done without starting anything; for `meanwhile` see `check_all`.
 
     Raises:
         ConfigError, DataError: see `legality.check`, `architecture.check_modules`, `settle`, `rundir.claim` and
             `trainer.prepare.find_prepared`.
     """
-    plan, settled = check_all(config, devices)
+    plan, settled = check_all(config, devices, meanwhile)
     claimed = claim(config)
     return Job(config, settled, plan, claimed, build_command(config, claimed.run, plan, devices, claimed.checkpoint))
 
 
-def check_all(config: DictConfig, devices: Devices) -> tuple[BatchPlan, list[str]]:
+def check_all(
+    config: DictConfig, devices: Devices, meanwhile: Callable[[], None] = lambda: None
+) -> tuple[BatchPlan, list[str]]:
     """Check a configuration against the devices and the model's architecture; return its plan and what was settled.
+
+    `meanwhile` is called before a wait of seconds, where the model's architecture is not known yet.
 
     Raises:
         ConfigError, StorageError: see `legality.check`, `architecture.check_modules` and `settle`.
@@ -53,7 +61,7 @@ def check_all(config: DictConfig, devices: Devices) -> tuple[BatchPlan, list[str
     from trainer.architecture import ensure_architecture
 
     plan = check(config, devices)
-    architecture = ensure_architecture(config)
+    architecture = ensure_architecture(config, meanwhile)
     settled = settle(config, architecture, devices)
     check_modules(config, architecture)
     return plan, settled
@@ -76,7 +84,7 @@ def sweep_jobs(overrides: Sequence[str], extra_dir: Path | None, *, multirun: bo
     return configs
 
 
-def run_job(job: Job, say: Callable[[str], None] = print) -> int:
+def run_job(job: Job, say: Callable[[str], None] = print, preparation: Preparation | None = None) -> int:
     """Prepare the data, start the ranks, and return the exit code."""
     from trainer.prepare import ensure_prepared
 
@@ -88,7 +96,7 @@ def run_job(job: Job, say: Callable[[str], None] = print) -> int:
         say(text)
     if job.claimed.checkpoint:
         say(f"Continuing {run.path} from {job.claimed.checkpoint.name}")
-    ensure_prepared(job.config)
+    ensure_prepared(job.config, preparation=preparation)
     prepare_folder(job.config, job.claimed)
     write_accelerate_config(job.command, run)
     say(job.command.shown())
@@ -111,22 +119,29 @@ def train(
     say: Callable[[str], None] = print,
 ) -> int:
     """Run one training, or a sweep of them one after the other, and return the exit code of the first that fails."""
-    devices = find_devices()
-    jobs = []
-    for config in sweep_jobs(overrides, extra_dir, multirun=multirun):
-        jobs.append(plan_job(config, devices))
-        if not dry_run:  # which tells as much as can be known without the data
+    from trainer.prepare import Preparation
+
+    devices, preparation = find_devices(), Preparation()
+    try:
+        jobs = []
+        for config in sweep_jobs(overrides, extra_dir, multirun=multirun):
+            if dry_run:  # which tells as much as can be known without the data
+                jobs.append(plan_job(config, devices))
+                continue
+            jobs.append(plan_job(config, devices, preparation.begin))
             check_data(config)
-    for number, job in enumerate(jobs, 1):
-        if len(jobs) > 1:
-            say(f"Run {number} of {len(jobs)}: {job.config.name}")
-        if dry_run:
-            show_plan(job, say)
-            continue
-        code = run_job(job, say)
-        if code:
-            return code
-    return 0
+        for number, job in enumerate(jobs, 1):
+            if len(jobs) > 1:
+                say(f"Run {number} of {len(jobs)}: {job.config.name}")
+            if dry_run:
+                show_plan(job, say)
+                continue
+            code = run_job(job, say, preparation)
+            if code:
+                return code
+        return 0
+    finally:
+        preparation.stop()
 
 
 def show_plan(job: Job, say: Callable[[str], None]) -> None:

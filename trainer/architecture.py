@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from trainer.models import cache_folder, find_model, quiet_libraries
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FORMAT = 4  # of the kept files
+FORMAT = 5  # of the kept files
 
 
 def model_numbers(config: DictConfig) -> dict[str, Any]:
@@ -69,8 +70,10 @@ def find_architecture(config: DictConfig) -> Architecture | None:
     return Architecture.read(_file(config, model_numbers(config)))
 
 
-def ensure_architecture(config: DictConfig) -> Architecture:
+def ensure_architecture(config: DictConfig, meanwhile: Callable[[], None] = lambda: None) -> Architecture:
     """Return what is known of the model, worked out in a process of its own where it is not kept yet.
+
+    That takes seconds: `meanwhile` is called before it, to begin what else they can be used for.
 
     Raises:
         StorageError, ConfigError: the model's config.json cannot be had, or transformers cannot use it.
@@ -78,6 +81,7 @@ def ensure_architecture(config: DictConfig) -> Architecture:
     found = find_architecture(config)
     if found:
         return found
+    meanwhile()
     _run("describe", config)
     found = find_architecture(config)
     if found is None:
@@ -92,10 +96,16 @@ def ensure_counts(config: DictConfig) -> tuple[int, int]:
 
 
 def _file(config: DictConfig, numbers: dict[str, Any]) -> Path:
-    key = json.dumps([FORMAT, version("transformers"), version("peft"), numbers], sort_keys=True, default=str)
+    known = [FORMAT, version("transformers"), version("peft"), numbers, _wants_ia3(config)]
+    key = json.dumps(known, sort_keys=True, default=str)
     return (
         cache_folder(config.data.cache_dir) / "architectures" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     )
+
+
+def _wants_ia3(config: DictConfig) -> bool:
+    """Whether to look up IA3's modules: PEFT, which knows them, takes a second or two to import."""
+    return bool(config.method.name == "ia3")
 
 
 class _Failed(TunewrightError):
@@ -160,12 +170,8 @@ def empty_model(config: PreTrainedConfig, *, trust_remote_code: bool = False) ->
         ) from error
 
 
-def describe(model: PreTrainedModel) -> Architecture:
-    """Return what settings can name in a model, and what its attention allows."""
-    from peft.utils.constants import (
-        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
-    )
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3
+def describe(model: PreTrainedModel, *, ia3: bool = True) -> Architecture:
+    """Return what settings can name in a model, and what its attention allows; without `ia3` not what IA3 trains."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -191,8 +197,17 @@ def describe(model: PreTrainedModel) -> Architecture:
         tied=bool(model.config.get_text_config().tie_word_embeddings),
         padding_free_problem=padding_free_problem(model.config, type(model)),
         positions=min(learnt) if learnt and _learns_positions(model.config) else None,
-        ia3=[list(IA3[model_type]), list(FEEDFORWARD.get(model_type, []))] if model_type in IA3 else None,
+        ia3=_ia3_modules(model_type) if ia3 else None,
     )
+
+
+def _ia3_modules(model_type: str) -> list[list[str]] | None:
+    from peft.utils.constants import (
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
+    )
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3
+
+    return [list(IA3[model_type]), list(FEEDFORWARD.get(model_type, []))] if model_type in IA3 else None
 
 
 def _learns_positions(config: PreTrainedConfig) -> bool:
@@ -219,7 +234,7 @@ def main(task: str) -> int:
             return 0
         file = _file(config, numbers)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, describe(model).as_json())
+        write_json(file, describe(model, ia3=_wants_ia3(config)).as_json())
     except TunewrightError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -57,12 +57,13 @@ class _DocumentAttention(torch.autograd.Function):
         window: int | None,
     ) -> torch.Tensor:
         out = query.new_empty(1, query.size(2), query.size(1), value.size(-1))
-        queries, keys = _scaled(query, key.size(1), scale), key[0].contiguous().float()
+        queries = _grouped(query, key.size(1)).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        queries, keys = queries.mul_(scale), key[0].contiguous().float()
         outs, values = _grouped(out.transpose(1, 2), key.size(1)), value[0].contiguous()
         unseen = _Unseen(window, keys)
         kept: list[torch.Tensor | None] = []
         for block, seen, length in _blocks(lengths, window):
-            probabilities = _probabilities(queries, keys, block, seen, unseen).to(value.dtype)
+            probabilities = _probabilities(queries[:, :, block], keys[:, seen], unseen).to(value.dtype)
             outs[:, :, block] = torch.bmm(probabilities, values[:, seen]).unflatten(1, (queries.size(1), -1))
             kept.append(probabilities if any(ctx.needs_input_grad) and length <= KEPT else None)
         ctx.save_for_backward(query, key, value, out)
@@ -81,13 +82,11 @@ class _DocumentAttention(torch.autograd.Function):
         keys, values = key[0].contiguous(), value[0].contiguous()
         # Several blocks add to the same keys: in float32.
         d_keys, d_values = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (keys, values))
-        again = None
-        if None in ctx.kept:
-            again = _scaled(query, kv_heads, scale), keys.float()
         unseen = _Unseen(ctx.window, d_keys)
         for probabilities, (block, seen, _) in zip(ctx.kept, _blocks(ctx.lengths, ctx.window), strict=True):
             if probabilities is None:
-                probabilities = _probabilities(*again, block, seen, unseen).to(value.dtype)
+                scaled = queries[:, :, block].float() * scale
+                probabilities = _probabilities(scaled, keys[:, seen].float(), unseen).to(value.dtype)
             d_block = d_outs[:, :, block].flatten(1, 2)
             d_values[:, seen] += torch.bmm(probabilities.mT, d_block)
             d_scores = torch.bmm(d_block, values[:, seen].mT).float()
@@ -116,15 +115,14 @@ def _grouped(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return tensor[0].unflatten(0, (kv_heads, -1))
 
 
-def _scaled(query: torch.Tensor, kv_heads: int, scale: float) -> torch.Tensor:
-    return _grouped(query, kv_heads).to(torch.float32, memory_format=torch.contiguous_format, copy=True).mul_(scale)
+def _probabilities(queries: torch.Tensor, keys: torch.Tensor, unseen: _Unseen) -> torch.Tensor:
+    """Return what each query takes from each key, (kv_heads, groups x queries, keys) in float32.
 
-
-def _probabilities(
-    queries: torch.Tensor, keys: torch.Tensor, block: slice, seen: slice, unseen: _Unseen
-) -> torch.Tensor:
-    """Return what each query of a block takes from each key, (kv_heads, queries of a group, keys) in float32."""
-    scores = torch.bmm(queries[:, :, block].flatten(1, 2), keys[:, seen].mT)
+    Args:
+        queries: (kv_heads, groups, queries, size) of a block, scaled, in float32.
+        keys: (kv_heads, keys, size), in float32.
+    """
+    scores = torch.bmm(queries.flatten(1, 2), keys.mT)
     unseen.take_off(scores.unflatten(1, (queries.size(1), -1)))
     return torch.softmax(scores, -1, out=scores)
 

@@ -109,7 +109,42 @@ def _row_lines(say: Callable[[str], None]) -> Callable[[str, int, int | None], N
     return show
 
 
-def ensure_prepared(config: DictConfig, *, quiet: bool = False) -> Prepared:
+class Preparation:
+    """The preparing process, which can be begun before it is known what to prepare: its imports take seconds."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def begin(self, *, quiet: bool = False) -> None:
+        if self.process is not None:
+            return
+        env = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
+        env["DS_ACCELERATOR"] = "cpu"  # nothing here needs a GPU, and DeepSpeed need not look for one
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "trainer.prepare"],
+            stdin=subprocess.PIPE,
+            encoding="utf-8",
+            env=env,
+            stdout=subprocess.DEVNULL if quiet else None,
+        )
+
+    def finish(self, config: DictConfig, *, quiet: bool = False) -> int:
+        """Say what to prepare, wait for it, and return the exit code."""
+        self.begin(quiet=quiet)
+        assert self.process is not None
+        process, self.process = self.process, None
+        process.communicate(OmegaConf.to_yaml(config))
+        return process.returncode
+
+    def stop(self) -> None:
+        """End a process that was begun and not needed."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+def ensure_prepared(config: DictConfig, *, quiet: bool = False, preparation: Preparation | None = None) -> Prepared:
     """Make what is missing in a process of its own; several ranks may call it at once, one of them does the work.
 
     Raises:
@@ -120,17 +155,9 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False) -> Prepared:
         if not quiet:
             print("\n".join(_known(config, found.cache)), flush=True)
         return found
-    env = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
-    env["DS_ACCELERATOR"] = "cpu"  # nothing here needs a GPU, and DeepSpeed need not look for one
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer.prepare"],
-        input=OmegaConf.to_yaml(config),
-        encoding="utf-8",
-        env=env,
-        stdout=subprocess.DEVNULL if quiet else None,
-    )
-    if done.returncode:
-        raise PrepareFailed(done.returncode)
+    exit_code = (preparation or Preparation()).finish(config, quiet=quiet)
+    if exit_code:
+        raise PrepareFailed(exit_code)
     found = find_prepared(config)
     return found or prepare(config, lambda line: None)
 
@@ -175,6 +202,8 @@ def main() -> int:
         os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each of our threads tokenises on a core of its own
     try:
+        import transformers.tokenization_utils_base  # noqa: F401 - whoever began this may still find out what to prepare
+
         config = load_config(sys.stdin)
         prepared = prepare(config, lambda line: print(line, flush=True))
         report = _report(config, prepared)

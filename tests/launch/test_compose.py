@@ -92,7 +92,7 @@ def test_a_folder_of_the_users_own_adds_choices(tmp_path: Path) -> None:
         (["strategy=ddp", "cluster.num_processes=9"], EIGHT_GPUS, ["8 GPUs are visible", "CUDA_VISIBLE_DEVICES"]),
         (["strategy=ddp", "train.global_batch_size=4"], EIGHT_GPUS, ["less than the 8 ranks", "Write 8 or more"]),
         (["train.gradient_accumulation_steps=2"], CPU, ["set one and write the other as null"]),
-        (["train.global_batch_size=null"], CPU, ["both are null"]),
+        (["train.global_batch_size=null"], CPU, ["all are null"]),
         (["train.micro_batch_size=0"], CPU, ["`train.micro_batch_size` is 0"]),
         (["train.learning_rate=-1"], CPU, ["`train.learning_rate` is -1.0"]),
         (["train.learning_rate=nan"], CPU, ["`train.learning_rate` is nan"]),
