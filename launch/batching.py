@@ -96,7 +96,8 @@ def batch_plan(
         return BatchPlan(micro * accumulation * world_size, world_size, micro, accumulation, unit=unit)
     if total is None:
         raise ConfigError(
-            "Set `train.global_batch_size`, `train.gradient_accumulation_steps` or `train.tokens_per_batch`: all are null."
+            "Set `train.global_batch_size`, `train.gradient_accumulation_steps` or `train.tokens_per_batch`: "
+            "all are null."
         )
     if total < world_size:
         raise ConfigError(
