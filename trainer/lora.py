@@ -55,8 +55,7 @@ class _FusedSum(torch.autograd.Function):
 def fuse(model: torch.nn.Module) -> int:
     """Let every plain LoRA layer of a model that is about to train use the fused sum; return how many there are.
 
-    Left to PEFT: variants such as DoRA, layers with a bias in the adapter, embeddings and convolutions, weights that
-    ZeRO-3 has split: its hooks gather them when a layer is called, and these are not.
+    Left to PEFT: variants such as DoRA, layers with a bias in the adapter, embeddings and convolutions.
     """
     count = 0
     for module in model.modules():
@@ -65,8 +64,22 @@ def fuse(model: torch.nn.Module) -> int:
         for name in module.lora_A:
             if _is_plain(module, name):
                 module.lora_variant[name] = FusedSum()
+                _gather_with(module, name)
                 count += 1
     return count
+
+
+def _gather_with(module: Any, name: str) -> None:
+    """Let ZeRO-3, where it has split the weights, gather the adapter's when the layer is called.
+
+    It gathers a module's weights when that module is called, and the adapter's two are not called here.
+    """
+    weights = module.lora_A[name].weight, module.lora_B[name].weight
+    if any(hasattr(weight, "ds_id") for weight in weights):
+        from deepspeed.zero import register_external_parameter
+
+        for weight in weights:
+            register_external_parameter(module, weight)
 
 
 def _is_plain(module: Any, name: str) -> bool:
@@ -75,6 +88,5 @@ def _is_plain(module: Any, name: str) -> bool:
         name not in module.lora_variant
         and all(isinstance(layer, torch.nn.Linear) for layer in layers)
         and all(layer.bias is None for layer in layers[1:])
-        and not any(hasattr(parameter, "ds_id") for layer in layers for parameter in layer.parameters())
         and len(module.lora_A) == 1
     )

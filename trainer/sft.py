@@ -201,6 +201,11 @@ class TunewrightTrainer(SFTTrainer):
 
     # Log
 
+    def floating_point_ops(self, inputs: Batch) -> float:
+        """Return the FLOPs of a batch. transformers walks through all parameters for it, in every step."""
+        tokens = inputs["input_ids"].numel()
+        return self.matmuls.flops(tokens, inputs["targets"].numel() if "targets" in inputs else tokens)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._figures())

@@ -22,7 +22,7 @@ from trainer.data.select import held_out_rows
 from trainer.data.tokens import tokenize
 from trainer.data.workers import started_workers
 from trainer.models import load_tokenizer
-from trainer.prepare import ensure_prepared
+from trainer.prepare import Preparation, ensure_prepared
 
 ROWS = [{"instruction": f"Say {number}.", "input": "", "output": f"{number} it is"} for number in range(40)]
 
@@ -284,6 +284,29 @@ def test_a_second_start_repeats_what_the_first_remarked(
     second = capfd.readouterr().out
     assert f"{remark} (row 40 = 0)" in second
     assert "mine: 41 of 41 rows" in second
+
+
+def test_preparing_that_was_begun_early_does_the_same(
+    tmp_path: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(tmp_path, "model=folder", f"model.path={tiny_model}")
+    config.data.cache_dir = str(tmp_path / "cache")
+    preparation = Preparation()
+    preparation.begin()
+    prepared = ensure_prepared(config, preparation=preparation)
+    assert "optimiser steps" in capfd.readouterr().out
+    assert prepared.cache.counts("train")[0] == len(ROWS)
+    assert preparation.process is None
+
+
+def test_preparing_that_turns_out_not_to_be_needed_is_ended() -> None:
+    preparation = Preparation()
+    preparation.begin()
+    process = preparation.process
+    assert process is not None
+    preparation.stop()
+    assert process.poll() is not None
+    preparation.stop()  # nothing is left to end
 
 
 def test_nothing_to_train_on_is_refused_whatever_left_nothing(tmp_path: Path, build: Any) -> None:
