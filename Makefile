@@ -23,7 +23,7 @@ data_choice = $(if $(wildcard configs/hydra/data/$(1).yaml),data=$(1),data=regis
 train = $(BIN)/tunewright train model=$(MODEL) $(call data_choice,$(DATA)) $(if $(NPROC),cluster.num_processes=$(NPROC)) \
 	$(if $(NAME),name=$(NAME)) $(1) $(ARGS)
 
-.PHONY: help setup demo test test-slow test-gpu lint datagen check zero2 zero3 single compare tensorboard chat bench bench-check bench-start bench-data bench-datagen clean
+.PHONY: help setup demo test test-slow test-gpu lint datagen check zero2 zero3 single compare tensorboard chat bench bench-check bench-zero bench-start bench-data bench-datagen clean
 
 help:  ## list the targets
 	@echo "make TARGET [MODEL=tiny] [DATA=demo] [NPROC=2] [NAME=my-run] [ARGS=\"key=value ...\"]"
@@ -92,6 +92,9 @@ bench: setup  ## training speed beside TRL, Trainer and, with PEER_PYTHON=its py
 
 bench-check: setup  ## whether a ratio of the newest bench result is below that of the last committed one
 	$(BIN)/python bench/report.py check
+
+bench-zero: setup  ## what ZeRO-3 costs beside ZeRO-2, and which settings of DeepSpeed lower it
+	$(BIN)/python bench/zero.py $(ARGS)
 
 bench-start: setup  ## how long --help, an error and the first optimiser step take, and where the time goes
 	$(BIN)/python bench/start.py $(ARGS)

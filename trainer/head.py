@@ -1,7 +1,8 @@
 """The head and the cross-entropy in one piece: only scored positions, a chunk of them at a time, on a CPU.
 
 The (scored, vocabulary) logits never exist as a whole, and their gradient is worked out while a chunk is in the cache.
-On a GPU TRL's head does the same; on a CPU it scores every position (TRL 1.16) and takes four times as long a position.
+On a GPU TRL's head does the same; on a CPU it scores every position (TRL 1.16) and takes four to five times as long for
+each. Beside the model's own head and PyTorch's cross-entropy it takes 0.6 times as long.
 """
 
 from __future__ import annotations
