@@ -178,7 +178,7 @@ def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, 
             for dtype, rate in gemm_rates().items():
                 rates[dtype] = max(rate, rates.get(dtype, 0.0))
         verdicts = judge(all_runs, load, args.steps)
-        dtype = "float32" if strategy.startswith("zero") and not args.peak_flops else "bfloat16"
+        dtype = "bfloat16"  # also where a contender computes in float32: the share is of what the machine could do
         rows = [describe(runs, load, method, args.shape, rates[dtype], args) for runs in all_runs]
         for row in rows:
             row["void"] = verdicts[row["name"]]
