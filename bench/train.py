@@ -154,11 +154,9 @@ def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, 
                     continue
                 out = Path(scratch) / f"{repeat}-{all_runs.index(runs)}"
                 out.mkdir()
-                job = Job(
-                    model=str(model),
-                    rows=str(load.folder / "seen" / "bench.json"),
-                    registry=str(load.folder / "ours"),
-                    out=str(out),
+                job = load.job(
+                    model,
+                    out,
                     method=method,
                     strategy=strategy,
                     ranks=ranks,
@@ -322,8 +320,13 @@ def peak_of_gpu(facts: dict[str, Any]) -> float | None:
 
 
 def git_commit() -> str:
-    told = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return told.stdout.strip() or "unknown"
+    """The commit that is measured, marked where files other than the results of measuring differ from it."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs/benchmarks.md")
+    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,11 @@ class Workload:
     longest: int
     padded: int
 
+    def job(self, model: Path, out: Path, **settings: Any) -> Job:
+        """What a contender is told: these rows, a folder of its own, and the rest of a `Job`."""
+        seen, ours = self.folder / "seen" / "bench.json", self.folder / "ours"
+        return Job(model=str(model), rows=str(seen), registry=str(ours), out=str(out), **settings)
+
     def facts(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key != "folder"}
 

@@ -22,7 +22,7 @@ from judge import speed
 from measure import machine
 from report import BENCH
 from train import LEARNING_RATES, git_commit, run_once
-from workload import SHAPE, Job, build_model, write_rows
+from workload import SHAPE, build_model, write_rows
 
 ROOT = BENCH.parent
 SHIPPED = ROOT / "configs" / "deepspeed" / "zero3.json"
@@ -72,11 +72,9 @@ def main() -> None:
                 extra += ["cluster.threads_per_process=1"]
                 out = Path(scratch) / f"{repeat}-{list(VARIANTS).index(name)}"
                 out.mkdir()
-                job = Job(
-                    model=str(model),
-                    rows=str(load.folder / "seen" / "bench.json"),
-                    registry=str(load.folder / "ours"),
-                    out=str(out),
+                job = load.job(
+                    model,
+                    out,
                     method="lora",
                     strategy=strategy,
                     ranks=1 if strategy == "single" else 2,
