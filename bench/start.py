@@ -2,8 +2,9 @@
 
     python bench/start.py [--repeats 3] [--strategies single,zero2]
 
-A first start tokenises, a second one finds the tokens. Where the time goes is told from outside: from the lines that
-`tunewright train` prints, the moment a rank's log appears, and `python -X importtime`.
+The model is known: it was built here, or trained before. A first start tokenises, a second one finds the tokens. Where
+the time goes is told from outside: from the lines that `tunewright train` prints, the moment a rank's log appears, and
+`python -X importtime`.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=BENCH / "results" / "start.json")
     args = parser.parse_args()
     build_tiny(CACHE)
+    seconds([*TUNEWRIGHT, "train", "--dry-run", f"data.cache_dir={CACHE}"], 0)  # works out the architecture
     report: dict[str, Any] = {"machine": machine(), "versions": versions(sys.executable, PACKAGES)}
     commands = {"--help": ([*TUNEWRIGHT, "--help"], 0), "configuration error": ([*TUNEWRIGHT, "train", "train.x=1"], 2)}
     print("| | median | spread |\n|---|---:|---:|")
@@ -120,7 +122,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 cache = Path(scratch) / "cache"
                 cache.mkdir()
-                (cache / "models").symlink_to(CACHE / "models")
+                for known in ("models", "architectures"):
+                    (cache / known).symlink_to(CACHE / known)
                 first.append(start(strategy, cache, Path(scratch), "first"))
                 second.append(start(strategy, cache, Path(scratch), "second"))
         for name, times in ((f"{strategy}, first start", first), (f"{strategy}, second start", second)):

@@ -21,7 +21,7 @@ from launch.rundir import Claim, RunDir, claim, prepare_folder
 from launch.schema import Launcher, Resume
 from launch.train import check_all
 from trainer.prepare import ensure_prepared
-from trainer.process import Console, die_with_parent, join, launched, rank, reported_errors, world_size
+from trainer.process import Console, die_with_parent, join, launched, leave, rank, reported_errors, world_size
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -49,19 +49,9 @@ def main(argv: list[str]) -> int:
 
         train(config, run, prepared.cache, prepared.model_path, state, console, claimed.checkpoint)
         state.destroy_process_group()
-    _leave()
-    return 0
-
-
-def _leave() -> None:
-    """End the process now that all is saved.
-
-    At the interpreter's own end a rank over gloo aborts now and then (torch 2.13), and a finished run would count as
-    failed.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    # At the interpreter's own end a rank over gloo aborts now and then (torch 2.13), and a finished run would count as
+    # failed.
+    leave(0)
 
 
 def _join_and_prepare(config: DictConfig, claimed: Claim) -> PartialState:

@@ -25,6 +25,7 @@ from launch.rundir import write_json
 from launch.schema import Source
 from trainer import hub, tiny
 from trainer.models import cache_folder, find_model, quiet_libraries
+from trainer.process import leave
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -244,4 +245,4 @@ def main(task: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))  # the launcher waits, and torch would take half a second to go

@@ -32,6 +32,7 @@ from trainer.data.report import Report, make_report
 from trainer.data.report_text import remarks, report_text
 from trainer.data.workers import started_workers
 from trainer.models import cache_folder, fetch_model, find_model, load_tokenizer
+from trainer.process import leave
 
 # What launchers tell their ranks; OMP_NUM_THREADS is a rank's share of the cores.
 RANK_VARIABLES = (
@@ -218,4 +219,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())  # the launcher waits, and torch would take half a second to go
