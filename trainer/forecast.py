@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from launch.batching import BatchPlan, planned_steps
 from launch.errors import StorageError
 from trainer.architecture import ensure_counts
-from trainer.data.cache import TokenCache, open_rows, units
+from trainer.data.cache import TokenCache, epoch_size, open_rows
 from trainer.data.select import rows_to_train
 from trainer.prepare import find_prepared
 
@@ -39,10 +39,10 @@ def forecast(config: DictConfig, plan: BatchPlan) -> Iterator[str]:
         if rows.cache is None and (config.data.packing or config.train.tokens_per_batch):
             yield f"{plan.describe()}; how many steps that makes is known once the rows are tokenised"
             return
-    cache = rows.cache if rows else None
-    tokens = cache.counts("train")[1] if cache else 0
-    count = units(cache, config) if cache else rows.examples if rows else 0
-    yield planned_steps(config, plan, count, tokens).describe()
+    if rows is not None and rows.cache is not None:
+        yield planned_steps(config, plan, *epoch_size(rows.cache, config)).describe()
+    else:
+        yield planned_steps(config, plan, rows.examples if rows else 0, tokens=0).describe()
 
 
 @dataclass(frozen=True)

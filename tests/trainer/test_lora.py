@@ -28,9 +28,7 @@ def adapted(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -
 
 
 def outcome(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    torch.manual_seed(2)
-    ids = torch.randint(0, 4096, (2, 9))
-    logits = model(input_ids=ids).logits
+    logits = model(input_ids=_ids().to(model.device)).logits
     logits.float().logsumexp(-1).sum().backward()
     return logits, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
@@ -48,6 +46,17 @@ def test_the_fused_sum_is_pefts(settings: dict[str, Any], small_model: Path) -> 
     for name, gradient in gradients.items():
         assert gradient.abs().sum() > 0
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_the_fused_sum_is_pefts_on_a_gpu(small_model: Path) -> None:
+    plain = adapted(small_model).cuda()
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    (expected, gradients), (logits, others) = outcome(plain), outcome(fused)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-2, atol=1e-4)
 
 
 def test_in_half_precision_the_fused_sum_is_nearer_to_the_truth(small_model: Path) -> None:

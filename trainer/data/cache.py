@@ -151,11 +151,11 @@ class TokenCache:
         return examples, tokens, scored
 
 
-def units(cache: TokenCache, config: DictConfig) -> int:
-    """Return what an epoch's steps are counted in: the packs that training makes of the rows, or the rows."""
-    if not config.data.packing:
-        return cache.counts("train")[0]
-    return len(pack(cache.lengths("train"), config.data.cutoff_len, config.train.seed))
+def epoch_size(cache: TokenCache, config: DictConfig) -> tuple[int, int]:
+    """Return what an epoch's steps are counted in: (rows, or the packs that training makes of them; their tokens)."""
+    lengths = cache.lengths("train")
+    packs = pack(lengths, config.data.cutoff_len, config.train.seed) if config.data.packing else lengths
+    return len(packs), int(lengths.sum())
 
 
 def cache_key(rows: Rows, config: DictConfig, model_path: Path | None, limit: int | None = None) -> str:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from launch.batching import BatchPlan, Steps, planned_steps
 from launch.legality import longest_row
-from trainer.data.cache import SAMPLE, SPLITS, CachedDataset, TokenCache, units
+from trainer.data.cache import SAMPLE, SPLITS, CachedDataset, TokenCache, epoch_size
 from trainer.data.similar import PERMUTATIONS, similar_pairs
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def make_report(cache: TokenCache, config: DictConfig, plan: BatchPlan, tokenize
         datasets=reports,
         splits=counts,
         overlap=_overlap(_used(cache, "train"), _used(cache, "eval")) if counts["eval"].examples else None,
-        steps=planned_steps(config, plan, units(cache, config), counts["train"].tokens),
+        steps=planned_steps(config, plan, *epoch_size(cache, config)),
     )
 
 
