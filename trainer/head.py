@@ -21,7 +21,8 @@ from trainer.data.render import IGNORED
 CHUNK = 2**22
 
 # What models do to logits after their head, by the names in their configurations: these keep their own forward pass.
-AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+CAP = "final_logit_softcapping"
+FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 @dataclass
@@ -40,7 +41,10 @@ def add_scored_head(model: Any) -> bool:
         Whether it does now. False for a head that is adapted, or whose logits are scaled or capped afterwards.
     """
     head, text = model.get_output_embeddings(), model.config.get_text_config()
-    if type(head) is not torch.nn.Linear or any(getattr(text, name, None) not in (None, 1) for name in AFTER_THE_HEAD):
+    changed = getattr(text, CAP, None) is not None or any(
+        getattr(text, name, None) not in (None, 1) for name in FACTORS
+    )
+    if type(head) is not torch.nn.Linear or changed:
         return False
     plain_forward, plain_head = model.forward, head.forward
 

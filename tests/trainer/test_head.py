@@ -94,7 +94,7 @@ def test_heads_whose_logits_are_changed_afterwards_are_left_alone() -> None:
     shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     for changed in (
-        Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=30.0)),
+        Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=1.0)),
         Cohere2ForCausalLM(Cohere2Config(**shape, logit_scale=0.25)),
     ):
         assert not add_scored_head(changed)
