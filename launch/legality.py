@@ -61,12 +61,8 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
 
 def _check_flat_rows(config: DictConfig) -> None:
     """What decides by their tokens which rows train together needs rows without padding whose lengths are known."""
-    for key, wanted in (
-        ("data.packing", config.data.packing),
-        ("train.tokens_per_batch", config.train.tokens_per_batch),
-    ):
-        if not wanted:
-            continue
+    keys = counted_in_tokens(config)
+    for key in keys:
         if config.method.name in PROMPT_LEARNING:
             raise ConfigError(
                 f"`{key}` does not go with method={config.method.name}: its virtual tokens go before each row of a "
@@ -79,12 +75,17 @@ def _check_flat_rows(config: DictConfig) -> None:
         ):
             if set_:
                 raise ConfigError(f"`{key}` does not go with `{other}`: choose one.")
-    if config.data.packing and config.train.tokens_per_batch:
+    if len(keys) > 1:
         raise ConfigError(
             "`data.packing` and `train.tokens_per_batch` both fill batches with tokens: choose one. Packing counts "
-            "packs "
-            "of data.cutoff_len tokens, so train.global_batch_size says how many tokens a step has."
+            "packs of data.cutoff_len tokens, so train.global_batch_size says how many tokens a step has."
         )
+
+
+def counted_in_tokens(config: DictConfig) -> list[str]:
+    """Return the settings that are on and let tokens decide which rows train together."""
+    on = {"data.packing": config.data.packing, "train.tokens_per_batch": config.train.tokens_per_batch}
+    return [key for key, value in on.items() if value]
 
 
 def cell_of(config: DictConfig, devices: Devices) -> Cell:

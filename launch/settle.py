@@ -16,7 +16,7 @@ from launch.architecture import Architecture
 from launch.cells import verdict
 from launch.errors import ConfigError
 from launch.hardware import Devices
-from launch.legality import cell_of
+from launch.legality import cell_of, counted_in_tokens
 
 # Paged optimisers need the unified memory of a GPU; what comes closest without.
 UNPAGED = {
@@ -55,12 +55,8 @@ def _layout(config: DictConfig, architecture: Architecture, devices: Devices) ->
         reason = f"Padded batches: {architecture.padding_free_problem}."
     if not reason:
         return None
-    for key, wanted in (
-        ("data.packing", config.data.packing),
-        ("train.tokens_per_batch", config.train.tokens_per_batch),
-    ):
-        if wanted:
-            raise ConfigError(f"`{key}` needs rows without padding. {reason} Leave {key} out.")
+    for key in counted_in_tokens(config):
+        raise ConfigError(f"`{key}` needs rows without padding. {reason} Leave {key} out.")
     config.train.padding_free = False
     return reason
 

@@ -97,6 +97,8 @@ def run_job(job: Job, say: Callable[[str], None] = print, preparation: Preparati
     if job.claimed.checkpoint:
         say(f"Continuing {run.path} from {job.claimed.checkpoint.name}")
     ensure_prepared(job.config, preparation=preparation)
+    if preparation is not None:
+        preparation.stop()  # where all was there already, it would wait as long as the ranks train
     prepare_folder(job.config, job.claimed)
     write_accelerate_config(job.command, run)
     say(job.command.shown())

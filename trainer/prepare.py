@@ -133,12 +133,14 @@ class Preparation:
         """Say what to prepare, wait for it, and return the exit code."""
         self.begin(quiet=quiet)
         assert self.process is not None
-        process, self.process = self.process, None
-        process.communicate(OmegaConf.to_yaml(config))
-        return process.returncode
+        try:
+            self.process.communicate(OmegaConf.to_yaml(config))
+            return self.process.returncode
+        finally:  # also when this process is interrupted
+            self.stop()
 
     def stop(self) -> None:
-        """End a process that was begun and not needed."""
+        """End a process that was begun and is not needed, or not any more."""
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
