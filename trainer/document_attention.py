@@ -10,12 +10,14 @@ hundreds, which bfloat16 would round to whole numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-# Queries of a block. Longer ones compute more scores that nothing looks at, shorter ones start more small products.
+# Queries of a block, about. Longer ones compute more scores that nothing looks at, shorter ones start more small
+# products.
 BLOCK = 128
 # The probabilities of documents up to this many tokens are kept for the backward pass, those of longer ones computed
 # again: what is kept grows with the square of the length.
@@ -59,91 +61,87 @@ class _DocumentAttention(torch.autograd.Function):
         window: int | None,
     ) -> torch.Tensor:
         out = query.new_empty(1, query.size(2), query.size(1), value.size(-1))
-        queries = _grouped(query, key.size(1)).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        queries, keys = queries.mul_(scale), key[0].contiguous().float()
-        outs, values = _grouped(out.transpose(1, 2), key.size(1)), value[0].contiguous()
-        unseen = _Unseen(window, keys)
+        outs = _by_token(out.transpose(1, 2), key.size(1))
+        # As they are read below, once: of a block nothing has to be copied then.
+        queries, keys, values = _by_token(query, key.size(1)).contiguous(), key[0].contiguous(), value[0].contiguous()
+        scaled, float_keys = queries.float() * scale, keys.float()
+        unseen = _Unseen(window)
         kept: list[torch.Tensor | None] = []
         for block, seen, length in _blocks(lengths, window):
-            probabilities = _probabilities(queries[:, :, block], keys[:, seen], unseen).to(value.dtype)
-            outs[:, :, block] = torch.bmm(probabilities, values[:, seen]).unflatten(1, (queries.size(1), -1))
+            probabilities = _probabilities(scaled[:, block], float_keys[:, seen], unseen).to(value.dtype)
+            outs[:, block] = torch.bmm(probabilities, values[:, seen]).unflatten(1, (-1, outs.size(2)))
             kept.append(probabilities if any(ctx.needs_input_grad) and length <= KEPT else None)
-        ctx.save_for_backward(query, key, value, out)
+        ctx.save_for_backward(queries, keys, values)
         ctx.lengths, ctx.scale, ctx.window, ctx.kept = lengths, scale, window, kept
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, out = ctx.saved_tensors
-        kv_heads, scale = key.size(1), ctx.scale
-        d_query = torch.empty_like(query)
-        # The gradient through a softmax takes off the mean of the gradients of its outputs: (1, heads, T, 1).
-        means = _grouped((d_out.float() * out).sum(-1, keepdim=True).transpose(1, 2), kv_heads)
-        queries, d_queries = _grouped(query, kv_heads).contiguous(), _grouped(d_query, kv_heads)
-        d_outs = _grouped(d_out.transpose(1, 2), kv_heads).contiguous()
-        keys, values = key[0].contiguous(), value[0].contiguous()
+        queries, keys, values = ctx.saved_tensors
+        kv_heads, tokens, groups, size = queries.shape
+        d_query = queries.new_empty(1, tokens, kv_heads * groups, size).transpose(1, 2)
+        d_queries, d_outs = _by_token(d_query, kv_heads), _by_token(d_out.transpose(1, 2), kv_heads).contiguous()
         # Several blocks add to the same keys: in float32.
         d_keys, d_values = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (keys, values))
-        unseen = _Unseen(ctx.window, d_keys)
+        unseen = _Unseen(ctx.window)
         for probabilities, (block, seen, _) in zip(ctx.kept, _blocks(ctx.lengths, ctx.window), strict=True):
             if probabilities is None:
-                scaled = queries[:, :, block].float() * scale
-                probabilities = _probabilities(scaled, keys[:, seen].float(), unseen).to(value.dtype)
-            d_block = d_outs[:, :, block].flatten(1, 2)
+                scaled = queries[:, block].float() * ctx.scale
+                probabilities = _probabilities(scaled, keys[:, seen].float(), unseen).to(values.dtype)
+            d_block = d_outs[:, block].flatten(1, 2)
             d_values[:, seen] += torch.bmm(probabilities.mT, d_block)
-            d_scores = torch.bmm(d_block, values[:, seen].mT).float()
-            d_scores = d_scores.sub_(means[:, :, block].flatten(1, 2)).mul_(probabilities).to(query.dtype)
-            d_queries[:, :, block] = torch.bmm(d_scores, keys[:, seen]).unflatten(1, (queries.size(1), -1))
-            d_keys[:, seen] += torch.bmm(d_scores.mT, queries[:, :, block].flatten(1, 2))
-        d_query *= scale
-        d_key, d_value = (
-            torch.empty_like(tensor).copy_(gradient) for tensor, gradient in ((key, d_keys * scale), (value, d_values))
-        )
-        return d_query, d_key, d_value, None, None, None
+            d_probabilities = torch.bmm(d_block, values[:, seen].mT)
+            # The gradient through a softmax, which reads bfloat16 and computes in float32.
+            d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, d_probabilities.dtype)
+            d_queries[:, block] = torch.bmm(d_scores, keys[:, seen]).unflatten(1, (-1, groups))
+            d_keys[:, seen] += torch.bmm(d_scores.mT, queries[:, block].flatten(1, 2))
+        d_query *= ctx.scale
+        return d_query, d_keys.mul_(ctx.scale).to(keys.dtype)[None], d_values.to(values.dtype)[None], None, None, None
 
 
 def _blocks(lengths: list[int], window: int | None) -> Iterator[tuple[slice, slice, int]]:
     """Yield each block's queries, the keys that they see, which end at the same token, and its document's length."""
     begin = 0
     for length in lengths:
-        for first in range(begin, begin + length, BLOCK):
-            last = min(first + BLOCK, begin + length)
+        size = math.ceil(length / max(round(length / BLOCK), 1))
+        for first in range(begin, begin + length, size):
+            last = min(first + size, begin + length)
             yield slice(first, last), slice(begin if window is None else max(begin, first - window + 1), last), length
         begin += length
 
 
-def _grouped(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """Return (1, heads, T, size) as (kv_heads, query heads of each, T, size), without copying."""
-    return tensor[0].unflatten(0, (kv_heads, -1))
+def _by_token(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """Return (1, heads, T, size) as (kv_heads, T, query heads of each, size), without copying."""
+    return tensor[0].unflatten(0, (kv_heads, -1)).transpose(1, 2)
 
 
 def _probabilities(queries: torch.Tensor, keys: torch.Tensor, unseen: _Unseen) -> torch.Tensor:
-    """Return what each query takes from each key, (kv_heads, groups x queries, keys) in float32.
+    """Return what each query takes from each key, (kv_heads, queries x groups, keys) in float32.
 
     Args:
-        queries: (kv_heads, groups, queries, size) of a block, scaled, in float32.
+        queries: (kv_heads, queries, groups, size) of a block, scaled, in float32.
         keys: (kv_heads, keys, size), in float32.
     """
     scores = torch.bmm(queries.flatten(1, 2), keys.mT)
-    unseen.take_off(scores.unflatten(1, (queries.size(1), -1)))
+    unseen.take_off(scores.unflatten(1, (-1, queries.size(2))))
     return torch.softmax(scores, -1, out=scores)
 
 
 class _Unseen:
     """Minus infinity for what a query of a block does not see: made once for each number of queries and of keys."""
 
-    def __init__(self, window: int | None, like: torch.Tensor) -> None:
-        self.window, self.like = window, like
+    def __init__(self, window: int | None) -> None:
+        self.window = window
         self.made: dict[tuple[int, int], torch.Tensor] = {}
 
     def take_off(self, scores: torch.Tensor) -> None:
-        """Add it to scores (..., queries, keys); both end at the same token."""
-        queries, keys = scores.shape[-2:]
+        """Add it to scores (kv_heads, queries, groups, keys); queries and keys end at the same token."""
+        queries, keys = scores.size(1), scores.size(-1)
         if self.window is None:  # every query sees the keys before the block
             keys, scores = queries, scores[..., -queries:]
         if (queries, keys) not in self.made:
-            unseen = self.like.new_full((queries, keys), -torch.inf).triu_(1 + keys - queries)
+            unseen = scores.new_full((queries, keys), -torch.inf).triu_(1 + keys - queries)
             if self.window is not None:
-                unseen += self.like.new_full((queries, keys), -torch.inf).tril_(keys - queries - self.window)
-            self.made[queries, keys] = unseen
+                unseen += scores.new_full((queries, keys), -torch.inf).tril_(keys - queries - self.window)
+            self.made[queries, keys] = unseen.unsqueeze(1)
         scores.add_(self.made[queries, keys])
