@@ -42,6 +42,7 @@ def environment(job: Job) -> dict[str, str]:
         **os.environ,
         "HF_HOME": f"{job.out}/hf",
         "HF_HUB_OFFLINE": "1",
+        "TORCHINDUCTOR_CACHE_DIR": f"{job.out}/inductor",
         "OMP_NUM_THREADS": str(_threads(job)),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(BENCH.parent),
@@ -79,7 +80,16 @@ def scripts() -> list[Contender]:
 # --- tunewright -------------------------------------------------------------------------------------------------------
 
 
-def tunewright(extra: list[str] | None = None) -> Contender:
+def refused(method: str, strategy: str) -> str | None:
+    whole = method == "qlora" and strategy == "zero3"
+    return "refused: each rank would hold the 4-bit weights whole" if whole else None
+
+
+def tunewright(
+    extra: list[str] | None = None,
+    name: str = "tunewright",
+    cannot: Callable[[str, str], str | None] = refused,
+) -> Contender:
     def argv(job: Job) -> list[str]:
         settings = {
             "model": "folder",
@@ -116,7 +126,14 @@ def tunewright(extra: list[str] | None = None) -> Contender:
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         return [Step(line["loss"], line["grad_norm"], line["tokens_seen"]) for line in lines if "loss" in line]
 
-    return Contender("tunewright", argv, lambda line: "  loss " in line and "grad norm" in line, steps)
+    return Contender(name, argv, lambda line: "  loss " in line and "grad norm" in line, steps, cannot=cannot)
+
+
+def compiled() -> Contender:
+    def cannot(method: str, strategy: str) -> str | None:
+        return "refused: does not compile under ZeRO-3" if strategy == "zero3" else None
+
+    return tunewright(["train.compile=true"], "tunewright, compiled", cannot)
 
 
 # --- LLaMA-Factory ----------------------------------------------------------------------------------------------------

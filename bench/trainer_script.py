@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from steps import StepLines, common_arguments, peft_config, quantization, read_job
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -32,6 +33,7 @@ def main() -> None:
         model = peft.get_peft_model(model, peft_config(job))
     collator = DataCollatorForSeq2Seq(tokenizer)
     Trainer(model, args, collator, dataset, processing_class=tokenizer, callbacks=[StepLines()]).train()
+    PartialState().destroy_process_group()  # gloo's threads may abort a rank that exits without
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from steps import StepLines, common_arguments, peft_config, quantization, read_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -73,6 +74,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     trainer = SFTTrainer(train_dataset=dataset(job), processing_class=tokenizer, callbacks=[StepLines()], **settings)
     trainer.train()
+    PartialState().destroy_process_group()  # gloo's threads may abort a rank that exits without
 
 
 if __name__ == "__main__":

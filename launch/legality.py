@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import sysconfig
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from launch.batching import BatchPlan, batch_plan
-from launch.cells import STRATEGIES, Cell, verdict
+from launch.cells import PARTITIONED, STRATEGIES, Cell, verdict
 from launch.compose import DEEPSPEED_DIR
 from launch.errors import ConfigError, did_you_mean
 from launch.hardware import Devices
@@ -53,6 +56,8 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
         raise ConfigError(ruling.reason)
     _check_method(config)
     _check_strategy(config, devices, ranks)
+    _check_checkpointing(config)
+    _check_compile(config, devices)
     _check_numbers(config)
     _check_data(config)
     _check_flat_rows(config)
@@ -198,6 +203,41 @@ def _check_strategy(config: DictConfig, devices: Devices, ranks: int) -> None:
         )
     if strategy.launcher is Launcher.deepspeed:
         deepspeed_file(config)
+
+
+def _check_checkpointing(config: DictConfig) -> None:
+    value = config.train.gradient_checkpointing
+    if value not in (True, False, "auto"):
+        raise ConfigError(f"`train.gradient_checkpointing` is '{value}': write true, false or auto.")
+    if value == "auto" and config.data.streaming:
+        raise ConfigError(
+            "`train.gradient_checkpointing=auto` looks at the longest rows, which nobody knows of a stream "
+            "(`data.streaming=true`): write true or false."
+        )
+
+
+def _check_compile(config: DictConfig, devices: Devices) -> None:
+    """torch.compile writes C++ for a CPU, and for a GPU the code that starts kernels: both need a compiler."""
+    if not config.train.compile:
+        return
+    if _known_strategy(config) in PARTITIONED:
+        raise ConfigError(
+            f"`train.compile` compiles a layer as a whole, and under `strategy={config.strategy.name}` DeepSpeed "
+            f"gathers the weights of its parts one by one. Use strategy=zero2 or strategy=ddp, or leave train.compile "
+            f"out."
+        )
+    variable, usual = ("CC", ["gcc", "clang"]) if devices.gpu else ("CXX", ["g++"])
+    names = os.environ.get(variable, "").split()[:1] or usual
+    if not any(shutil.which(name) for name in names):
+        raise ConfigError(
+            f"`train.compile` needs a compiler, and {' or '.join(names)} is not on this machine: install it, name one "
+            f"with the variable {variable}, or leave train.compile out."
+        )
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        raise ConfigError(
+            "`train.compile` needs Python's header files, and this Python has none: install them (python3-dev), or "
+            "leave train.compile out."
+        )
 
 
 def deepspeed_file(config: DictConfig) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from typing import Any, Optional, get_type_hints
+from typing import Any, Optional, Union, get_type_hints
 
 from omegaconf import MISSING, SI
 
@@ -299,7 +299,10 @@ class TrainConfig:
     keep_best: bool = option(False, "the result is the checkpoint with the lowest eval loss, not the last one")
     early_stopping: Optional[int] = option(None, "stop after this many evaluations without a lower eval loss")
     padding_free: bool = option(True, "one flat row of tokens per batch; false pads, for comparison")
-    gradient_checkpointing: bool = option(False, "trade time for memory: recompute activations")
+    compile: bool = option(False, "compile the layers with torch.compile: a longer start, faster steps")
+    gradient_checkpointing: Union[bool, str] = option(
+        False, "trade time for memory: recompute activations; auto: of as few layers as the memory of the device allows"
+    )
     timeout_minutes: float = option(10.0, "a rank that is silent this long ends the run")
 
 

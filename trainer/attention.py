@@ -143,6 +143,7 @@ def _varlen_kernel(
     return out[None]  # type: ignore[index, no-any-return]
 
 
+@torch.compiler.disable  # it reads the rows' lengths, for which a graph would have to be cut anyway
 def _per_document(
     query: torch.Tensor,
     key: torch.Tensor,

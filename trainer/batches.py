@@ -97,6 +97,15 @@ class MicroBatches:
             return units.tolist()  # type: ignore[no-any-return]
         return [row for unit in units for row in self.packs[unit].tolist()]
 
+    def largest(self) -> list[int]:
+        """Return the rows of a micro-batch that has as many tokens as any can have: the longest units together."""
+        longest_first = np.argsort(-self.lengths, kind="stable")
+        if self.plan.tokens is None:
+            return self._rows(longest_first[: self.plan.micro_batch])
+        share = self.plan.tokens / self.plan.world_size / self.plan.accumulation
+        before = np.cumsum(self.lengths[longest_first]) - self.lengths[longest_first]
+        return self._rows(longest_first[before < share])
+
     def _grouped(self) -> np.ndarray:
         """Return the rows shuffled, those of a step of like length, as transformers' `group_by_length` does."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)

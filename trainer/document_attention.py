@@ -66,26 +66,30 @@ class _DocumentAttention(torch.autograd.Function):
         queries, keys, values = _by_token(query, key.size(1)).contiguous(), key[0].contiguous(), value[0].contiguous()
         scaled, float_keys = queries.float() * scale, keys.float()
         unseen = _Unseen(window)
-        kept: list[torch.Tensor | None] = []
+        kept = []
         for block, seen, length in _blocks(lengths, window):
             probabilities = _probabilities(scaled[:, block], float_keys[:, seen], unseen).to(value.dtype)
             outs[:, block] = torch.bmm(probabilities, values[:, seen]).unflatten(1, (-1, outs.size(2)))
-            kept.append(probabilities if any(ctx.needs_input_grad) and length <= KEPT else None)
-        ctx.save_for_backward(queries, keys, values)
-        ctx.lengths, ctx.scale, ctx.window, ctx.kept = lengths, scale, window, kept
+            if any(ctx.needs_input_grad) and length <= KEPT:
+                kept.append(probabilities)
+        ctx.save_for_backward(queries, keys, values, *kept)
+        ctx.lengths, ctx.scale, ctx.window = lengths, scale, window
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        queries, keys, values = ctx.saved_tensors
+        queries, keys, values, *kept = ctx.saved_tensors
         kv_heads, tokens, groups, size = queries.shape
         d_query = queries.new_empty(1, tokens, kv_heads * groups, size).transpose(1, 2)
         d_queries, d_outs = _by_token(d_query, kv_heads), _by_token(d_out.transpose(1, 2), kv_heads).contiguous()
         # Several blocks add to the same keys: in float32.
         d_keys, d_values = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (keys, values))
         unseen = _Unseen(ctx.window)
-        for probabilities, (block, seen, _) in zip(ctx.kept, _blocks(ctx.lengths, ctx.window), strict=True):
-            if probabilities is None:
+        still_kept = iter(kept)
+        for block, seen, length in _blocks(ctx.lengths, ctx.window):
+            if length <= KEPT:
+                probabilities = next(still_kept)
+            else:
                 scaled = queries[:, block].float() * ctx.scale
                 probabilities = _probabilities(scaled, keys[:, seen].float(), unseen).to(values.dtype)
             d_block = d_outs[:, block].flatten(1, 2)

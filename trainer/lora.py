@@ -24,6 +24,9 @@ class FusedSum(LoraVariant):  # type: ignore[misc]
         x, scaling = module.lora_dropout[active_adapter](x), module.scaling[active_adapter]
         if result.dtype != a.weight.dtype:  # quantised layers may compute in another format than the adapters
             return result + b(a(x)).to(result.dtype) * scaling
+        if torch.compiler.is_compiling():  # in-place nodes come out wrong there: pytorch issue 184113, torch 2.13
+            summed = torch.addmm(result.flatten(0, -2), a(x).flatten(0, -2), b.weight.t(), alpha=scaling)
+            return summed.view_as(result)
         if result._base is not None and type(module.get_base_layer()) is not torch.nn.Linear:
             result = result.clone()  # a view that bitsandbytes' 8-bit layer made, which must not be written to
         return _FusedSum.apply(result, x, a.weight, b.weight, scaling)  # type: ignore[no-any-return]

@@ -27,12 +27,14 @@ from launch.rundir import RunDir
 from launch.schema import Launcher
 from trainer import attention
 from trainer.checkpoints import keep_pissa_start, save_as_plain_lora, starts_as_pissa
+from trainer.compiled import compile_layers
 from trainer.data.cache import TokenCache, as_json
 from trainer.data.render import Renderer
 from trainer.data.stream import TokenStream
 from trainer.methods import adapt, parameter_counts
 from trainer.models import load_model, load_tokenizer, stop_tokens, torch_dtype
 from trainer.process import Console
+from trainer.recomputation import FitRecomputation
 from trainer.sft import MetricsFile, StepTimer, TunewrightTrainer
 from trainer.telemetry import hardware, over_ranks, peak_memory
 
@@ -91,10 +93,15 @@ def train(
         neftune_alpha=config.train.neftune_alpha,
         loraplus_ratio=config.method.get("loraplus_ratio"),
     )
+    if config.train.compile:
+        layers = compile_layers(trainer.model)
+        console.say(f"Compiling the {layers} layers during the first step.")
     trainer.remove_callback(PrinterCallback)
     callbacks = [StepTimer(trainer.meter), MetricsFile(run.metrics), Progress(console), Proof(config, run, trainer)]
     if state.is_main_process:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
+    if config.train.gradient_checkpointing == "auto":
+        callbacks.append(FitRecomputation(trainer, run, console))
     if config.train.early_stopping:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.train.early_stopping))
     for callback in callbacks:
@@ -194,7 +201,7 @@ def _arguments(
         load_best_model_at_end=train.keep_best,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing=bool(train.gradient_checkpointing),
         report_to="none",  # TensorBoard is added by hand, for its folder
         disable_tqdm=True,
         use_cpu=device.type == "cpu" and deepspeed is None,

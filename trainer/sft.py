@@ -108,6 +108,11 @@ class TunewrightTrainer(SFTTrainer):
             pin_memory=self.args.device.type == "cuda",
         )
 
+    def largest_batch(self) -> Batch:
+        """Return a micro-batch of as many tokens as any of the training can have."""
+        loader = self._loader(self.train_dataset, shuffle=True)
+        return self.data_collator(loader.dataset.__getitems__(loader.batch_sampler.largest()))  # type: ignore
+
     # Loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:

@@ -88,6 +88,13 @@ def test_a_folder_of_the_users_own_adds_choices(tmp_path: Path) -> None:
         (["method=qlora", "strategy=zero3"], CPU, ["ZeRO-3 splits weights", "strategy=zero2", "method=lora"]),
         (["method=qlora", "strategy=zeropp"], EIGHT_GPUS, ["4 bits cannot be split"]),
         (["strategy=zeropp"], CPU, ["NVIDIA", "strategy=zero3"]),
+        (["train.gradient_checkpointing=yes"], CPU, ["`train.gradient_checkpointing` is 'yes'", "true, false or auto"]),
+        (
+            ["train.gradient_checkpointing=auto", "data.streaming=true", "train.max_steps=5"],
+            CPU,
+            ["nobody knows of a stream", "write true or false"],
+        ),
+        (["train.compile=true", "strategy=zero3"], CPU, ["`strategy=zero3`", "strategy=zero2", "leave train.compile"]),
         (["strategy=single", "cluster.num_processes=2"], CPU, ["one process", "strategy=ddp"]),
         (["strategy=ddp", "cluster.num_processes=9"], EIGHT_GPUS, ["8 GPUs are visible", "CUDA_VISIBLE_DEVICES"]),
         (["strategy=ddp", "train.global_batch_size=4"], EIGHT_GPUS, ["less than the 8 ranks", "Write 8 or more"]),
