@@ -52,7 +52,7 @@ class FitRecomputation(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        layers = checkpointed_layers(trainer.model)
+        layers = separate_layers(trainer.model, "train.gradient_checkpointing=auto")
         need = measure(trainer, layers)
         room = free_bytes(args.device) - states_to_come(trainer)
         # ZeRO-3 gathers weights for each pass over a layer, so ranks have to agree.
@@ -68,17 +68,16 @@ class FitRecomputation(TrainerCallback):
         )
 
 
-def checkpointed_layers(model: torch.nn.Module) -> list[Any]:
-    """Return the layers that can recompute each for itself.
+def separate_layers(model: torch.nn.Module, setting: str) -> list[Any]:
+    """Return the layers that transformers treats each for itself, for a `setting` that does so too.
 
     Raises:
-        ConfigError: the model has none.
+        ConfigError: the model, of an older kind, has none.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
-            "`train.gradient_checkpointing` is auto, and the layers of this model cannot be told apart: write true or "
-            "false."
+            f"`{setting}` looks at each layer, and the layers of this model cannot be told apart: leave it out."
         )
     return layers
 

@@ -62,3 +62,11 @@ def test_batches_of_other_lengths_are_not_compiled_anew(small_model: Path, train
     lengths = train_here("lengths", *rows)
     assert len({line["step_tokens"] for line in read_metrics(lengths) if "loss" in line}) > 1
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_ranks_compile_too(strategy: str, train: Callable[..., Path]) -> None:
+    few = [f"strategy={strategy}", "train.max_steps=3", "data.max_samples=12", "train.logging_steps=1"]
+    plain, compiled = train(f"plain-{strategy}", *few), train(f"compiled-{strategy}", *few, "train.compile=true")
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import trainer.recomputation as recomputation
+from launch.errors import ConfigError
 from tests.conftest import losses, manifest
-from trainer.recomputation import Activations, checkpointed_layers, measure
+from trainer.recomputation import Activations, measure, separate_layers
 
 QUICK = ["train.max_steps=4", "data.max_samples=12", "train.global_batch_size=4", "train.logging_steps=1"]
 QUICK += ["data.eval_names=[]", "train.learning_rate=1e-2"]
@@ -57,18 +58,23 @@ def test_what_is_trained_does_not_change(
     assert manifest(plenty)["recomputed_layers"] == 0
 
     # Room for one layer and a half, beside the one whose backward pass runs.
-    layers = checkpointed_layers(trainers[-1].model)
+    layers = separate_layers(trainers[-1].model, "auto")
     need = measure(trainers[-1], layers)
     monkeypatch.setattr(recomputation, "states_to_come", lambda trainer: 0)
     monkeypatch.setattr(recomputation, "free_bytes", lambda device: 3.5 * need.layer)
     tight = train_here(f"tight-{name}", *model, *QUICK, *settings, AUTO)
     assert manifest(tight)["recomputed_layers"] == 1
-    assert [layer.gradient_checkpointing for layer in checkpointed_layers(trainers[-1].model)] == [True, False]
+    assert [layer.gradient_checkpointing for layer in separate_layers(trainers[-1].model, "auto")] == [True, False]
 
     for run in (plenty, tight):
         assert losses(run) == pytest.approx(losses(plain), rel=1e-6)
         weights, expected = (load_file(next((one / "final").glob("*model.safetensors"))) for one in (run, plain))
         assert all(torch.allclose(weights[key], expected[key], atol=1e-6) for key in expected)
+
+
+def test_layers_that_cannot_be_told_apart_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`train.compile` looks at each layer, and the layers of this model cannot"):
+        separate_layers(torch.nn.Sequential(torch.nn.Linear(2, 2)), "train.compile")
 
 
 def test_what_is_measured_is_what_a_layer_keeps(
@@ -77,7 +83,7 @@ def test_what_is_measured_is_what_a_layer_keeps(
     """Counted over the whole model with and without recomputation, on the largest micro-batch."""
     train_here("measured", "model=folder", f"model.path={small_model}", *QUICK, AUTO)
     (trained,) = trainers
-    layers = checkpointed_layers(trained.model)
+    layers = separate_layers(trained.model, "auto")
     need = measure(trained, layers)
     batch = trained._prepare_inputs(trained.largest_batch())
 
