@@ -28,7 +28,7 @@ from contenders import Contender, Step, compiled, environment, llamafactory, scr
 from judge import PARITY, fall, speed, summary, void_reason
 from measure import CORES, Watched, machine, versions, watch
 from report import RESULT, table, title, write_docs
-from workload import KINDS, SHAPE, SMALL, Job, Workload, build_model, credited_flops, write_rows
+from workload import KINDS, MODELS, RANK, Job, Workload, build_model, credited_flops, write_rows
 
 METHODS, STRATEGIES = ("lora", "qlora", "full", "prompt_tuning"), ("single", "ddp", "zero2", "zero3")
 # High enough that the loss of a random model falls within a few steps: parity means nothing while nothing is learnt.
@@ -98,7 +98,7 @@ def describe(runs: Runs, load: Workload, method: str, shape: dict[str, Any], gem
         for watched, steps in good
     ]
     scored = sum(load.scored) / sum(load.tokens)  # a token in so many reaches the head
-    flops = credited_flops(shape, method, 10**6, round(scored * 10**6)) / 10**6 * statistics.median(rates)
+    flops = credited_flops(shape, method, 10**6, round(scored * 10**6), args.rank) / 10**6 * statistics.median(rates)
     return found | {
         "tokens_per_second": summary(rates),
         "first_step_s": summary([watched.marks[0] for watched, _ in good]),
@@ -165,6 +165,7 @@ def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, 
                     pack=pack,
                     learning_rate=learning_rate,
                     seed=args.seed,
+                    rank=args.rank,
                 )
                 watched, steps = run_once(runs.contender, job)
                 runs.watched.append(watched)
@@ -208,7 +209,7 @@ def choices(text: str, known: tuple[str, ...]) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--methods", type=lambda text: choices(text, METHODS), default=["lora"], help=",".join(METHODS))
-    top.add_argument("--rows", type=lambda text: choices(text, tuple(KINDS)), default=["short"], help="short,long")
+    top.add_argument("--rows", type=lambda text: choices(text, tuple(KINDS)), default=["short"], help=",".join(KINDS))
     top.add_argument(
         "--strategies", type=lambda text: choices(text, STRATEGIES), default=["single"], help=",".join(STRATEGIES)
     )
@@ -218,11 +219,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--repeats", type=int, default=3)
     top.add_argument("--steps", type=int, default=8, help="optimiser steps of a run")
     top.add_argument("--warmup", type=int, default=2, help="of them not measured")
-    top.add_argument("--batch", type=int, help="rows of a step; otherwise 8 short or 2 long ones")
+    top.add_argument("--batch", type=int, help="rows of a step; otherwise 8 short, 2 long or 4 of 4k tokens")
     top.add_argument("--learning-rate", type=float)
     top.add_argument("--seed", type=int, default=42)
-    top.add_argument("--small", action="store_true", help="a model of half a million parameters, to try the bench")
-    top.add_argument("--out", type=Path, default=RESULT, help="JSON; cells measured there before are kept")
+    top.add_argument("--model", choices=MODELS, default="39m", help="small, to try the bench; 8b and 7b are for a GPU")
+    top.add_argument("--rank", type=int, default=RANK, help="of LoRA")
+    top.add_argument("--out", type=Path, help="JSON, otherwise bench/results/train.json, or train-MODEL.json")
     top.add_argument("--docs", action="store_true", help="write the section of docs/benchmarks.md too")
     return top
 
@@ -230,8 +232,11 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     if args.all:
-        args.methods, args.rows, args.strategies = list(METHODS), list(KINDS), list(STRATEGIES)
-    args.shape = SMALL if args.small else SHAPE
+        args.methods, args.rows, args.strategies = list(METHODS), ["short", "long"], list(STRATEGIES)
+    if args.docs and args.model != "39m":
+        parser().error("--docs writes the page about the 39m model: leave it out")
+    args.shape = MODELS[args.model]
+    args.out = args.out or (RESULT if args.model == "39m" else RESULT.with_name(f"train-{args.model}.json"))
     cache = Path(os.environ.get("TUNEWRIGHT_CACHE", "~/.cache/tunewright")).expanduser()
     model = build_model(cache, args.shape)
     peer = os.environ.get("PEER_PYTHON")

@@ -29,6 +29,12 @@ SHAPE: dict[str, Any] = {
 }
 SMALL: dict[str, Any] = {**SHAPE, "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128}
 SMALL |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+# For a GPU: as wide and deep as Llama 3.1 8B and Qwen2.5 7B.
+LLAMA_8B: dict[str, Any] = {**SHAPE, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
+LLAMA_8B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
+QWEN_7B: dict[str, Any] = {**LLAMA_8B, "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944}
+QWEN_7B |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+MODELS = {"39m": SHAPE, "small": SMALL, "8b": LLAMA_8B, "7b": QWEN_7B}
 RANK = 8
 VIRTUAL_TOKENS = 20
 CUTOFF = 4096
@@ -41,7 +47,7 @@ class Kind:
     batch: int
 
 
-KINDS = {"short": Kind(8), "long": Kind(2)}
+KINDS = {"short": Kind(8), "long": Kind(2), "4k": Kind(4)}
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def build_model(cache: Path, shape: dict[str, Any]) -> Path:
     return folder
 
 
-def matmul_parameters(shape: dict[str, Any], method: str) -> tuple[int, int, int]:
+def matmul_parameters(shape: dict[str, Any], method: str, rank: int = RANK) -> tuple[int, int, int]:
     """Return (frozen, trained, head) matmul weights; the head is met by scored tokens only."""
     hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     kv = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
@@ -122,13 +128,13 @@ def matmul_parameters(shape: dict[str, Any], method: str) -> tuple[int, int, int
     head = hidden * shape["vocab_size"]
     if method == "full":
         return 0, body, head
-    adapters = layers * sum(RANK * (a + b) for a, b in linears) if method in ("lora", "qlora") else 0
+    adapters = layers * sum(rank * (a + b) for a, b in linears) if method in ("lora", "qlora") else 0
     return body, adapters, head
 
 
-def credited_flops(shape: dict[str, Any], method: str, tokens: int, scored: int) -> float:
+def credited_flops(shape: dict[str, Any], method: str, tokens: int, scored: int, rank: int = RANK) -> float:
     """4 FLOPs for a frozen weight, 6 for a trained one; the head on scored positions; recomputation is not credited."""
-    frozen, trained, head = matmul_parameters(shape, method)
+    frozen, trained, head = matmul_parameters(shape, method, rank)
     return float((4 * frozen + 6 * trained) * tokens + (6 if method == "full" else 4) * head * scored)
 
 
@@ -188,7 +194,9 @@ def _sentences() -> list[str]:
 
 def _row(rng: random.Random, sentences: list[str], tokenizer: Any, kind: str) -> dict[str, str]:
     """Short: as in alpaca, most rows below the mean of 200 tokens and a long tail. Long: 1k to 4k, all alike likely."""
-    wanted = min(rng.lognormvariate(4.83, 0.65), 1000) if kind == "short" else rng.uniform(950, 3900)
+    wanted = 3850.0
+    if kind != "4k":
+        wanted = min(rng.lognormvariate(4.83, 0.65), 1000) if kind == "short" else rng.uniform(950, 3900)
     return {
         "instruction": _text(rng, sentences, tokenizer, rng.uniform(12, 40)),
         "input": _text(rng, sentences, tokenizer, rng.uniform(10, 50)) if rng.random() < 0.4 else "",

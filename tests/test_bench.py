@@ -122,7 +122,20 @@ def test_two_steps_of_tunewright_and_trainer_agree(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "result.json"
-    settings = ["--small", "--steps", "2", "--warmup", "1", "--repeats", "1", "--batch", "2", "--out", str(out)]
+    settings = [
+        "--model",
+        "small",
+        "--steps",
+        "2",
+        "--warmup",
+        "1",
+        "--repeats",
+        "1",
+        "--batch",
+        "2",
+        "--out",
+        str(out),
+    ]
     monkeypatch.setattr(sys, "argv", ["train.py", *settings, "--only", "tunewright,Trainer"])
     assert train.main() == 0
     found = json.loads(out.read_text())
