@@ -68,5 +68,5 @@ def test_batches_of_other_lengths_are_not_compiled_anew(small_model: Path, train
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_ranks_compile_too(strategy: str, train: Callable[..., Path]) -> None:
     few = [f"strategy={strategy}", "train.max_steps=3", "data.max_samples=12", "train.logging_steps=1"]
-    plain, compiled = train(f"plain-{strategy}", *few), train(f"compiled-{strategy}", *few, "train.compile=true")
+    plain, compiled = train(f"uncompiled-{strategy}", *few), train(f"compiled-{strategy}", *few, "train.compile=true")
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)

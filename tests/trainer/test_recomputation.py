@@ -127,7 +127,7 @@ def test_the_largest_micro_batch_is_as_large_as_any(
 def test_ranks_agree(train: Callable[..., Path]) -> None:
     """Under ZeRO-3, which gathers weights once more for a layer that recomputes."""
     quick = ["train.max_steps=2", "data.max_samples=8", "train.logging_steps=1", "data.eval_names=[]"]
-    plain = train("whole", "strategy=zero3", *quick)
-    auto = train("auto", "strategy=zero3", *quick, AUTO)
+    plain = train("recompute-false", "strategy=zero3", *quick)
+    auto = train("recompute-auto", "strategy=zero3", *quick, AUTO)
     assert manifest(auto)["recomputed_layers"] == 0
     assert losses(auto) == pytest.approx(losses(plain), rel=1e-6)
