@@ -29,12 +29,15 @@ SHAPE: dict[str, Any] = {
 }
 SMALL: dict[str, Any] = {**SHAPE, "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128}
 SMALL |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+# As wide and deep as Qwen2.5 0.5B.
+QWEN_HALF_B: dict[str, Any] = {**SHAPE, "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
+QWEN_HALF_B |= {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
 # For a GPU: as wide and deep as Llama 3.1 8B and Qwen2.5 7B.
 LLAMA_8B: dict[str, Any] = {**SHAPE, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
 LLAMA_8B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
 QWEN_7B: dict[str, Any] = {**LLAMA_8B, "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944}
 QWEN_7B |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
-MODELS = {"39m": SHAPE, "small": SMALL, "8b": LLAMA_8B, "7b": QWEN_7B}
+MODELS = {"39m": SHAPE, "small": SMALL, "0.5b": QWEN_HALF_B, "8b": LLAMA_8B, "7b": QWEN_7B}
 RANK = 8
 VIRTUAL_TOKENS = 20
 CUTOFF = 4096
