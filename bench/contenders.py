@@ -82,7 +82,7 @@ def scripts() -> list[Contender]:
 
 def refused(method: str, strategy: str) -> str | None:
     whole = method == "qlora" and strategy == "zero3"
-    return "refused: each rank would hold the 4-bit weights whole" if whole else None
+    return "each rank would hold the 4-bit weights whole" if whole else None
 
 
 def tunewright(
@@ -131,7 +131,7 @@ def tunewright(
 
 def compiled() -> Contender:
     def cannot(method: str, strategy: str) -> str | None:
-        return "refused: does not compile under ZeRO-3" if strategy == "zero3" else None
+        return "does not compile under ZeRO-3" if strategy == "zero3" else None
 
     return tunewright(["train.compile=true"], "tunewright, compiled", cannot)
 

@@ -42,7 +42,8 @@ def table(cell: Json) -> str:
     ours = next((row for row in cell["contenders"] if row["name"] == "tunewright"), None)
     for row in cell["contenders"]:
         if "tokens_per_second" not in row:
-            lines.append(f"| {row['name']} |" + " |" * (len(COLUMNS) - 2) + f" void: {row['void']} |")
+            reason = f"cannot: {row['cannot']}" if row.get("cannot") else f"void: {row['void']}"
+            lines.append(f"| {row['name']} |" + " |" * (len(COLUMNS) - 2) + f" {reason} |")
             continue
         speed = row["tokens_per_second"]
         times = ours["tokens_per_second"]["median"] / speed["median"] if ours and _counts(ours) else None

@@ -67,7 +67,7 @@ def judge(all_runs: list[Runs], load: Workload, wanted: int) -> dict[str, str | 
                     reference = steps
     verdicts: dict[str, str | None] = {}
     for runs in all_runs:
-        reasons = [runs.cannot] if runs.cannot else []
+        reasons = []
         for watched, steps in zip(runs.watched, runs.steps, strict=True):
             reason = void_reason(
                 steps,
@@ -91,6 +91,7 @@ def describe(runs: Runs, load: Workload, method: str, shape: dict[str, Any], gem
     ]
     good = [(watched, steps) for watched, steps in ended if not disturbed(watched)] or ended
     found: dict[str, Any] = {"name": runs.contender.name, "same_rows_each_step": runs.contender.same_rows}
+    found["cannot"] = runs.cannot
     if not good:
         return found
     rates = [

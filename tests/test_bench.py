@@ -104,6 +104,13 @@ def result(rate: float, void: str | None = None) -> dict[str, Any]:
     return {"cells": [{"method": "lora", "rows": "short", "strategy": "single", "contenders": rows}]}
 
 
+def test_what_a_contender_cannot_do_is_said_and_is_no_failure() -> None:
+    refused = {"name": "tunewright", "cannot": contenders.tunewright().cannot("qlora", "zero3"), "void": None}
+    assert "| cannot: each rank would hold the 4-bit weights whole |" in report.table({"contenders": [refused]})
+    cell = {**result(1)["cells"][0], "contenders": [refused]}
+    assert report.falls({"cells": [cell]}, result(700)) == []
+
+
 def test_a_ratio_that_fell_by_more_than_a_seventh_is_told() -> None:
     assert report.falls(result(660), result(750)) == []
     assert report.falls(result(600), result(750)) == [
@@ -122,20 +129,7 @@ def test_two_steps_of_tunewright_and_trainer_agree(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "result.json"
-    settings = [
-        "--model",
-        "small",
-        "--steps",
-        "2",
-        "--warmup",
-        "1",
-        "--repeats",
-        "1",
-        "--batch",
-        "2",
-        "--out",
-        str(out),
-    ]
+    settings = ["--model=small", "--steps=2", "--warmup=1", "--repeats=1", "--batch=2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["train.py", *settings, "--only", "tunewright,Trainer"])
     assert train.main() == 0
     found = json.loads(out.read_text())
