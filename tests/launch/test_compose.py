@@ -118,6 +118,23 @@ def test_what_cannot_work_is_refused_with_the_reason(overrides: list[str], devic
         assert part in str(caught.value)
 
 
+def test_compiling_needs_a_compiler_and_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_config(["train.compile=true", "train.global_batch_size=16"])
+    check(config, CPU)
+    monkeypatch.setenv("CXX", "/nowhere/g++ -O3")
+    with pytest.raises(ConfigError, match=r"/nowhere/g\+\+ is not on this machine: .* variable CXX"):
+        check(config, CPU)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(ConfigError, match=r"gcc or clang is not on this machine: .* variable CC"):
+        check(config, Devices("cuda", 1, 8))
+    (tmp_path / "clang").touch(0o755)
+    check(config, Devices("cuda", 1, 8))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(ConfigError, match="python3-dev"):
+        check(config, Devices("cuda", 1, 8))
+
+
 def test_schedulers_and_optimizers_are_names_of_transformers() -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames

@@ -18,6 +18,9 @@ METHODS = {
     "lora-bfloat16": ["model.dtype=bfloat16"],
     "qlora": ["method=qlora"],
     "prompt_tuning": ["method=prompt_tuning", "train.learning_rate=0.3"],
+    "prefix_tuning": ["method=prefix_tuning", "train.learning_rate=0.3"],
+    "dora": ["method.dora=true"],
+    "full": ["method=full"],
     "checkpointing": ["train.gradient_checkpointing=true"],
 }
 
