@@ -120,7 +120,8 @@ def test_what_cannot_work_is_refused_with_the_reason(overrides: list[str], devic
 
 def test_compiling_needs_a_compiler_and_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose_config(["train.compile=true", "train.global_batch_size=16"])
-    check(config, CPU)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").touch()
     monkeypatch.setenv("CXX", "/nowhere/g++ -O3")
     with pytest.raises(ConfigError, match=r"/nowhere/g\+\+ is not on this machine: .* variable CXX"):
         check(config, CPU)
@@ -130,7 +131,7 @@ def test_compiling_needs_a_compiler_and_headers(tmp_path: Path, monkeypatch: pyt
         check(config, Devices("cuda", 1, 8))
     (tmp_path / "clang").touch(0o755)
     check(config, Devices("cuda", 1, 8))
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").unlink()
     with pytest.raises(ConfigError, match="python3-dev"):
         check(config, Devices("cuda", 1, 8))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,10 @@ from torch._dynamo.utils import counters
 
 from tests.conftest import losses, read_metrics
 
+HEADERS = Path(sysconfig.get_path("include")) / "Python.h"
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("g++") and HEADERS.is_file()), reason="torch.compile needs g++ and Python's header files"
+)
 METHODS = {
     "lora": ["method.dropout=0"],
     "lora-bfloat16": ["model.dtype=bfloat16"],
