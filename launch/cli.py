@@ -13,6 +13,7 @@ from datagen.cli import add_parser as add_datagen
 from launch import __version__
 from launch.errors import TunewrightError
 from trainer.data.cli import add_parser as add_data
+from trainer.process import imports_that_stay
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -167,20 +168,23 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from trainer.evaluate import evaluate_runs
+    with imports_that_stay():
+        from trainer.evaluate import evaluate_runs
 
     evaluate_runs(args.runs, args.examples, _say)
     return 0
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from trainer.chat import chat
+    with imports_that_stay():
+        from trainer.chat import chat
 
     return chat(args.tuned, args.prompt, args.system, args.max_new_tokens)
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from trainer.merge import merge_run
+    with imports_that_stay():
+        from trainer.merge import merge_run
 
     merge_run(
         args.tuned,

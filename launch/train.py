@@ -22,7 +22,7 @@ from launch.settle import settle
 from launch.supervise import run_ranks
 
 if TYPE_CHECKING:
-    from trainer.prepare import Preparation
+    from trainer.preparation import Preparation
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def check_all(
     Raises:
         ConfigError, StorageError: see `legality.check`, `architecture.check_modules` and `settle`.
     """
-    from trainer.architecture import ensure_architecture
-
     plan = check(config, devices)
+    from trainer.architecture import ensure_architecture  # not before: a configuration error should come at once
+
     architecture = ensure_architecture(config, meanwhile)
     settled = settle(config, architecture, devices)
     check_modules(config, architecture)
@@ -121,7 +121,7 @@ def train(
     say: Callable[[str], None] = print,
 ) -> int:
     """Run one training, or a sweep of them one after the other, and return the exit code of the first that fails."""
-    from trainer.prepare import Preparation
+    from trainer.preparation import Preparation
 
     devices, preparation = find_devices(), Preparation()
     try:

@@ -21,7 +21,17 @@ from launch.rundir import Claim, RunDir, claim, prepare_folder
 from launch.schema import Launcher, Resume
 from launch.train import check_all
 from trainer.prepare import ensure_prepared
-from trainer.process import Console, die_with_parent, join, launched, leave, rank, reported_errors, world_size
+from trainer.process import (
+    Console,
+    die_with_parent,
+    imports_that_stay,
+    join,
+    launched,
+    leave,
+    rank,
+    reported_errors,
+    world_size,
+)
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -44,8 +54,9 @@ def main(argv: list[str]) -> int:
     state = None if launched() else _join_and_prepare(config, claimed)
     console = Console(run.logs)
     with reported_errors(run.logs, console):
-        state = state or join(config.strategy.launcher.name, config.train.timeout_minutes)
-        from trainer.run import train
+        with imports_that_stay():
+            state = state or join(config.strategy.launcher.name, config.train.timeout_minutes)
+            from trainer.run import train
 
         train(config, run, prepared.cache, prepared.model_path, state, console, claimed.checkpoint)
         state.destroy_process_group()

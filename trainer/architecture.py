@@ -25,7 +25,7 @@ from launch.rundir import write_json
 from launch.schema import Source
 from trainer import hub, tiny
 from trainer.models import cache_folder, find_model, quiet_libraries
-from trainer.process import leave
+from trainer.process import imports_that_stay, leave
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -229,7 +229,8 @@ def main(task: str) -> int:
     try:
         config = load_config(sys.stdin)
         numbers = model_numbers(config)
-        model = empty_model(hf_config(config, numbers), trust_remote_code=config.model.trust_remote_code)
+        with imports_that_stay():
+            model = empty_model(hf_config(config, numbers), trust_remote_code=config.model.trust_remote_code)
         if task == "count":
             print(json.dumps(count(config, model)))
             return 0

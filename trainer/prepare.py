@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from launch.batching import batch_plan
 from launch.compose import load_config
@@ -32,19 +31,8 @@ from trainer.data.report import Report, make_report
 from trainer.data.report_text import remarks, report_text
 from trainer.data.workers import started_workers
 from trainer.models import cache_folder, fetch_model, find_model, load_tokenizer
-from trainer.process import leave
-
-# What launchers tell their ranks; OMP_NUM_THREADS is a rank's share of the cores.
-RANK_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_",
-    "TORCHELASTIC",
-    "ACCELERATE",
-    "OMP_",
-)
+from trainer.preparation import Preparation
+from trainer.process import imports_that_stay, leave
 
 
 @dataclass(frozen=True)
@@ -110,43 +98,6 @@ def _row_lines(say: Callable[[str], None]) -> Callable[[str, int, int | None], N
     return show
 
 
-class Preparation:
-    """The preparing process, which can be begun before it is known what to prepare: its imports take seconds."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
-
-    def begin(self, *, quiet: bool = False) -> None:
-        if self.process is not None:
-            return
-        env = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
-        env["DS_ACCELERATOR"] = "cpu"  # nothing here needs a GPU, and DeepSpeed need not look for one
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.prepare"],
-            stdin=subprocess.PIPE,
-            encoding="utf-8",
-            env=env,
-            stdout=subprocess.DEVNULL if quiet else None,
-        )
-
-    def finish(self, config: DictConfig, *, quiet: bool = False) -> int:
-        """Say what to prepare, wait for it, and return the exit code."""
-        self.begin(quiet=quiet)
-        assert self.process is not None
-        try:
-            self.process.communicate(OmegaConf.to_yaml(config))
-            return self.process.returncode
-        finally:  # also when this process is interrupted
-            self.stop()
-
-    def stop(self) -> None:
-        """End a process that was begun and is not needed, or not any more."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-
 def ensure_prepared(config: DictConfig, *, quiet: bool = False, preparation: Preparation | None = None) -> Prepared:
     """Make what is missing in a process of its own; several ranks may call it at once, one of them does the work.
 
@@ -205,7 +156,8 @@ def main() -> int:
         os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each of our threads tokenises on a core of its own
     try:
-        import transformers.tokenization_utils_base  # noqa: F401 - whoever began this may still find out what to prepare
+        with imports_that_stay():  # whoever began this may still find out what to prepare
+            from transformers import AutoTokenizer  # noqa: F401 - the greatest part, and always needed
 
         config = load_config(sys.stdin)
         prepared = prepare(config, lambda line: print(line, flush=True))

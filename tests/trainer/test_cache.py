@@ -22,7 +22,8 @@ from trainer.data.select import held_out_rows
 from trainer.data.tokens import tokenize
 from trainer.data.workers import started_workers
 from trainer.models import load_tokenizer
-from trainer.prepare import Preparation, ensure_prepared
+from trainer.preparation import Preparation
+from trainer.prepare import ensure_prepared
 
 ROWS = [{"instruction": f"Say {number}.", "input": "", "output": f"{number} it is"} for number in range(40)]
 

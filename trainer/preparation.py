@@ -1,0 +1,61 @@
+"""The preparing process as whoever waits for it sees it: begun, told what to prepare, waited for, ended.
+
+Apart from what it does, so that a launch which ends with a configuration error imports none of that.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from omegaconf import DictConfig, OmegaConf
+
+# What launchers tell their ranks; OMP_NUM_THREADS is a rank's share of the cores.
+RANK_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_",
+    "TORCHELASTIC",
+    "ACCELERATE",
+    "OMP_",
+)
+
+
+class Preparation:
+    """The preparing process, which can be begun before it is known what to prepare: its imports take seconds."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def begin(self, *, quiet: bool = False) -> None:
+        if self.process is not None:
+            return
+        env = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
+        env["DS_ACCELERATOR"] = "cpu"  # nothing here needs a GPU, and DeepSpeed need not look for one
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "trainer.prepare"],
+            stdin=subprocess.PIPE,
+            encoding="utf-8",
+            env=env,
+            stdout=subprocess.DEVNULL if quiet else None,
+        )
+
+    def finish(self, config: DictConfig, *, quiet: bool = False) -> int:
+        """Say what to prepare, wait for it, and return the exit code."""
+        self.begin(quiet=quiet)
+        assert self.process is not None
+        try:
+            self.process.communicate(OmegaConf.to_yaml(config))
+            return self.process.returncode
+        finally:  # also when this process is interrupted
+            self.stop()
+
+    def stop(self) -> None:
+        """End a process that was begun and is not needed, or not any more."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
