@@ -36,24 +36,20 @@ class Job:
     command: Command
 
 
-def plan_job(config: DictConfig, devices: Devices, meanwhile: Callable[[], None] = lambda: None) -> Job:
-    """Check a configuration as far as can be done without starting anything; for `meanwhile` see `check_all`.
+def plan_job(config: DictConfig, devices: Devices) -> Job:
+    """Check a configuration as far as can be done without starting anything.
 
     Raises:
         ConfigError, DataError: see `legality.check`, `architecture.check_modules`, `settle`, `rundir.claim` and
             `trainer.prepare.find_prepared`.
     """
-    plan, settled = check_all(config, devices, meanwhile)
+    plan, settled = check_all(config, devices)
     claimed = claim(config)
     return Job(config, settled, plan, claimed, build_command(config, claimed.run, plan, devices, claimed.checkpoint))
 
 
-def check_all(
-    config: DictConfig, devices: Devices, meanwhile: Callable[[], None] = lambda: None
-) -> tuple[BatchPlan, list[str]]:
+def check_all(config: DictConfig, devices: Devices) -> tuple[BatchPlan, list[str]]:
     """Check a configuration against the devices and the model's architecture; return its plan and what was settled.
-
-    `meanwhile` is called before a wait of seconds, where the model's architecture is not known yet.
 
     Raises:
         ConfigError, StorageError: see `legality.check`, `architecture.check_modules` and `settle`.
@@ -61,7 +57,7 @@ def check_all(
     plan = check(config, devices)
     from trainer.architecture import ensure_architecture  # not before: a configuration error should come at once
 
-    architecture = ensure_architecture(config, meanwhile)
+    architecture = ensure_architecture(config)
     settled = settle(config, architecture, devices)
     check_modules(config, architecture)
     return plan, settled
@@ -126,12 +122,13 @@ def train(
     devices, preparation = find_devices(), Preparation()
     try:
         jobs = []
-        for config in sweep_jobs(overrides, extra_dir, multirun=multirun):
-            if dry_run:  # which tells as much as can be known without the data
-                jobs.append(plan_job(config, devices))
-                continue
-            jobs.append(plan_job(config, devices, preparation.begin))
-            check_data(config)
+        configs = sweep_jobs(overrides, extra_dir, multirun=multirun)
+        if not dry_run:
+            preparation.begin(configs[0])  # beside the checks, which take a second where the model is new
+        for config in configs:
+            jobs.append(plan_job(config, devices))
+            if not dry_run:  # which tells as much as can be known without the data
+                check_data(config)
         for number, job in enumerate(jobs, 1):
             if len(jobs) > 1:
                 say(f"Run {number} of {len(jobs)}: {job.config.name}")

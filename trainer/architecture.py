@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,10 +70,8 @@ def find_architecture(config: DictConfig) -> Architecture | None:
     return Architecture.read(_file(config, model_numbers(config)))
 
 
-def ensure_architecture(config: DictConfig, meanwhile: Callable[[], None] = lambda: None) -> Architecture:
-    """Return what is known of the model, worked out in a process of its own where it is not kept yet.
-
-    That takes seconds: `meanwhile` is called before it, to begin what else they can be used for.
+def ensure_architecture(config: DictConfig) -> Architecture:
+    """Return what is known of the model, worked out in a process of its own, for seconds, where it is not kept yet.
 
     Raises:
         StorageError, ConfigError: the model's config.json cannot be had, or transformers cannot use it.
@@ -82,7 +79,6 @@ def ensure_architecture(config: DictConfig, meanwhile: Callable[[], None] = lamb
     found = find_architecture(config)
     if found:
         return found
-    meanwhile()
     _run("describe", config)
     found = find_architecture(config)
     if found is None:

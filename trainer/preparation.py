@@ -30,11 +30,14 @@ class Preparation:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
 
-    def begin(self, *, quiet: bool = False) -> None:
+    def begin(self, config: DictConfig, *, quiet: bool = False) -> None:
+        """Start it, for what will most likely be prepared: all that counts now is whether that may use a network."""
         if self.process is not None:
             return
         env = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
         env["DS_ACCELERATOR"] = "cpu"  # nothing here needs a GPU, and DeepSpeed need not look for one
+        if config.offline:
+            env["HF_HUB_OFFLINE"] = "1"  # the Hub's package reads it while it is imported
         self.process = subprocess.Popen(
             [sys.executable, "-m", "trainer.prepare"],
             stdin=subprocess.PIPE,
@@ -45,7 +48,7 @@ class Preparation:
 
     def finish(self, config: DictConfig, *, quiet: bool = False) -> int:
         """Say what to prepare, wait for it, and return the exit code."""
-        self.begin(quiet=quiet)
+        self.begin(config, quiet=quiet)
         assert self.process is not None
         try:
             self.process.communicate(OmegaConf.to_yaml(config))

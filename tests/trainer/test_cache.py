@@ -293,7 +293,7 @@ def test_preparing_that_was_begun_early_does_the_same(
     config = configured(tmp_path, "model=folder", f"model.path={tiny_model}")
     config.data.cache_dir = str(tmp_path / "cache")
     preparation = Preparation()
-    preparation.begin()
+    preparation.begin(config)
     prepared = ensure_prepared(config, preparation=preparation)
     assert "optimiser steps" in capfd.readouterr().out
     assert prepared.cache.counts("train")[0] == len(ROWS)
@@ -302,7 +302,7 @@ def test_preparing_that_was_begun_early_does_the_same(
 
 def test_preparing_that_turns_out_not_to_be_needed_is_ended() -> None:
     preparation = Preparation()
-    preparation.begin()
+    preparation.begin(compose_config())
     process = preparation.process
     assert process is not None
     preparation.stop()
