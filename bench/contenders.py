@@ -136,6 +136,11 @@ def compiled() -> Contender:
     return tunewright(["train.compile=true"], "tunewright, compiled", cannot)
 
 
+def recomputing() -> Contender:
+    """As TRL's defaults do: every layer computes its activations again."""
+    return tunewright(["train.gradient_checkpointing=true"], "tunewright, recomputing")
+
+
 # --- LLaMA-Factory ----------------------------------------------------------------------------------------------------
 
 # What helps it on this workload: no checkpointing, and rows in packs of a step's tokens that do not see each other.

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from contenders import Contender, Step, compiled, environment, llamafactory, scripts, tunewright
+from contenders import Contender, Step, compiled, environment, llamafactory, recomputing, scripts, tunewright
 from judge import PARITY, fall, speed, summary, void_reason
 from measure import CORES, Watched, machine, versions, watch
 from report import RESULT, table, title, write_docs
@@ -217,6 +217,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--all", action="store_true", help="the whole grid: hours on two cores")
     top.add_argument("--only", default="", help="contenders whose name has one of these in it, comma-separated")
     top.add_argument("--compiled", action="store_true", help="tunewright with train.compile=true too")
+    top.add_argument("--recomputing", action="store_true", help="tunewright with train.gradient_checkpointing=true too")
     top.add_argument("--repeats", type=int, default=3)
     top.add_argument("--steps", type=int, default=8, help="optimiser steps of a run")
     top.add_argument("--warmup", type=int, default=2, help="of them not measured")
@@ -241,7 +242,10 @@ def main() -> int:
     cache = Path(os.environ.get("TUNEWRIGHT_CACHE", "~/.cache/tunewright")).expanduser()
     model = build_model(cache, args.shape)
     peer = os.environ.get("PEER_PYTHON")
-    known = [tunewright(), *([compiled()] if args.compiled else []), *scripts()]
+    known = [tunewright()]
+    known += [compiled()] if args.compiled else []
+    known += [recomputing()] if args.recomputing else []
+    known += scripts()
     known += (
         [llamafactory(peer), llamafactory(peer, best=True), llamafactory(peer, best=True, packing=True)] if peer else []
     )
