@@ -69,8 +69,13 @@ def _is_marked(line: str) -> bool:
     return line.startswith(MARK)
 
 
+def _no_loop(method: str, strategy: str) -> str | None:
+    return None if strategy == "single" and method in ("lora", "full") else "one process; LoRA or full"
+
+
 def scripts() -> list[Contender]:
     return [
+        Contender("loop by hand", lambda job: _script(job, "loop_script.py"), _is_marked, _marked, True, _no_loop),
         Contender("TRL, defaults", lambda job: _script(job, "trl_script.py"), _is_marked, _marked),
         Contender("TRL, tuned", lambda job: _script(job, "trl_script.py", "tuned"), _is_marked, _marked, False),
         Contender("Trainer, padding", lambda job: _script(job, "trainer_script.py"), _is_marked, _marked),
