@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +22,16 @@ from launch.schema import Launcher
 
 @dataclass(frozen=True)
 class Command:
-    """What is started: an argument list, what it adds to the environment, and accelerate's configuration file."""
+    """What `accelerate launch` is given: arguments, what is added to the environment, and its configuration file."""
 
-    argv: list[str]
+    arguments: list[str]
     env: dict[str, str]
     accelerate: dict[str, object]
 
     def shown(self) -> str:
         """Return the command as a person would type it."""
         settings = [f"{key}={shlex.quote(value)}" for key, value in self.env.items()]
-        return " ".join([*settings, "accelerate launch", shlex.join(self.argv[3:])])
+        return " ".join([*settings, "accelerate launch", shlex.join(self.arguments)])
 
 
 def accelerate_config(config: DictConfig, ranks: int, devices: Devices) -> dict[str, object]:
@@ -62,11 +61,8 @@ def build_command(
     script = ["-m", "trainer", "--run", str(run.path)]
     if checkpoint:
         script += ["--checkpoint", str(checkpoint)]
-    # The module behind `accelerate launch`, so that the installation this process runs from is the one used.
-    # Its own front module imports every other command of accelerate first, for half a second.
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
     return Command(
-        [*accelerate, "--config_file", str(run.path / "accelerate.yaml"), *script],
+        ["--config_file", str(run.path / "accelerate.yaml"), *script],
         _environment(config, plan.world_size, devices),
         accelerate_config(config, plan.world_size, devices),
     )

@@ -38,7 +38,42 @@ class RankError:
     log: Path
 
 
-def run_ranks(command: Command, run: RunDir, say: Callable[[str], None] = print) -> int:
+class AccelerateLauncher:
+    """`accelerate launch` as a process, which can be begun before it is known what to launch; see `launcher`."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def begin(self) -> None:
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "launch.launcher"],
+                stdin=subprocess.PIPE,
+                encoding="utf-8",
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+
+    def launch(self, command: Command, log: Path) -> subprocess.Popen[str]:
+        """Start the ranks and return the process that does; what it says itself goes into the log."""
+        self.begin()
+        process, self.process = self.process, None
+        assert process is not None
+        assert process.stdin is not None
+        env = {**command.env, "TUNEWRIGHT_LAUNCHER_PID": str(os.getpid())}
+        with suppress(BrokenPipeError), process.stdin as told:  # it ended by itself: seen when it is waited for
+            json.dump({"arguments": command.arguments, "env": env, "log": str(log)}, told)
+        return process
+
+    def stop(self) -> None:
+        """End a process that was begun and is not needed."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+def run_ranks(command: Command, run: RunDir, launcher: AccelerateLauncher, say: Callable[[str], None] = print) -> int:
     """Run the command to its end and return the exit code that says how it went.
 
     Success is the manifest's `done`, which the first rank writes after the result was verified: ranks have been seen
@@ -47,16 +82,8 @@ def run_ranks(command: Command, run: RunDir, say: Callable[[str], None] = print)
     for stale in run.logs.glob("rank*.error.json"):
         stale.unlink()
     log_path = run.logs / "launch.log"
-    with log_path.open("ab") as log:
-        process = subprocess.Popen(
-            command.argv,
-            env={**os.environ, **command.env, "TUNEWRIGHT_LAUNCHER_PID": str(os.getpid())},
-            stdin=subprocess.DEVNULL,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-        )
-        stopped = _wait(process)
+    log_path.touch()
+    stopped = _wait(launcher.launch(command, log_path))
     if stopped:
         run.update_manifest(status="stopped")
         say(f"Stopped. Continue with the same command and resume=auto, or look at {run.logs}.")
@@ -69,7 +96,7 @@ def run_ranks(command: Command, run: RunDir, say: Callable[[str], None] = print)
     return error.exit_code
 
 
-def _wait(process: subprocess.Popen[bytes]) -> bool:
+def _wait(process: subprocess.Popen[str]) -> bool:
     """Wait for the process; return True when a signal to this process ended it early."""
     received: list[int] = []
 
@@ -86,7 +113,7 @@ def _wait(process: subprocess.Popen[bytes]) -> bool:
     return bool(received)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[str]) -> None:
     """Ask the launcher to end its ranks, and kill everything that is still there after a grace period."""
     ranks = _descendants(process.pid)
     for pid in (process.pid, *ranks):

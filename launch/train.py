@@ -19,7 +19,7 @@ from launch.hardware import Devices, find_devices
 from launch.legality import check
 from launch.rundir import Claim, claim, prepare_folder
 from launch.settle import settle
-from launch.supervise import run_ranks
+from launch.supervise import AccelerateLauncher, run_ranks
 
 if TYPE_CHECKING:
     from trainer.preparation import Preparation
@@ -80,7 +80,7 @@ def sweep_jobs(overrides: Sequence[str], extra_dir: Path | None, *, multirun: bo
     return configs
 
 
-def run_job(job: Job, say: Callable[[str], None] = print, preparation: Preparation | None = None) -> int:
+def run_job(job: Job, say: Callable[[str], None], preparation: Preparation, launcher: AccelerateLauncher) -> int:
     """Prepare the data, start the ranks, and return the exit code."""
     from trainer.prepare import ensure_prepared
 
@@ -93,12 +93,11 @@ def run_job(job: Job, say: Callable[[str], None] = print, preparation: Preparati
     if job.claimed.checkpoint:
         say(f"Continuing {run.path} from {job.claimed.checkpoint.name}")
     ensure_prepared(job.config, preparation=preparation)
-    if preparation is not None:
-        preparation.stop()  # where all was there already, it would wait as long as the ranks train
+    preparation.stop()  # where all was there already, it would wait as long as the ranks train
     prepare_folder(job.config, job.claimed)
     write_accelerate_config(job.command, run)
     say(job.command.shown())
-    return run_ranks(job.command, run, say)
+    return run_ranks(job.command, run, launcher, say)
 
 
 def check_data(config: DictConfig) -> None:
@@ -119,12 +118,14 @@ def train(
     """Run one training, or a sweep of them one after the other, and return the exit code of the first that fails."""
     from trainer.preparation import Preparation
 
-    devices, preparation = find_devices(), Preparation()
+    devices, preparation, launcher = find_devices(), Preparation(), AccelerateLauncher()
     try:
         jobs = []
         configs = sweep_jobs(overrides, extra_dir, multirun=multirun)
         if not dry_run:
-            preparation.begin(configs[0])  # beside the checks, which take a second where the model is new
+            # What these import takes longer than the checks.
+            preparation.begin(configs[0])
+            launcher.begin()
         for config in configs:
             jobs.append(plan_job(config, devices))
             if not dry_run:  # which tells as much as can be known without the data
@@ -135,12 +136,13 @@ def train(
             if dry_run:
                 show_plan(job, say)
                 continue
-            code = run_job(job, say, preparation)
+            code = run_job(job, say, preparation, launcher)
             if code:
                 return code
         return 0
     finally:
         preparation.stop()
+        launcher.stop()
 
 
 def show_plan(job: Job, say: Callable[[str], None]) -> None:

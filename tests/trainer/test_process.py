@@ -175,3 +175,23 @@ def test_a_strategy_that_is_not_what_was_started_is_refused(tmp_path: Path) -> N
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert done.returncode != 0
     assert "is not what runs" in done.stdout + done.stderr
+
+
+def test_imports_are_left_out_of_later_collections() -> None:
+    code = """
+import gc
+from trainer.process import imports_that_stay
+kept = []
+try:
+    with imports_that_stay():
+        assert not gc.isenabled()
+        kept.append([])
+        raise ImportError
+except ImportError:
+    pass
+assert gc.isenabled()
+assert gc.get_freeze_count() > 1000
+gc.collect()
+assert not any(kept[0] is one for one in gc.get_objects())
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
