@@ -6,6 +6,7 @@ Apart from what it does, so that a launch which ends with a configuration error 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -44,6 +45,7 @@ class Preparation:
             encoding="utf-8",
             env=env,
             stdout=subprocess.DEVNULL if quiet else None,
+            preexec_fn=_ignore_interrupt,
         )
 
     def finish(self, config: DictConfig, *, quiet: bool = False) -> int:
@@ -62,3 +64,8 @@ class Preparation:
             self.process.kill()
             self.process.communicate()
             self.process = None
+
+
+def _ignore_interrupt() -> None:
+    """Until it can answer Ctrl-C without a traceback: it begins with half a second of imports."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

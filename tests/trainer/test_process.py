@@ -177,6 +177,29 @@ def test_a_strategy_that_is_not_what_was_started_is_refused(tmp_path: Path) -> N
     assert "is not what runs" in done.stdout + done.stderr
 
 
+def test_ctrl_c_before_ranks_start_leaves_nothing_and_says_one_line(tmp_path: Path, tiny_model: Path) -> None:
+    """Two processes are importing then, for the data and for the launcher."""
+    settings = [f"output_root={tmp_path}", "name=early", "model=folder", f"model.path={tiny_model}"]
+    settings.append(f"data.cache_dir={tmp_path / 'cache'}")
+    process = psutil.Popen(
+        [sys.executable, "-m", "launch.cli", "train", *settings],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + SOON
+    while len(begun := process.children()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=SOON)[0] == "Stopped.\n"
+    assert process.returncode == 130
+    assert not psutil.wait_procs(begun, timeout=SOON)[1]
+    assert not (tmp_path / "early").exists()
+
+
 def test_imports_are_left_out_of_later_collections() -> None:
     code = """
 import gc
