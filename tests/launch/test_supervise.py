@@ -1,16 +1,19 @@
-"""The launcher's process: begun early, it waits for its order; without one it ends, and nothing was started."""
+"""Processes begun early: they wait for an order, and without one they end and nothing was done."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from launch.command import Command
+from launch.compose import compose_config
 from launch.supervise import AccelerateLauncher
+from trainer.preparation import Preparation
 
 SCRIPT = "import json, os, sys; json.dump([sys.argv[1:], os.environ['GREETING'], sys.stdin.read()], open('out', 'w'))"
 
@@ -36,18 +39,31 @@ def test_what_the_launcher_complains_of_is_in_its_log(tmp_path: Path) -> None:
     assert "training_script" in log
 
 
-def test_a_launcher_that_turns_out_not_to_be_needed_is_ended() -> None:
+def _preparation() -> Preparation:
+    preparation = Preparation()
+    preparation.begin(compose_config())
+    return preparation
+
+
+def _launcher() -> AccelerateLauncher:
     launcher = AccelerateLauncher()
     launcher.begin()
-    process = launcher.process
+    return launcher
+
+
+@pytest.mark.parametrize("begun", [_preparation, _launcher])
+def test_what_turns_out_not_to_be_needed_is_ended(begun: Callable[[], Preparation | AccelerateLauncher]) -> None:
+    early = begun()
+    process = early.process
     assert process is not None
-    launcher.stop()
+    early.stop()
     assert process.poll() is not None
-    launcher.stop()  # nothing is left to end
+    early.stop()  # nothing is left to end
 
 
-def test_without_an_order_nothing_is_launched() -> None:
-    done = subprocess.run([sys.executable, "-m", "launch.launcher"], input="", capture_output=True, text=True)
+@pytest.mark.parametrize("module", ["trainer.prepare", "launch.launcher"])
+def test_without_an_order_nothing_is_done(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module], input="", capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

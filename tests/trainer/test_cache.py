@@ -300,21 +300,6 @@ def test_preparing_that_was_begun_early_does_the_same(
     assert preparation.process is None
 
 
-def test_preparing_that_turns_out_not_to_be_needed_is_ended() -> None:
-    preparation = Preparation()
-    preparation.begin(compose_config())
-    process = preparation.process
-    assert process is not None
-    preparation.stop()
-    assert process.poll() is not None
-    preparation.stop()  # nothing is left to end
-
-
-def test_without_an_order_nothing_is_prepared() -> None:
-    done = subprocess.run([sys.executable, "-m", "trainer.prepare"], input="", capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 def test_nothing_to_train_on_is_refused_whatever_left_nothing(tmp_path: Path, build: Any) -> None:
     rows = [ROWS[0], {"instruction": "a", "output": ""}]
     configured(tmp_path, rows=rows)
