@@ -9,6 +9,8 @@ import json
 import os
 import sys
 
+from trainer.process import interrupt_may_come
+
 
 def main() -> None:
     """Read `{"arguments": [...], "env": {...}, "log": file}` and launch."""
@@ -22,6 +24,7 @@ def main() -> None:
     nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(told["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(nothing, 0)
     os.dup2(log, 2)
+    interrupt_may_come()
     launch_command(launch_command_parser().parse_args(told["arguments"]))
 
 

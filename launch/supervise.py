@@ -5,7 +5,6 @@ No rank outlives this process: Ctrl-C and SIGTERM are passed on, and Linux kills
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 from launch.command import Command
 from launch.errors import EXIT_CODES
 from launch.rundir import RunDir
+from trainer.process import die_with_parent, interrupt_waits
 
 GRACE_SECONDS = 10.0  # between asking the ranks to stop and killing them
 TAIL_LINES = 15
@@ -45,13 +45,15 @@ class AccelerateLauncher:
         self.process: subprocess.Popen[str] | None = None
 
     def begin(self) -> None:
-        if self.process is None:
+        if self.process is not None:
+            return
+        with interrupt_waits():
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "launch.launcher"],
                 stdin=subprocess.PIPE,
                 encoding="utf-8",
                 start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=die_with_parent,
             )
 
     def launch(self, command: Command, log: Path) -> subprocess.Popen[str]:
@@ -195,8 +197,3 @@ def _killed_rank(launch_log: Path) -> tuple[int, int] | None:
 def _tail(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:])
-
-
-def _die_with_parent() -> None:
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -6,11 +6,12 @@ Apart from what it does, so that a launch which ends with a configuration error 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 
 from omegaconf import DictConfig, OmegaConf
+
+from trainer.process import die_with_parent, interrupt_waits
 
 # What launchers tell their ranks; OMP_NUM_THREADS is a rank's share of the cores.
 RANK_VARIABLES = (
@@ -39,14 +40,15 @@ class Preparation:
         env["DS_ACCELERATOR"] = "cpu"  # nothing here needs a GPU, and DeepSpeed need not look for one
         if config.offline:
             env["HF_HUB_OFFLINE"] = "1"  # the Hub's package reads it while it is imported
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.prepare"],
-            stdin=subprocess.PIPE,
-            encoding="utf-8",
-            env=env,
-            stdout=subprocess.DEVNULL if quiet else None,
-            preexec_fn=_ignore_interrupt,
-        )
+        with interrupt_waits():
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "trainer.prepare"],
+                stdin=subprocess.PIPE,
+                encoding="utf-8",
+                env=env,
+                stdout=subprocess.DEVNULL if quiet else None,
+                preexec_fn=die_with_parent,
+            )
 
     def finish(self, config: DictConfig, *, quiet: bool = False) -> int:
         """Say what to prepare, wait for it, and return the exit code."""
@@ -64,8 +66,3 @@ class Preparation:
             self.process.kill()
             self.process.communicate()
             self.process = None
-
-
-def _ignore_interrupt() -> None:
-    """Until it can answer Ctrl-C without a traceback: it begins with half a second of imports."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from trainer.data.report_text import remarks, report_text
 from trainer.data.workers import started_workers
 from trainer.models import cache_folder, fetch_model, find_model, load_tokenizer
 from trainer.preparation import Preparation
-from trainer.process import die_with_parent, imports_that_stay, leave
+from trainer.process import imports_that_stay, interrupt_may_come, leave
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,8 @@ def main() -> int:
     for library in ("DATASETS", "TRANSFORMERS"):  # our own lines tell how far it is
         os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each of our threads tokenises on a core of its own
-    die_with_parent()
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # see `Preparation`
+        interrupt_may_come()
         with imports_that_stay():  # whoever began this may still find out what to prepare
             from transformers import AutoTokenizer  # noqa: F401 - the greatest part, and always needed
 

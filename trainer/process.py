@@ -39,6 +39,23 @@ def leave(exit_code: int) -> NoReturn:
 
 
 @contextmanager
+def interrupt_waits() -> Iterator[None]:
+    """Let Ctrl-C wait, for this process until the end and for one begun here until it calls `interrupt_may_come`.
+
+    A new Python process answers it with a traceback before and while it imports.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def interrupt_may_come() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextmanager
 def imports_that_stay() -> Iterator[None]:
     """Import without garbage collection, and leave what was imported out of every later one.
 
