@@ -115,6 +115,9 @@ class ModelConfig:
     revision: Optional[str] = option(None, "Hub branch, tag or commit")
     dtype: Dtype = option(Dtype.auto, "base weights and computation; auto: bfloat16 on a GPU, float32 on a CPU")
     trust_remote_code: bool = option(False, "run Python code that the model's repository brings")
+    random_weights: bool = option(
+        False, "draw the weights instead of reading them, config.json and tokenizer suffice: to measure a model's speed"
+    )
     template: Optional[str] = option(
         None, "chat template instead of the tokenizer's own: a name in configs/templates, or a .jinja file"
     )

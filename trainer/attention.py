@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from launch.errors import ConfigError
 from trainer.document_attention import document_attention
+from trainer.versions import flash_attention_runs_on, kernel_is_told_of_grouped_heads
 
 NAME = "tunewright_varlen"
 
@@ -31,8 +32,8 @@ PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 # Tensors that models hand to every attention function and that do not change the scores.
 HARMLESS_TENSORS = {"cu_seq_lens_q", "cu_seq_lens_k", "position_ids", "cache_position"}
 
-# The largest head of PyTorch's flash attention.
-KERNEL_HEAD_DIM = 256
+# The largest head of PyTorch's flash attention, and what the size of a head must be a multiple of.
+KERNEL_HEAD_DIM, KERNEL_HEAD_STEP = 256, 8
 
 ADVICE = ". Set `train.padding_free=false`."
 
@@ -110,9 +111,12 @@ def _slides(module: torch.nn.Module) -> bool:
 
 
 def _kernel_can(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
-    """Whether PyTorch's kernel takes this: half precision on a GPU, heads of one size up to a limit, no dropout."""
-    fits = query.size(-1) == value.size(-1) <= KERNEL_HEAD_DIM
-    return query.device.type == "cuda" and query.dtype != torch.float32 and fits and dropout == 0
+    """Whether PyTorch's kernel takes this: half precision, heads of a size that it has, no dropout, a GPU it is for."""
+    size = query.size(-1)
+    fits = size == value.size(-1) <= KERNEL_HEAD_DIM and size % KERNEL_HEAD_STEP == 0
+    if query.device.type != "cuda" or query.dtype == torch.float32 or not fits or dropout > 0:
+        return False
+    return flash_attention_runs_on(query.device)
 
 
 def _varlen_kernel(
@@ -130,6 +134,7 @@ def _varlen_kernel(
     flat = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
     # A window of n tokens counts the token itself; the kernel counts those to its left. -1 is all of them.
     left = -1 if sliding_window is None else sliding_window - 1
+    grouped = {"enable_gqa": query.size(1) != key.size(1)} if kernel_is_told_of_grouped_heads() else {}
     out = varlen_attn(
         *flat,
         cu_seq_lens,
@@ -138,7 +143,7 @@ def _varlen_kernel(
         longest,
         scale=scaling,
         window_size=(left, 0),  # causal: nothing to the right
-        enable_gqa=query.size(1) != key.size(1),
+        **grouped,
     )
     return out[None]  # type: ignore[index, no-any-return]
 

@@ -32,10 +32,13 @@ def find_model(model: ModelConfig, cache_dir: str) -> Path | None:
         return tiny.tiny_folder(cache_folder(cache_dir)) if tiny.is_built(cache_folder(cache_dir)) else None
     if model.source is Source.folder:
         folder = Path(model.path).expanduser()
-        if not hub.has_weights(folder):
+        if not (hub.has_weights(folder) or (model.random_weights and (folder / "config.json").is_file())):
             problem = "holds no model weights" if folder.is_dir() else "does not exist"
             raise ConfigError(f"`model.path` is '{model.path}', a folder that {problem}.")
         return folder
+    if model.random_weights:
+        config = hub.find_config(model)
+        return config.parent if config else None
     return hub.find_hub(model) if model.source is Source.hub else None
 
 
@@ -44,7 +47,7 @@ def fetch_model(
 ) -> Path:
     """Return the folder of a model, built or downloaded first where it is not there yet.
 
-    Without `weights` the files of the tokenizer are enough.
+    Without `weights`, or where they are drawn, the files of the tokenizer are enough.
     """
     found = find_model(model, cache_dir)
     if found:
@@ -52,7 +55,7 @@ def fetch_model(
     if model.source is Source.embedded:
         return tiny.build_tiny(cache_folder(cache_dir), progress)
     fetch = hub.fetch_modelscope if model.source is Source.modelscope else hub.fetch_hub
-    return fetch(model, offline=offline, weights=weights)
+    return fetch(model, offline=offline, weights=weights and not model.random_weights)
 
 
 def load_tokenizer(path: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -102,7 +105,29 @@ def load_model(
         options["quantization_config"] = _quantization(method, dtype)
         # Quantisation happens on the device that trains: each rank loads onto its own.
         options["device_map"] = {"": device if device is not None else "cpu"}
+    if model.random_weights:
+        return _draw(path, model, device, options)
     return _load(AutoModelForCausalLM.from_pretrained, path, model, **options)  # type: ignore[no-any-return]
+
+
+def _draw(path: Path, model: ModelConfig, device: torch.device | None, options: dict[str, Any]) -> PreTrainedModel:
+    """Make a model whose weights are drawn on the device that trains, the same ones each time on the same device.
+
+    Quantised ones are drawn first and then take the way that weights from a file take.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _load(AutoConfig.from_pretrained, path, model)
+    device = device or torch.device("cpu")
+    gpus = [device] if device.type == "cuda" else []
+    drawn = {key: options[key] for key in ("dtype", "attn_implementation")}
+    with torch.random.fork_rng(devices=gpus), device:
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code, **drawn)
+    if "quantization_config" not in options:
+        return made  # type: ignore[no-any-return]
+    return type(made).from_pretrained(None, config=config, state_dict=made.state_dict(), **options)  # type: ignore[no-any-return]
 
 
 def _padded_attention(path: Path, model: ModelConfig) -> str:

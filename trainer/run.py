@@ -223,9 +223,10 @@ class Proof(TrainerCallback):
 
     def __init__(self, config: DictConfig, run: RunDir, trainer: TunewrightTrainer) -> None:
         self.config, self.run, self.trainer = config, run, trainer
+        self.first = 0  # the step that this process begins with
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step != self.trainer._initial_global_step:
+        if state.global_step != self.first:
             return
         facts = distributed_facts(self.trainer)
         check_facts(facts, self.config)
@@ -234,6 +235,7 @@ class Proof(TrainerCallback):
             print("ranks:", json.dumps(facts))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first = state.global_step
         if state.is_world_process_zero:
             self.run.update_manifest(steps_planned=state.max_steps)
 

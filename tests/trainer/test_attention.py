@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from launch.errors import ConfigError
+from trainer import attention
 from trainer.attention import padded_implementation, padding_free_problem, varlen_attention
 
 LENGTHS = [5, 1, 33, 12]
@@ -82,6 +84,38 @@ def test_scores_in_the_hundreds_keep_their_fraction() -> None:
 @pytest.mark.parametrize("window", [None, WINDOW, 33, 100])
 def test_each_row_sees_itself_only_in_the_kernel_of_a_gpu(window: int | None) -> None:
     compare("cuda", torch.bfloat16, 2e-2, window)
+
+
+@pytest.mark.parametrize(("kv_heads", "window"), [(4, None), (2, None), (2, WINDOW)])
+def test_the_kernel_of_a_gpu_takes_what_it_is_called_with(kv_heads: int, window: int | None) -> None:
+    """Its arguments differ between versions of PyTorch. On tensors of the meta device it runs without a GPU."""
+    inputs = [tensor.detach().requires_grad_() for tensor in tensors("meta", torch.bfloat16, kv_heads=kv_heads)]
+    bounds = torch.empty(len(LENGTHS) + 1, dtype=torch.int32, device="meta")
+    out = attention._varlen_kernel(*inputs, bounds, max(LENGTHS), 0.1, window)
+    assert out.shape == (1, sum(LENGTHS), 4, 64)
+    out.sum().backward()
+    assert [tensor.grad.shape for tensor in inputs] == [tensor.shape for tensor in inputs]
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "dropout", "has_flash", "expected"),
+    [
+        (64, torch.bfloat16, 0.0, True, True),
+        (256, torch.float16, 0.0, True, True),
+        (64, torch.bfloat16, 0.0, False, False),  # as a T4 or V100
+        (100, torch.bfloat16, 0.0, True, False),
+        (264, torch.bfloat16, 0.0, True, False),
+        (64, torch.float32, 0.0, True, False),
+        (64, torch.bfloat16, 0.1, True, False),
+    ],
+)
+def test_the_kernel_of_a_gpu_is_called_for_what_it_has(
+    size: int, dtype: torch.dtype, dropout: float, has_flash: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "flash_attention_runs_on", lambda device: has_flash)
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 4, size, dtype=dtype, device="cuda")
+        assert attention._kernel_can(query, query, dropout) is expected
 
 
 def test_dropout_drops_and_keeps_the_mean() -> None:

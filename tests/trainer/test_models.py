@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from launch.compose import compose_config
 from launch.errors import ConfigError
+from tests.conftest import losses
 from trainer import tiny
 from trainer.hub import has_weights
 from trainer.methods import adapt, parameter_counts
@@ -119,3 +121,34 @@ def test_the_token_that_ends_the_templates_turns_stops_generation_too(tiny_model
     model = load_model(tiny_model, config, torch_dtype(config.dtype, "cpu"))
     model.generation_config.eos_token_id = 7  # a base model that ends texts with another token than turns
     assert stop_tokens(model, tokenizer) == sorted({7, tokenizer.convert_tokens_to_ids("<|im_end|>")})
+
+
+@pytest.fixture(scope="module")
+def without_weights(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder as a download of config.json and tokenizer leaves it."""
+    folder = tmp_path_factory.mktemp("shape")
+    for file in small_model.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_model_without_weights_trains_on_drawn_ones(
+    method: str, without_weights: Path, train_here: Callable[..., Path]
+) -> None:
+    settings = ["model=folder", f"model.path={without_weights}", f"method={method}", "data.max_samples=16"]
+    settings += ["train.max_steps=2", "train.logging_steps=1", "train.learning_rate=0.01", "train.warmup_ratio=0"]
+    run = train_here(f"drawn-{method}", *settings, "model.random_weights=true")
+    first, last = losses(run)
+    assert first == pytest.approx(math.log(4096), rel=0.05)  # it knows nothing
+    assert last < first
+    assert losses(train_here(f"drawn-again-{method}", *settings, "model.random_weights=true")) == [first, last]
+
+
+def test_a_folder_without_weights_is_refused_unless_they_are_drawn(without_weights: Path) -> None:
+    config = compose_config(["model=folder", f"model.path={without_weights}"])
+    with pytest.raises(ConfigError, match="holds no model weights"):
+        find_model(config.model, config.data.cache_dir)
+    config.model.random_weights = True
+    assert find_model(config.model, config.data.cache_dir) == without_weights
