@@ -23,7 +23,7 @@ data_choice = $(if $(wildcard configs/hydra/data/$(1).yaml),data=$(1),data=regis
 train = $(BIN)/tunewright train model=$(MODEL) $(call data_choice,$(DATA)) $(if $(NPROC),cluster.num_processes=$(NPROC)) \
 	$(if $(NAME),name=$(NAME)) $(1) $(ARGS)
 
-.PHONY: help setup demo test test-slow test-gpu lint datagen check zero2 zero3 single compare tensorboard chat bench bench-check bench-zero bench-start bench-data bench-datagen clean
+.PHONY: help setup demo test test-slow test-gpu test-versions gpu-check gpu-rehearsal lint datagen check zero2 zero3 single compare tensorboard chat bench bench-check bench-zero bench-start bench-data bench-datagen clean
 
 help:  ## list the targets
 	@echo "make TARGET [MODEL=tiny] [DATA=demo] [NPROC=2] [NAME=my-run] [ARGS=\"key=value ...\"]"
@@ -52,11 +52,20 @@ demo: setup  ## train the shipped task with ZeRO-2, ZeRO-3 and QLoRA, compare th
 test: lint  ## lint, then the tests that CI runs: on CPU, without network
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
 
-test-slow: setup  ## the cells of the legality table that `make test` leaves out, about four minutes
+test-slow: setup gpu-rehearsal  ## the cells of the legality table that `make test` leaves out, and the GPU kit's rehearsal
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu: setup  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-versions: setup  ## tests on the oldest and the newest versions of the window, in environments of their own
+	$(BIN)/python tests/versions.py $(ARGS)
+
+gpu-check:  ## measure on a GPU, without network, in eight minutes; results in $$OUT or gpu-check/
+	$(if $(wildcard .gpu-kit/wheels),$(PYTHON),$(BIN)/python) bench/gpu/check.py $(ARGS)
+
+gpu-rehearsal: setup  ## gather the wheels that a GPU machine lacks, and run the kit with small shapes on torch 2.11
+	$(BIN)/python bench/gpu/rehearse.py $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -90,48 +90,58 @@ def refused(method: str, strategy: str) -> str | None:
     return "each rank would hold the 4-bit weights whole" if whole else None
 
 
+def settings(job: Job) -> list[str]:
+    """The overrides of `tunewright train` for a job."""
+    values = {
+        "model": "folder",
+        "model.path": job.model,
+        "model.dtype": "bfloat16",
+        "model.random_weights": job.drawn,
+        "data": "registry",
+        "data.names": "[bench]",
+        "data.dir": job.registry,
+        "data.cache_dir": job.out,
+        "data.cutoff_len": job.cutoff,
+        "method": job.method,
+        "strategy": job.strategy,
+        "train.max_steps": job.steps,
+        "train.global_batch_size": job.batch,
+        "train.micro_batch_size": job.micro or job.batch,  # a memory bound: ranks may share rows out unevenly
+        "train.learning_rate": job.learning_rate,
+        "train.scheduler": "constant",
+        "train.warmup_ratio": 0,
+        "train.logging_steps": 1,
+        "train.seed": job.seed,
+        "cluster.threads_per_process": _threads(job),
+        "output_root": job.out,
+        "name": "run",
+    }
+    if job.method in ("lora", "qlora"):
+        values |= {"method.r": job.rank, "method.alpha": 2 * job.rank}
+    if job.strategy != "single":
+        values["cluster.num_processes"] = job.ranks
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def is_step(line: str) -> bool:
+    """Whether a line of tunewright's reports a step."""
+    return "  loss " in line and "grad norm" in line
+
+
 def tunewright(
     extra: list[str] | None = None,
     name: str = "tunewright",
     cannot: Callable[[str, str], str | None] = refused,
 ) -> Contender:
     def argv(job: Job) -> list[str]:
-        settings = {
-            "model": "folder",
-            "model.path": job.model,
-            "model.dtype": "bfloat16",
-            "data": "registry",
-            "data.names": "[bench]",
-            "data.dir": job.registry,
-            "data.cache_dir": job.out,
-            "data.cutoff_len": job.cutoff,
-            "method": job.method,
-            "strategy": job.strategy,
-            "train.max_steps": job.steps,
-            "train.global_batch_size": job.batch,
-            "train.micro_batch_size": job.batch,  # a memory bound: ranks may share rows out unevenly
-            "train.learning_rate": job.learning_rate,
-            "train.scheduler": "constant",
-            "train.warmup_ratio": 0,
-            "train.logging_steps": 1,
-            "train.seed": job.seed,
-            "cluster.threads_per_process": _threads(job),
-            "output_root": job.out,
-            "name": "run",
-        }
-        if job.method in ("lora", "qlora"):
-            settings |= {"method.r": job.rank, "method.alpha": 2 * job.rank}
-        if job.strategy != "single":
-            settings["cluster.num_processes"] = job.ranks
-        overrides = [f"{key}={value}" for key, value in settings.items()]
-        return [sys.executable, "-m", "launch.cli", "train", *overrides, *(extra or [])]
+        return [sys.executable, "-m", "launch.cli", "train", *settings(job), *(extra or [])]
 
     def steps(job: Job, log: str) -> list[Step]:
         file = Path(job.out) / "run" / "metrics.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         return [Step(line["loss"], line["grad_norm"], line["tokens_seen"]) for line in lines if "loss" in line]
 
-    return Contender(name, argv, lambda line: "  loss " in line and "grad norm" in line, steps, cannot=cannot)
+    return Contender(name, argv, is_step, steps, cannot=cannot)
 
 
 def compiled() -> Contender:

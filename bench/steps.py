@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,24 @@ from transformers import TrainerCallback
 from workload import Job
 
 MARK = "BENCH "
+Report = Callable[[dict[str, Any]], None]
+
+
+def print_step(figures: dict[str, Any]) -> None:
+    """`BENCH {"step": 1, "loss": 9.7, ...}`"""
+    print(MARK + json.dumps(figures), flush=True)
 
 
 class StepLines(TrainerCallback):
-    """`BENCH {"step": 1, "loss": 9.7, ...}` for each log line of the first rank."""
+    """Reports each log line of the first rank."""
+
+    def __init__(self, report: Report = print_step) -> None:
+        self.report = report
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and "loss" in logs:
             figures = {key: float(logs[key]) for key in ("loss", "grad_norm", "num_tokens") if key in logs}
-            print(MARK + json.dumps({"step": state.global_step, **figures}), flush=True)
+            self.report({"step": state.global_step, **figures})
 
 
 def read_job() -> Job:
@@ -52,6 +62,24 @@ def quantization() -> Any:
     )
 
 
+def load(job: Job, dtype: Any, *, quantized: bool = False, attention: str = "sdpa") -> Any:
+    """The model as a user loads it, or, where it has no weights, drawn on the device; the same ones for everybody."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not job.drawn:
+        options = {"quantization_config": quantization()} if quantized else {}
+        return AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation=attention, **options)
+    from launch.schema import ModelConfig, QLoraConfig, Source
+    from trainer.models import load_model
+
+    source = ModelConfig(name="bench", path=job.model, source=Source.folder, random_weights=True)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    method = QLoraConfig() if quantized else None
+    model = load_model(Path(job.model), source, torch.bfloat16, attention=attention, method=method, device=device)
+    return model if quantized else model.to(dtype)
+
+
 def common_arguments(job: Job) -> dict[str, Any]:
     """What is the same for all: batch, steps, learning rate, seed, order. The rest stays at each one's defaults."""
     import torch
@@ -59,6 +87,7 @@ def common_arguments(job: Job) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "output_dir": job.out,
         "per_device_train_batch_size": job.per_device,
+        "gradient_accumulation_steps": job.accumulation,
         "max_steps": job.steps,
         "learning_rate": job.learning_rate,
         "lr_scheduler_type": "constant",

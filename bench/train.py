@@ -28,7 +28,7 @@ from contenders import Contender, Step, compiled, environment, llamafactory, rec
 from judge import PARITY, fall, speed, summary, void_reason
 from measure import CORES, Watched, machine, versions, watch
 from report import RESULT, table, title, write_docs
-from workload import KINDS, MODELS, RANK, Job, Workload, build_model, credited_flops, write_rows
+from workload import DRAWN, KINDS, MODELS, RANK, Job, Workload, build_model, credited_flops, write_rows
 
 METHODS, STRATEGIES = ("lora", "qlora", "full", "prompt_tuning"), ("single", "ddp", "zero2", "zero3")
 # High enough that the loss of a random model falls within a few steps: parity means nothing while nothing is learnt.
@@ -147,7 +147,7 @@ def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, 
     with tempfile.TemporaryDirectory(prefix="tunewright-bench-") as scratch:
         load = write_rows(Path(scratch) / "rows", model, kind, args.steps, args.seed, batch)
         learning_rate = args.learning_rate or LEARNING_RATES[method]
-        pack = -(-max(load.longest, round(sum(load.tokens) / args.steps / ranks * 1.02)) // 8) * 8
+        pack = pack_size(load, args.steps, (args.micro or batch // ranks) / batch)
         all_runs = [Runs(contender, cannot=contender.cannot(method, strategy)) for contender in args.contenders]
         for repeat in range(args.repeats):
             for runs in all_runs:
@@ -167,6 +167,8 @@ def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, 
                     learning_rate=learning_rate,
                     seed=args.seed,
                     rank=args.rank,
+                    micro=args.micro,
+                    drawn=args.model in DRAWN,
                 )
                 watched, steps = run_once(runs.contender, job)
                 runs.watched.append(watched)
@@ -192,6 +194,11 @@ def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, 
             "gemm": rates[dtype],
             "contenders": rows,
         }
+
+
+def pack_size(load: Workload, steps: int, share: float) -> int:
+    """Tokens of a pack that takes the place of a micro-batch, which is a share of a step."""
+    return -(-max(load.longest, round(sum(load.tokens) / steps * share * 1.02)) // 8) * 8
 
 
 def say(text: str) -> None:
@@ -222,6 +229,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--steps", type=int, default=8, help="optimiser steps of a run")
     top.add_argument("--warmup", type=int, default=2, help="of them not measured")
     top.add_argument("--batch", type=int, help="rows of a step; otherwise 8 short, 2 long or 4 of 4k tokens")
+    top.add_argument("--micro", type=int, help="of them at once on a device; otherwise all")
     top.add_argument("--learning-rate", type=float)
     top.add_argument("--seed", type=int, default=42)
     top.add_argument("--model", choices=MODELS, default="39m", help="small, to try the bench; 8b and 7b are for a GPU")
@@ -240,7 +248,7 @@ def main() -> int:
     args.shape = MODELS[args.model]
     args.out = args.out or (RESULT if args.model == "39m" else RESULT.with_name(f"train-{args.model}.json"))
     cache = Path(os.environ.get("TUNEWRIGHT_CACHE", "~/.cache/tunewright")).expanduser()
-    model = build_model(cache, args.shape)
+    model = build_model(cache, args.shape, weights=args.model not in DRAWN)
     peer = os.environ.get("PEER_PYTHON")
     known = [tunewright()]
     known += [compiled()] if args.compiled else []

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from steps import StepLines, common_arguments, peft_config, quantization, read_job
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from steps import StepLines, common_arguments, load, peft_config, read_job
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from workload import encode
 
 
@@ -21,13 +21,12 @@ def main() -> None:
     args = TrainingArguments(**common_arguments(job))
     if job.method == "full":  # float32 weights under autocast
         args.bf16 = not job.strategy.startswith("zero")
-        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+        model = load(job, torch.float32)
     else:  # the base as it is stored, in bfloat16; PEFT keeps its adapters in float32
         import peft
 
-        quantized = {"quantization_config": quantization()} if job.method == "qlora" else {}
-        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16, **quantized)
-        if quantized:
+        model = load(job, torch.bfloat16, quantized=job.method == "qlora")
+        if job.method == "qlora":
             model = peft.prepare_model_for_kbit_training(model)
         torch.manual_seed(job.seed)
         model = peft.get_peft_model(model, peft_config(job))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from steps import StepLines, common_arguments, peft_config, quantization, read_job
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from steps import Report, StepLines, common_arguments, load, peft_config, print_step, quantization, read_job
+from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 from workload import Job
 
@@ -36,13 +36,13 @@ def defaults(job: Job) -> dict[str, Any]:
 
     `max_length` alone is set: at its default, 1,024, long rows would be cut.
     """
-    quantized = {"quantization_config": quantization()} if job.method == "qlora" else None
     args = {"bf16": True, **common_arguments(job)}
-    return {
-        "model": job.model,
-        "args": SFTConfig(max_length=job.cutoff, model_init_kwargs=quantized, **args),
-        "peft_config": peft_config(job),
-    }
+    if job.drawn:
+        model: Any = load(job, torch.float32, quantized=job.method == "qlora")
+    else:
+        model = job.model
+        args["model_init_kwargs"] = {"quantization_config": quantization()} if job.method == "qlora" else None
+    return {"model": model, "args": SFTConfig(max_length=job.cutoff, **args), "peft_config": peft_config(job)}
 
 
 def tuned(job: Job) -> dict[str, Any]:
@@ -56,9 +56,8 @@ def tuned(job: Job) -> dict[str, Any]:
     else:
         args["per_device_train_batch_size"] = job.per_device
     config = SFTConfig(packing=packing, max_length=job.pack if packing else job.cutoff, **args)
-    quantized = {"quantization_config": quantization()} if job.method == "qlora" else {}
     dtype = torch.float32 if job.method == "full" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, **quantized)
+    model = load(job, dtype, quantized=job.method == "qlora")
     adapters = peft_config(job)
     if adapters is not None:
         torch.manual_seed(job.seed)
@@ -68,12 +67,15 @@ def tuned(job: Job) -> dict[str, Any]:
     return {"model": model, "args": config}
 
 
+def train(job: Job, settings: dict[str, Any], report: Report) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    callbacks = [StepLines(report)]
+    SFTTrainer(train_dataset=dataset(job), processing_class=tokenizer, callbacks=callbacks, **settings).train()
+
+
 def main() -> None:
     job = read_job()
-    settings = tuned(job) if sys.argv[2:] == ["tuned"] else defaults(job)
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
-    trainer = SFTTrainer(train_dataset=dataset(job), processing_class=tokenizer, callbacks=[StepLines()], **settings)
-    trainer.train()
+    train(job, tuned(job) if sys.argv[2:] == ["tuned"] else defaults(job), print_step)
     PartialState().destroy_process_group()  # gloo's threads may abort a rank that exits without
 
 

@@ -37,7 +37,12 @@ LLAMA_8B: dict[str, Any] = {**SHAPE, "vocab_size": 128256, "hidden_size": 4096, 
 LLAMA_8B |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
 QWEN_7B: dict[str, Any] = {**LLAMA_8B, "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944}
 QWEN_7B |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
-MODELS = {"39m": SHAPE, "small": SMALL, "0.5b": QWEN_HALF_B, "8b": LLAMA_8B, "7b": QWEN_7B}
+# As Llama 3.2 1B.
+LLAMA_1B: dict[str, Any] = {**LLAMA_8B, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+LLAMA_1B |= {"tie_word_embeddings": True}
+MODELS = {"39m": SHAPE, "small": SMALL, "0.5b": QWEN_HALF_B, "1b": LLAMA_1B, "8b": LLAMA_8B, "7b": QWEN_7B}
+# Written as a shape alone: their weights are drawn on the device that trains, instead of a file of 16 GB.
+DRAWN = ("1b", "8b", "7b")
 RANK = 8
 VIRTUAL_TOKENS = 20
 CUTOFF = 4096
@@ -72,10 +77,17 @@ class Job:
     rank: int = RANK
     virtual_tokens: int = VIRTUAL_TOKENS
     cutoff: int = CUTOFF
+    micro: int | None = None  # rows at once on a device; None: all of its rows of a step
+    drawn: bool = False  # the model's folder holds no weights
 
     @property
     def per_device(self) -> int:
-        return self.batch // self.ranks
+        return self.micro or self.batch // self.ranks
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a device in a step."""
+        return self.batch // self.ranks // self.per_device
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ class Workload:
         return {key: value for key, value in asdict(self).items() if key != "folder"}
 
 
-def build_model(cache: Path, shape: dict[str, Any]) -> Path:
+def build_model(cache: Path, shape: dict[str, Any], *, weights: bool = True) -> Path:
     """Write the model once, in bfloat16, with the embedded model's tokenizer; return its folder."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -108,16 +120,20 @@ def build_model(cache: Path, shape: dict[str, Any]) -> Path:
 
         build_tiny(cache)
     width = f"{shape['num_hidden_layers']}x{shape['hidden_size']}x{shape['intermediate_size']}x{shape['vocab_size']}"
-    folder = cache / "bench" / f"{tokenizer_folder.name}-{width}"
+    folder = cache / "bench" / f"{tokenizer_folder.name}-{width}{'' if weights else '-drawn'}"
     if (folder / "config.json").is_file():
         return folder
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.model_max_length = CUTOFF
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**shape, **ends)).to(torch.bfloat16)
+    config = Qwen2Config(**shape, **ends)
     tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    if not weights:
+        config.architectures = ["Qwen2ForCausalLM"]
+        config.save_pretrained(folder)
+        return folder
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
