@@ -106,5 +106,5 @@ bench-datagen: setup  ## datagen at 64 requests in flight beside one after the o
 	$(BIN)/python bench/datagen_rate.py $(ARGS)
 	$(BIN)/python bench/datagen_select.py
 
-clean:  ## remove runs and tool caches; keeps .venv and the cache of models and tokens
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove tool caches; runs, .venv and the cache of models and tokens stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -17,9 +18,10 @@ from launch.compose import compose_config, expand_sweep
 from launch.errors import ConfigError
 from launch.hardware import Devices, find_devices
 from launch.legality import check
-from launch.rundir import Claim, claim, prepare_folder
+from launch.rundir import Claim, check_inputs, claim, prepare_folder, sole_user
 from launch.settle import settle
 from launch.supervise import AccelerateLauncher, run_ranks
+from trainer.process import rank_variables
 
 if TYPE_CHECKING:
     from trainer.preparation import Preparation
@@ -44,7 +46,11 @@ def plan_job(config: DictConfig, devices: Devices) -> Job:
             `trainer.prepare.find_prepared`.
     """
     plan, settled = check_all(config, devices)
+    from trainer.inputs import planned_inputs
+
     claimed = claim(config)
+    if claimed.checkpoint:
+        check_inputs(claimed, planned_inputs(config, plan))
     return Job(config, settled, plan, claimed, build_command(config, claimed.run, plan, devices, claimed.checkpoint))
 
 
@@ -82,22 +88,33 @@ def sweep_jobs(overrides: Sequence[str], extra_dir: Path | None, *, multirun: bo
 
 def run_job(job: Job, say: Callable[[str], None], preparation: Preparation, launcher: AccelerateLauncher) -> int:
     """Prepare the data, start the ranks, and return the exit code."""
-    from trainer.prepare import ensure_prepared
+    from trainer.inputs import planned_inputs, prepared_inputs
+    from trainer.prepare import ensure_prepared, find_prepared
 
-    run = job.claimed.run
-    if job.claimed.finished:
-        say(f"{run.path} is finished already; nothing to do.")
+    config, claimed = job.config, job.claimed
+    run = claimed.run
+    if claimed.finished:
+        found = find_prepared(config)
+        if found:
+            check_inputs(claimed, prepared_inputs(config, found))
+        unseen = "" if found else " Whether model and data are still those it was made from was not looked at."
+        say(f"{run.path} is finished already; nothing to do.{unseen}")
         return 0
-    for text in job.settled:
+    for text in (*job.settled, *claimed.remarks):
         say(text)
-    if job.claimed.checkpoint:
-        say(f"Continuing {run.path} from {job.claimed.checkpoint.name}")
-    ensure_prepared(job.config, preparation=preparation)
+    if claimed.checkpoint:
+        say(f"Continuing {run.path} from {claimed.checkpoint.name}")
+    prepared = ensure_prepared(config, preparation=preparation)
     preparation.stop()  # where all was there already, it would wait as long as the ranks train
-    prepare_folder(job.config, job.claimed)
-    write_accelerate_config(job.command, run)
-    say(job.command.shown())
-    return run_ranks(job.command, run, launcher, say)
+    inputs = {**planned_inputs(config, job.plan), **prepared_inputs(config, prepared)}
+    check_inputs(claimed, inputs)
+    with sole_user(config, claimed):
+        aside = prepare_folder(config, claimed, inputs)
+        if aside:
+            say(f"What was in {run.path} before is in {aside} now.")
+        write_accelerate_config(job.command, run)
+        say(job.command.shown())
+        return run_ranks(job.command, run, launcher, say)
 
 
 def check_data(config: DictConfig) -> None:
@@ -119,6 +136,9 @@ def train(
     from trainer.preparation import Preparation
 
     devices, preparation, launcher = find_devices(), Preparation(), AccelerateLauncher()
+    left_over = rank_variables(os.environ)
+    if left_over:
+        say(f"{', '.join(left_over)} in the environment belong to another launch: not passed on to ranks.")
     try:
         jobs = []
         configs = sweep_jobs(overrides, extra_dir, multirun=multirun)
@@ -149,8 +169,13 @@ def show_plan(job: Job, say: Callable[[str], None]) -> None:
     """Print what would run."""
     from trainer.forecast import forecast
 
-    for text in chain(job.settled, forecast(job.config, job.plan)):
+    for text in chain(job.settled, job.claimed.remarks, forecast(job.config, job.plan)):
         say(text)
+    if job.claimed.checkpoint:
+        say(
+            f"{job.claimed.run.path} would continue from {job.claimed.checkpoint.name}, if model and data are those it "
+            f"was made from."
+        )
     for key, value in job.command.accelerate.items():
         say(f"  {key}: {value}")
     say(job.command.shown())
