@@ -89,25 +89,28 @@ def sweep_jobs(overrides: Sequence[str], extra_dir: Path | None, *, multirun: bo
 def run_job(job: Job, say: Callable[[str], None], preparation: Preparation, launcher: AccelerateLauncher) -> int:
     """Prepare the data, start the ranks, and return the exit code."""
     from trainer.inputs import planned_inputs, prepared_inputs
+    from trainer.models import find_model
     from trainer.prepare import ensure_prepared, find_prepared
 
     config, claimed = job.config, job.claimed
     run = claimed.run
     if claimed.finished:
-        found = find_prepared(config)
-        if found:
+        unseen = ""
+        if find_model(config.model, config.data.cache_dir):
+            found = find_prepared(config) or ensure_prepared(config, preparation=preparation)
             check_inputs(claimed, prepared_inputs(config, found))
-        unseen = "" if found else " Whether model and data are still those it was made from was not looked at."
+        else:  # not worth a download
+            unseen = " Whether model and data are still the same was not looked at: the model is not on this machine."
         say(f"{run.path} is finished already; nothing to do.{unseen}")
         return 0
     for text in (*job.settled, *claimed.remarks):
         say(text)
-    if claimed.checkpoint:
-        say(f"Continuing {run.path} from {claimed.checkpoint.name}")
     prepared = ensure_prepared(config, preparation=preparation)
     preparation.stop()  # where all was there already, it would wait as long as the ranks train
     inputs = {**planned_inputs(config, job.plan), **prepared_inputs(config, prepared)}
     check_inputs(claimed, inputs)
+    if claimed.checkpoint:
+        say(f"Continuing {run.path} from {claimed.checkpoint.name}")
     with sole_user(config, claimed):
         aside = prepare_folder(config, claimed, inputs)
         if aside:

@@ -37,6 +37,8 @@ def prepared_inputs(config: DictConfig, prepared: Prepared) -> dict[str, str]:
     for key, split in (("training data", "train"), ("held-out data", "eval")):
         digest = hashlib.sha256()
         for cached, chosen in prepared.cache.chosen(split):
+            if not len(chosen):
+                continue
             digest.update(_tokens(cached, streaming=config.data.streaming))
             digest.update(np.asarray(chosen, np.int64).tobytes())
         examples, tokens, _ = prepared.cache.counts(split)

@@ -56,7 +56,7 @@ RANK_PREFIXES = (
     "PMI_",
     "TORCHELASTIC_",
 )
-PATIENCE = timedelta(seconds=15)  # between two lines that say for whom a rank waits
+PATIENCE = 15.0  # seconds between two lines that say for whom a rank waits
 PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out waiting")
 
 
@@ -233,54 +233,81 @@ def meet(timeout: timedelta, say: Callable[[str], None]) -> Any:
         ConfigError: the environment says that there are other ranks, but not where.
         PeerError: somebody has not come in time, or the first rank cannot listen.
     """
-    from torch.distributed import DistError, DistStoreError, PrefixStore, TCPStore
+    from torch.distributed import DistError, PrefixStore, TCPStore
 
-    me, size = rank(), world_size()
-    deadline = time.monotonic() + timeout.total_seconds()
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not host or not port or not 0 <= me < size:
-        raise ConfigError(
-            f"The environment says that this is rank {me} of {size}, with MASTER_ADDR={host} and MASTER_PORT={port}, "
-            f"which no launcher sets. Start with `tunewright train` or `accelerate launch`, or unset RANK and "
-            f"WORLD_SIZE."
-        )
-    listens = me == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    here = f"rank {me} of {size} on {socket.gethostname()}"
-    advice = (
-        f"RANK, WORLD_SIZE and MASTER_ADDR={host} in the environment say that there are others: unset them where "
-        f"nobody starts those."
+    me, size, listens = rank(), world_size(), _listens()
+    host, port = _address()
+    waiting = Waiting(timeout, say)
+    if not listens:
+        _reach(host, port, waiting)
+    try:
+        store = TCPStore(host, port, size, listens, timeout, wait_for_workers=False, multi_tenant=True)
+        arrived = PrefixStore(f"arrived/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        arrived.set(str(me), "")
+        everyone = [str(other) for other in range(size)]
+        while not arrived.check(everyone):
+            missing = [other for other in everyone if not arrived.check([other])]
+            waiting.a_moment(f"rank{'' if len(missing) == 1 else 's'} {', '.join(missing)}")
+    except DistError as error:
+        reason = str(error).splitlines()[0]
+        doing = "listen" if listens else "stay connected"
+        raise PeerError(f"{waiting.who} cannot {doing} at {host}:{port}: {reason}.") from error
+    return store
+
+
+class Waiting:
+    """A rank's patience with others: says now and then for whom it waits, and gives up in the end."""
+
+    def __init__(self, timeout: timedelta, say: Callable[[str], None]) -> None:
+        self.timeout, self.say = timeout, say
+        now = time.monotonic()
+        self.deadline, self.next_line = now + timeout.total_seconds(), now + PATIENCE
+        self.who = f"Rank {rank()} of {world_size()} on {socket.gethostname()}"
+
+    def a_moment(self, whom: str) -> None:
+        """Wait a little for `whom`, or raise PeerError when it was long enough."""
+        now = time.monotonic()
+        if now > self.deadline:
+            raise PeerError(
+                f"{self.who} has waited {self.timeout} (`train.timeout_minutes`) for {whom}: look there for the "
+                f"reason. That there are {world_size()} ranks is said by RANK, WORLD_SIZE and MASTER_ADDR="
+                f"{os.environ['MASTER_ADDR']} in the environment; unset them where nobody starts the others."
+            )
+        if now > self.next_line:
+            self.next_line = now + PATIENCE
+            self.say(f"{self.who} waits for {whom}.")
+        time.sleep(0.2)
+
+
+def _address() -> tuple[str, int]:
+    """Return where ranks meet.
+
+    Raises:
+        ConfigError: the environment does not say it, or has a rank that cannot be.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if host and port.isdigit() and 0 <= rank() < world_size():
+        return host, int(port)
+    raise ConfigError(
+        f"The environment says that this is rank {rank()} of {world_size()}, with MASTER_ADDR={host} and MASTER_PORT="
+        f"{port or None}, which no launcher sets. Start with `tunewright train` or `accelerate launch`, or unset RANK "
+        f"and WORLD_SIZE."
     )
 
-    def wait_on(whom: str) -> None:
-        if time.monotonic() > deadline:
-            raise PeerError(
-                f"{here} has waited {timeout} (`train.timeout_minutes`) for {whom}. Look at its log there. {advice}"
-            )
-        say(f"{here} waits for {whom}")
 
-    while True:
-        left = max(deadline - time.monotonic(), 1.0)
-        pause = min(PATIENCE, timedelta(seconds=left))
-        try:
-            store = TCPStore(host, int(port), size, listens, pause, wait_for_workers=False, multi_tenant=True)
-            break
-        except DistError as error:
-            if listens:
-                reason = str(error).splitlines()[0]
-                raise PeerError(f"{here} cannot listen at {host}:{port}: {reason}. {advice}") from error
-            wait_on(f"rank 0 at {host}:{port}")
-    arrived = PrefixStore(f"arrived/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    arrived.set(str(me), "")
+def _listens() -> bool:
+    """Tell whether this rank hosts the store; torchrun does it for its ranks."""
+    return rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _reach(host: str, port: int, waiting: Waiting) -> None:
+    """Wait until somebody listens; PyTorch's own attempts end with a page of C++ on standard error."""
     while True:
         try:
-            arrived.wait([str(other) for other in range(size)], pause)
-            return store
-        except DistStoreError:
-            missing = [str(other) for other in range(size) if not arrived.check([str(other)])]
-            if missing:
-                wait_on(f"rank{'' if len(missing) == 1 else 's'} {', '.join(missing)}")
-        except DistError as error:
-            raise PeerError(f"{here} lost contact with rank 0 at {host}:{port}: {error}") from error
+            socket.create_connection((host, port), timeout=PATIENCE).close()
+            return
+        except OSError as error:
+            waiting.a_moment(f"rank 0 at {host}:{port} ({error})")
 
 
 def _skip_shared_memory_kernel() -> None:
