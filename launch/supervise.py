@@ -85,10 +85,9 @@ def run_ranks(command: Command, run: RunDir, launcher: AccelerateLauncher, say: 
     log_path = run.logs / "launch.log"
     log_path.touch()
     started, said = time.time(), log_path.stat().st_size  # the logs of earlier attempts are kept
-    stopped = _wait(launcher.launch(command, log_path))
-    if stopped:
+    if _wait(launcher.launch(command, log_path)):
         run.update_manifest(status="stopped")
-        say(_stopped(run))
+        say(stopped(run))
         return INTERRUPTED
     if run.read_manifest().get("status") == "done":
         return 0
@@ -98,7 +97,8 @@ def run_ranks(command: Command, run: RunDir, launcher: AccelerateLauncher, say: 
     return error.exit_code
 
 
-def _stopped(run: RunDir) -> str:
+def stopped(run: RunDir) -> str:
+    """Return what the user is told of a run that was stopped: what there is to go on from."""
     checkpoint = run.last_checkpoint()
     if checkpoint:
         return f"Stopped. The same command with resume=auto goes on from {checkpoint.name}. Logs: {run.logs}"
