@@ -19,7 +19,7 @@ from launch.batching import batch_plan
 from launch.compose import choices, compose_config, load_config
 from launch.errors import ConfigError, PeerError, TunewrightError
 from launch.hardware import find_devices
-from launch.rundir import Claim, RunDir, check_inputs, claim, prepare_folder, sole_user
+from launch.rundir import Claim, RunDir, check_inputs, claim, prepare_folder, run_dir, sole_user
 from launch.schema import Launcher
 from launch.train import check_all
 from trainer.inputs import planned_inputs, prepared_inputs
@@ -53,17 +53,19 @@ def main(argv: list[str]) -> int:
     held = ExitStack()  # until this process ends, in whatever way
     try:
         config, claimed = _from_launcher(argv) if from_launcher else _from_overrides(argv)
-        if claimed.finished:
-            _say(f"{claimed.run.path} is finished already; nothing to do.")
-            return 0
         prepared = ensure_prepared(config, quiet=rank() > 0 or launched())
-        state = None if launched() else _join_and_prepare(config, claimed, prepared, held)
+        state = None
+        if not launched():
+            state, claimed = _join_and_prepare(config, claimed, prepared, held)
     except TunewrightError as error:
         # One rank of a machine says it for all, but each knows for itself whom it waits for.
         if not error.shown and (_speaks() or isinstance(error, PeerError)):
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     run = claimed.run
+    if claimed.finished:
+        _say(f"{run.path} is finished already; nothing to do.")
+        leave(0)
     console = Console(run.logs)
     with reported_errors(run.logs, console):
         with imports_that_stay():
@@ -86,21 +88,28 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _join_and_prepare(config: DictConfig, claimed: Claim, prepared: Prepared, held: ExitStack) -> PartialState:
-    """Without the launcher, the first rank makes the run folder: after all joined, before any writes into it."""
+def _join_and_prepare(
+    config: DictConfig, claimed: Claim, prepared: Prepared, held: ExitStack
+) -> tuple[PartialState, Claim]:
+    """Without the launcher, the first rank makes the run folder: after all joined, before any writes into it.
+
+    What it claims is for all: on machines without a common disk the others cannot see what is in the folder.
+    """
     inputs = {}
     if rank() == 0:
         plan = batch_plan(config.train, world_size(), cutoff_len=config.data.cutoff_len, packing=config.data.packing)
         inputs = {**planned_inputs(config, plan), **prepared_inputs(config, prepared)}
         check_inputs(claimed, inputs)
     state = join(config.strategy.launcher.name, config.train.timeout_minutes)
-    if state.is_main_process:
+    if state.is_main_process and not claimed.finished:
         held.enter_context(sole_user(config, claimed))
         aside = prepare_folder(config, claimed, inputs)
         if aside:
             _say(f"What was in {claimed.run.path} before is in {aside} now.")
-    state.wait_for_everyone()
-    return state
+    from accelerate.utils import broadcast_object_list
+
+    shared: list[Claim] = broadcast_object_list([claimed])  # the others wait here for the folder
+    return state, shared[0]
 
 
 def _from_launcher(argv: list[str]) -> tuple[DictConfig, Claim]:
@@ -122,7 +131,7 @@ def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
             f"`strategy={config.strategy.name}` is not what runs: this process was started without DeepSpeed. Use "
             f"`tunewright train`, or `accelerate launch --use_deepspeed` without --cpu, which turns DeepSpeed off."
         )
-    claimed = claim(config)  # by every rank: nothing is written before all of them have joined
+    claimed = claim(config) if rank() == 0 else Claim(run_dir(config))
     for text in (*settled, *claimed.remarks):
         _say(text)
     return config, claimed

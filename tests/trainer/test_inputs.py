@@ -132,10 +132,12 @@ def test_fewer_ranks_of_zero_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_left_alone_by_accelerate_launch_too(tmp_path: Path) -> None:
-    config = compose_config([f"output_root={tmp_path}", "name=a"])
+    config = compose_config([f"output_root={tmp_path}", "name=a", "strategy=ddp", "cluster.num_processes=2"])
     run = begun(config, "done")
     run.final.mkdir()
-    command = [sys.executable, "-m", "trainer", f"output_root={tmp_path}", "name=a", "resume=auto"]
+    launch = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2", "-m", "trainer"]
+    command = [sys.executable, "-m", *launch, f"output_root={tmp_path}", "name=a", "resume=auto"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, f"{run.path} is finished already; nothing to do.\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"{run.path} is finished already; nothing to do.\n")
     assert run.final.is_dir()
