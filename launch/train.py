@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -80,10 +81,16 @@ def sweep_jobs(overrides: Sequence[str], extra_dir: Path | None, *, multirun: bo
     # Runs of a sweep must not share a folder: what varies goes into the name.
     varying = [[item for item in point if item not in overrides] for point in points]
     for config, changes in zip(configs, varying, strict=True):
-        config.name = "-".join([config.name, *(change.rpartition(".")[2].replace("/", "_") for change in changes)])
+        config.name = "-".join([config.name, *map(_in_a_name, changes)])
     if len({config.name for config in configs}) < len(configs):
         raise ConfigError("The runs of this sweep would share a folder: put what varies into `name`.")
     return configs
+
+
+def _in_a_name(change: str) -> str:
+    """Return `train.learning_rate=0.1` as `learning_rate=0.1`, without what a folder's name cannot have."""
+    key, _, value = change.partition("=")
+    return re.sub(r"[^\w.=+-]", "_", f"{key.rpartition('.')[2]}={value}")
 
 
 def run_job(job: Job, say: Callable[[str], None], preparation: Preparation, launcher: AccelerateLauncher) -> int:
