@@ -104,6 +104,8 @@ def _join_and_prepare(
     if state.is_main_process and not claimed.finished:
         held.enter_context(sole_user(config, claimed))
         aside = prepare_folder(config, claimed, inputs)
+        if claimed.checkpoint:
+            _say(f"Continuing {claimed.run.path} from {claimed.checkpoint.name}")
         if aside:
             _say(f"What was in {claimed.run.path} before is in {aside} now.")
     from accelerate.utils import broadcast_object_list

@@ -11,7 +11,10 @@ import numpy as np
 from omegaconf import DictConfig
 
 from launch.batching import BatchPlan
+from launch.errors import ConfigError
+from launch.identity import table
 from launch.legality import zero_stage
+from launch.rundir import RunDir
 from launch.schema import Launcher
 
 if TYPE_CHECKING:
@@ -31,9 +34,9 @@ def planned_inputs(config: DictConfig, plan: BatchPlan) -> dict[str, str]:
 
 def prepared_inputs(config: DictConfig, prepared: Prepared) -> dict[str, str]:
     """Return digests of the model's files and of the tokens that train and are held out, and how many they are."""
-    found = {"model": _model(prepared.model_path)}
+    found = {"model": _folder(prepared.model_path)}
     if config.method.get("adapter"):
-        found["adapter"] = _model(Path(config.method.adapter))
+        found["adapter"] = _folder(Path(config.method.adapter))
     for key, split in (("training data", "train"), ("held-out data", "eval")):
         digest = hashlib.sha256()
         for cached, chosen in prepared.cache.chosen(split):
@@ -42,11 +45,25 @@ def prepared_inputs(config: DictConfig, prepared: Prepared) -> dict[str, str]:
             digest.update(_tokens(cached, streaming=config.data.streaming))
             digest.update(np.asarray(chosen, np.int64).tobytes())
         examples, tokens, _ = prepared.cache.counts(split)
-        found[key] = f"{examples:,} examples of {tokens:,} tokens, {digest.hexdigest()[:16]}"
+        found[key] = f"{examples:,} examples of {tokens:,} tokens, {digest.hexdigest()[:16]}" if examples else "none"
     return found
 
 
-def _model(folder: Path) -> str:
+def check_base(run: RunDir, model_path: Path) -> None:
+    """Refuse a base model that is not the one a run was trained on: its adapter would say something else on it.
+
+    Raises:
+        ConfigError: so it is. Runs of versions that wrote no digest are not checked.
+    """
+    trained_on, now = run.read_manifest().get("inputs", {}).get("model"), _folder(model_path)
+    if trained_on and trained_on != now:
+        raise ConfigError(
+            f"{run.path} was trained on another model than what {model_path} holds now:\n"
+            f"{table([('model', trained_on, now)])}\nPut the files of then back there."
+        )
+
+
+def _folder(folder: Path) -> str:
     """Return a digest of a model or adapter folder: configuration and code whole, weights by size and samples.
 
     Where the folder lies and what it is called decides nothing.

@@ -27,6 +27,7 @@ from launch.errors import ConfigError, StorageError
 from launch.folders import check_name, set_aside
 from launch.rundir import RunDir, write_json
 from trainer.generate import run_of
+from trainer.inputs import check_base
 from trainer.merge_check import Comparison, Judge, pick_rows
 from trainer.merge_weights import Adapted, Checkpoint, Written, adapter_config, size_of, write_merged
 from trainer.models import load_tokenizer, quiet_libraries, stop_tokens
@@ -75,6 +76,7 @@ def merge_run(
     config = load_config(run.config)
     prepared = find_prepared(config) or prepare(config, say)
     model_path = prepared.model_path
+    check_base(run, model_path)
     folder = run.merged if out is None else out
     check_name(folder.name, "--out")
     _check_out(folder, overwrite, [run.path, run.final, model_path])

@@ -20,7 +20,7 @@ from launch.hardware import find_devices
 from launch.legality import check
 from launch.rundir import RunDir, check_inputs, claim, prepare_folder
 from tests.conftest import REPOSITORY
-from trainer.inputs import planned_inputs, prepared_inputs
+from trainer.inputs import check_base, planned_inputs, prepared_inputs
 from trainer.prepare import prepare
 
 ROWS = [{"instruction": f"Say the number {n}", "input": "", "output": f"It is number {n}."} for n in range(64)]
@@ -129,6 +129,15 @@ def test_fewer_ranks_of_zero_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ranks of ZeRO: there 2 at stage 2, now 1 at stage 2"):
         check_inputs(claimed, planned_inputs(now, check(now, find_devices())))
     assert run.last_checkpoint()
+
+
+def test_an_adapter_is_not_merged_into_another_base(small_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(small_model, tmp_path / "model")
+    run = begun(config_of(model, write(tmp_path / "rows.jsonl", ROWS), f"output_root={tmp_path}", "name=a"), "done")
+    check_base(run, small_model)
+    (model / "config.json").write_text((model / "config.json").read_text().replace("1e-06", "1e-05"))
+    with pytest.raises(ConfigError, match="was trained on another model"):
+        check_base(run, model)
 
 
 def test_a_finished_run_is_left_alone_by_accelerate_launch_too(tmp_path: Path) -> None:
