@@ -283,7 +283,8 @@ def test_never_the_whole_model_in_memory(
         [sys.executable, "-c", MEASURE, run.run.path, run.base, out], capture_output=True, text=True, check=True
     )
     assert sum(file.stat().st_size for file in out.glob("*.safetensors")) > 100e6
-    assert 1e6 < int(done.stdout) * 1024 < size / 3
+    peak = int(done.stdout.split()[-1])  # after a line of progress where the machine is busy
+    assert 1e6 < peak * 1024 < size / 3
 
 
 def test_a_zero_adapter_is_refused(made: Callable[..., Made]) -> None:
