@@ -18,6 +18,14 @@ RUN ?= runs/demo/zero2
 RUNS ?= $(sort $(dir $(wildcard runs/demo/*/manifest.json)))
 LOGDIR ?= runs
 
+# TensorBoard looks into hidden folders too: where something was replaced, the runs are named one by one.
+comma := ,
+space := $() $()
+trashed = $(shell find $(LOGDIR) -name .trash -print 2>/dev/null)
+kept = $(patsubst ./%,%,$(shell cd $(LOGDIR) && find . -name .trash -prune -o -name tensorboard -type d -print))
+spec = $(subst $(space),$(comma),$(foreach run,$(kept),$(run):$(abspath $(LOGDIR))/$(run)))
+curves = $(if $(trashed),--logdir_spec "$(spec)",--logdir $(LOGDIR))
+
 # DATA is the name of a shipped choice or of any entry of data/dataset_info.json.
 data_choice = $(if $(wildcard configs/hydra/data/$(1).yaml),data=$(1),data=registry 'data.names=[$(1)]')
 train = $(BIN)/tunewright train model=$(MODEL) $(call data_choice,$(DATA)) $(if $(NPROC),cluster.num_processes=$(NPROC)) \
@@ -91,7 +99,7 @@ compare: setup  ## table, curves and HTML page: make compare RUNS="runs/a runs/b
 	$(BIN)/tunewright compare $(RUNS)
 
 tensorboard: setup  ## open the curves of every run under LOGDIR
-	$(BIN)/tensorboard --logdir $(LOGDIR)
+	$(BIN)/tensorboard $(curves)
 
 chat: setup  ## ask base and tuned model the same questions: make chat RUN=runs/demo/zero2
 	$(BIN)/tunewright chat $(RUN)
@@ -115,5 +123,5 @@ bench-datagen: setup  ## datagen at 64 requests in flight beside one after the o
 	$(BIN)/python bench/datagen_rate.py $(ARGS)
 	$(BIN)/python bench/datagen_select.py
 
-clean:  ## remove runs and tool caches; keeps .venv and the cache of models and tokens
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove tool caches; runs, .venv and the cache of models and tokens stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache

@@ -192,7 +192,7 @@ def _wanted(kind: Any) -> str:
 
 
 def _check(config: DatagenConfig) -> None:
-    for key in ("task", "name"):
+    for key in ("task", "name", "out"):
         if not getattr(config, key).strip():
             raise ConfigError(f"No value for `{key}`. For example: {EXAMPLE}")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", config.name) or config.name.endswith("_eval"):

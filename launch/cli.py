@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
 
     compare = commands.add_parser("compare", help="table, loss curves and HTML page of several runs")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, for example runs/demo/*")
-    compare.add_argument("--out", type=Path, default=Path("runs/comparison"), help="folder for the results")
+    compare.add_argument("--out", type=_folder, default=Path("runs/comparison"), help="folder for the results")
     compare.set_defaults(run=_compare)
 
     evaluate = commands.add_parser("evaluate", help="held-out exact match of base and tuned model")
@@ -86,13 +86,13 @@ def parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="put a run's adapter into its base model's weights, and check the result")
     merge.add_argument("tuned", type=Path, metavar="RUN", help="a finished run, or a checkpoint folder of a run")
     merge.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: the base's own 16 bits")
-    merge.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/merged")
+    merge.add_argument("--out", type=_folder, metavar="FOLDER", help="default: RUN/merged")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
     merge.add_argument("--max-shard", default="2GB", metavar="SIZE", help="largest weight file (default: 2GB)")
     merge.set_defaults(run=_merge)
 
     demo = commands.add_parser("demo", help="train the shipped task three ways, compare, and ask")
-    demo.add_argument("--root", type=Path, default=Path("runs/demo"), help="folder for the runs")
+    demo.add_argument("--root", type=_folder, default=Path("runs/demo"), help="folder for the runs")
     demo.set_defaults(run=_demo)
     add_data(commands)
     add_datagen(commands)
@@ -124,6 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0  # the reader of our output went away
+
+
+def _folder(text: str) -> Path:
+    """Read the name of a folder to write to; an unset variable is not the working directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the folder's name is empty (an unset variable?)")
+    return Path(text)
 
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:

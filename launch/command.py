@@ -18,6 +18,7 @@ from launch.hardware import Devices
 from launch.legality import deepspeed_file
 from launch.rundir import RunDir
 from launch.schema import Launcher
+from trainer.process import rank_variables
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Command:
     def shown(self) -> str:
         """Return the command as a person would type it."""
         settings = [f"{key}={shlex.quote(value)}" for key, value in self.env.items()]
+        left_over = rank_variables(os.environ)
+        if left_over:
+            settings = ["env", *(f"-u {name}" for name in left_over), *settings]
         return " ".join([*settings, "accelerate launch", shlex.join(self.arguments)])
 
 

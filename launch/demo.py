@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch.compare import compare
 from launch.errors import TunewrightError
+from launch.folders import check_name
 from launch.rundir import RunDir
 from launch.train import train
 
@@ -35,8 +36,10 @@ def demo(root: Path, say: Callable[[str], None] = print) -> int:
     """Train, evaluate and compare; runs that are there already are used again.
 
     Raises:
+        ConfigError: `root` does not end in a plain name.
         TunewrightError: the tuned models are not better than the base model.
     """
+    check_name(root.name, "--root")
     started = time.monotonic()
     for number, (name, stage) in enumerate(WAYS.items(), 1):
         left = sum(other.seconds for other in list(WAYS.values())[number - 1 :]) + EVALUATE.seconds

@@ -9,46 +9,38 @@ runs/NAME/config.yaml      resolved configuration
           checkpoints/     checkpoint-N
           tensorboard/     event files
           logs/            rankN.log, launch.log
+          .lock            held by the process that trains
+runs/.trash/DATE-NAME/     what was replaced
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
+import socket
 import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from launch.compose import flatten
 from launch.errors import ConfigError, StorageError
+from launch.folders import LOCK, check_name, is_locked, locked, set_aside
+from launch.identity import differing_settings, digest, identity, table
 from launch.schema import Resume
 
-# Settings that say where and how to run, not what is trained: a run continues although they changed.
-OPERATIONAL = {
-    "name",
-    "output_root",
-    "resume",
-    "overwrite",
-    "data.dir",
-    "data.cache_dir",
-    "data.workers",
-    "data.max_dropped",
-    "data.allow_outside",
-    "offline",
-    "model.path",
-    "train.logging_steps",
-    "train.eval_steps",
-    "train.save_steps",
-    "train.save_total_limit",
-    "train.timeout_minutes",
-    "cluster.num_processes",
-    "cluster.threads_per_process",
-}
+# What a run makes in its folder. Nothing else in it is ever moved.
+RESULTS = ("final", "merged", "evaluation*.json")
+RECORDS = ("metrics.jsonl", "checkpoints", "tensorboard", "pissa_start", "merged-checkpoint-*", *RESULTS)
+LOGS = "logs"
+FILES = (*RECORDS, LOGS, "config.yaml", "accelerate.yaml", "manifest.json")
 SECRET = ("token", "secret", "password", "api_key")
 
 
@@ -93,18 +85,21 @@ class RunDir:
 
     @property
     def logs(self) -> Path:
-        return self.path / "logs"
+        return self.path / LOGS
 
     def read_manifest(self) -> dict[str, Any]:
         """Return the manifest, or an empty mapping when there is none."""
         try:
-            return dict(json.loads(self.manifest.read_text(encoding="utf-8")))
+            found = json.loads(self.manifest.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except OSError as error:
             raise StorageError(f"Cannot read {self.manifest}: {error.strerror}.") from error
         except json.JSONDecodeError as error:
             raise StorageError(f"{self.manifest} is damaged: {error.msg} at line {error.lineno}.") from error
+        if not isinstance(found, dict):
+            raise StorageError(f"{self.manifest} is damaged: it holds no mapping.")
+        return found
 
     def update_manifest(self, **values: Any) -> None:
         write_json(self.manifest, {**self.read_manifest(), **values})
@@ -126,16 +121,6 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(staging, path)
 
 
-def identity(config: DictConfig) -> dict[str, Any]:
-    """Return the settings that decide what a run trains, flat; two runs with the same ones are the same run."""
-    tree = OmegaConf.to_container(config, enum_to_str=True)
-    return {key: value for key, value in flatten(tree) if key not in OPERATIONAL}
-
-
-def digest(config: DictConfig) -> str:
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:16]
-
-
 @dataclass(frozen=True)
 class Claim:
     """What may be done in a run folder: start, continue from `checkpoint`, or nothing because the run is `finished`."""
@@ -143,67 +128,217 @@ class Claim:
     run: RunDir
     checkpoint: Path | None = None
     finished: bool = False
+    remarks: tuple[str, ...] = ()  # what the user should know of a run that continues
 
 
-def claim(config: DictConfig) -> Claim:
-    """Decide what happens to the run folder, and say no before anything is mixed up.
+def run_dir(config: DictConfig) -> RunDir:
+    """Return the folder of a run, which lies directly in `output_root`.
 
     Raises:
-        ConfigError: the folder holds a run and neither `resume` nor `overwrite` says what to do with it, or it holds a
-            different run, or `resume=must` finds none.
+        ConfigError: `name` is not one plain name, or `output_root` is empty.
     """
-    run = RunDir(Path(config.output_root) / config.name)
-    if config.overwrite:
-        if config.resume is not Resume.never:
-            raise ConfigError(
-                f"`overwrite=true` and `resume={config.resume.name}` contradict each other: write one of the two."
-            )
-        return Claim(run)
+    check_name(config.name, "name")
+    if not config.output_root.strip():
+        raise ConfigError("`output_root` is empty (an unset variable?): write a folder, for example output_root=runs.")
+    return RunDir(Path(config.output_root) / config.name)
+
+
+def claim(config: DictConfig, *, held: bool = False) -> Claim:
+    """Decide what happens to the run folder, and say no before anything is mixed up.
+
+    `held` says that this process has the folder's lock already.
+
+    Raises:
+        ConfigError: the folder holds something else than a run, or a run and neither `resume` nor `overwrite` says what
+            to do with it, or a different run, or one that another process is training; or `resume=must` finds none.
+    """
+    run = run_dir(config)
+    if config.overwrite and config.resume is not Resume.never:
+        raise ConfigError(
+            f"`overwrite=true` and `resume={config.resume.name}` contradict each other: write one of the two."
+        )
     manifest = run.read_manifest()
-    if not manifest:
-        if run.path.is_dir() and any(run.path.iterdir()) and not run.config.is_file():
+    if not held and is_locked(run.path):
+        raise ConfigError(_in_use(run, manifest))
+    if "identity" not in manifest:
+        if run.path.is_dir() and any(path.name != LOCK for path in run.path.iterdir()):
             raise ConfigError(
-                f"The run folder {run.path} is not empty and holds no tunewright run. Choose another `name` or "
-                f"`output_root`, or write overwrite=true to delete what is there."
+                f"The run folder {run.path} is not empty and holds no tunewright run (no {run.manifest.name} of one), "
+                f"so it is neither continued nor replaced. Choose another `name` or `output_root`."
             )
         if config.resume is Resume.must:
             raise ConfigError(f"`resume=must`, but there is no run in {run.path}. Write resume=auto to start one.")
         return Claim(run)
-    differing = _differences(manifest.get("identity", {}), identity(config))
+    if config.overwrite:
+        return Claim(run)
+    differing = differing_settings(manifest, config)
     if differing:
-        table = "\n".join(f"  {key}: there {old!r}, now {new!r}" for key, old, new in differing)
         raise ConfigError(
-            f"The run folder {run.path} holds another run. Its checkpoints and adapter do not fit this one:\n{table}\n"
-            f"Choose another `name`, or write overwrite=true to delete what is there."
+            f"The run folder {run.path} holds another run. Its checkpoints and adapter do not fit this one:\n"
+            f"{table(differing)}\n{_OTHER}"
         )
     if config.resume is Resume.never:
         raise ConfigError(
             f"The run folder {run.path} holds this run already (status: {manifest.get('status')}). Write resume=auto "
             f"to continue it, overwrite=true to start anew, or choose another `name`."
         )
-    if manifest.get("status") == "done":
+    if manifest.get("status") == "done" and not _asks_for_more(config, manifest):
         return Claim(run, finished=True)
-    return Claim(run, checkpoint=run.last_checkpoint())
+    return _continued(config, run, manifest)
 
 
-def prepare_folder(config: DictConfig, claimed: Claim) -> None:
-    """Create the run folder and write its configuration and the first manifest.
+_OTHER = "Choose another `name`, or write overwrite=true to start anew (what is there moves to .trash)."
+
+
+def _asks_for_more(config: DictConfig, manifest: Mapping[str, Any]) -> bool:
+    """Tell whether a finished run is to be longer than it was."""
+    before, train = manifest["identity"], config.train
+    if all(before.get(f"train.{key}") == train[key] for key in ("epochs", "max_steps")):
+        return False
+    if train.max_steps is not None:
+        return bool(train.max_steps > (manifest.get("steps") or 0))
+    return bool(train.epochs > (manifest.get("epochs") or 0))
+
+
+def _continued(config: DictConfig, run: RunDir, manifest: Mapping[str, Any]) -> Claim:
+    """Return the claim of a run that is not at its end: from its last checkpoint, or from the start where none is."""
+    checkpoint, train = run.last_checkpoint(), config.train
+    if checkpoint is None:
+        if manifest.get("status") == "done":
+            raise ConfigError(
+                f"{run.path} is finished after {manifest.get('steps')} steps and has no checkpoint to go on from "
+                f"(`train.save_steps` makes them). Choose another `name`, or write overwrite=true to start anew."
+            )
+        return Claim(run)
+    reached = _read_state(checkpoint)
+    asked, done = ("max_steps", "global_step") if train.max_steps is not None else ("epochs", "epoch")
+    if reached.get(done, 0) > train[asked]:
+        raise ConfigError(
+            f"`train.{asked}` is {train[asked]:g}, and {checkpoint} has {reached[done]:.4g} behind it: write more."
+        )
+    remarks = []
+    before = {key: manifest["identity"].get(f"train.{key}") for key in ("epochs", "max_steps")}
+    changed = [key for key, value in before.items() if value != train[key]]
+    if changed and not train.scheduler.startswith("constant"):
+        told = ", ".join(f"`train.{key}` was {before[key]} and is {train[key]}" for key in changed)
+        remarks.append(f"{told}: the learning rate goes on where a run of the new length would be, not where it was.")
+    if "inputs" not in manifest:
+        remarks.append(
+            f"{run.path} was begun by a version that wrote down no digest of model and data: that they are the same "
+            f"is not checked."
+        )
+    return Claim(run, checkpoint, remarks=tuple(remarks))
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    file = checkpoint / "trainer_state.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{file} is damaged: {error}. Move {checkpoint} away to go on from an earlier one."
+        ) from error
+
+
+def check_inputs(claimed: Claim, inputs: Mapping[str, str]) -> None:
+    """Compare what a run was made from with what it would go on with.
+
+    Raises:
+        ConfigError: they are not the same.
+    """
+    if claimed.checkpoint is None and not claimed.finished:
+        return
+    before = claimed.run.read_manifest().get("inputs", {})
+    differing = [(key, before[key], now) for key, now in inputs.items() if key in before and before[key] != now]
+    if differing:
+        raise ConfigError(
+            f"{claimed.run.path} was made from something else, so it would become another run:\n{table(differing)}\n"
+            f"{_OTHER}"
+        )
+
+
+@contextmanager
+def sole_user(config: DictConfig, claimed: Claim) -> Iterator[None]:
+    """Hold the run folder's lock while this process or its ranks write there.
+
+    Raises:
+        ConfigError: another process holds it, or has used the folder since it was claimed.
+        StorageError: the folder cannot be written.
+    """
+    run = claimed.run
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(run.path))
+        except Timeout as error:
+            raise ConfigError(_in_use(run, run.read_manifest())) from error
+        if claim(config, held=True) != claimed:
+            raise ConfigError(f"Another process has used the run folder {run.path} meanwhile. Start once more.")
+        yield
+
+
+def _in_use(run: RunDir, manifest: Mapping[str, Any]) -> str:
+    who = manifest.get("process")
+    known = f"process {who['pid']} on {who['host']} since {who['since']}" if who else "another process"
+    return f"The run folder {run.path} is in use: {known}. Wait for it or stop it, or choose another `name`."
+
+
+def prepare_folder(config: DictConfig, claimed: Claim, inputs: Mapping[str, str] | None = None) -> Path | None:
+    """Write the configuration and the first manifest into the run folder; return where went what made room for them.
 
     Raises:
         StorageError: the folder cannot be written.
     """
     run = claimed.run
     try:
-        if claimed.checkpoint is None:
-            shutil.rmtree(run.path, ignore_errors=True)
-        for folder in (run.path, run.logs):
-            folder.mkdir(parents=True, exist_ok=True)
-        run.config.write_text(redacted_yaml(config), encoding="utf-8")
-        run.update_manifest(
-            name=config.name, status="running", identity=identity(config), config_digest=digest(config), git=git_state()
+        run.path.mkdir(parents=True, exist_ok=True)
+        aside = _make_room(config, claimed)
+        known = {} if claimed.checkpoint is None else run.read_manifest()
+        # First of all: from now on the folder is a run's, whatever happens.
+        write_json(
+            run.manifest,
+            {
+                **known,
+                "name": config.name,
+                "status": "running",
+                "process": {
+                    "host": socket.gethostname(),
+                    "pid": os.getpid(),
+                    "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+                },
+                "identity": identity(config),
+                "config_digest": digest(config),
+                # A run of an older version stays known as one whose beginning nobody has written down.
+                **({"inputs": dict(inputs)} if inputs and (not known or "inputs" in known) else {}),
+                "files": list(FILES),
+                "git": git_state(),
+            },
         )
+        run.logs.mkdir(exist_ok=True)
+        run.config.write_text(redacted_yaml(config), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"Cannot write to the run folder {run.path}: {error.strerror}.") from error
+    return aside
+
+
+def _make_room(config: DictConfig, claimed: Claim) -> Path | None:
+    """Move away what the run made before and what would be mixed up with what it is about to make."""
+    run = claimed.run
+    manifest = run.read_manifest()
+    if "identity" not in manifest:
+        return None
+
+    def made(patterns: tuple[str, ...]) -> list[Path]:
+        return [path for path in sorted(run.path.iterdir()) if any(fnmatchcase(path.name, one) for one in patterns)]
+
+    files = tuple(manifest.get("files", FILES))
+    if claimed.checkpoint is not None:
+        moved = made(RESULTS)
+    elif config.resume is Resume.never:
+        moved = made(files)
+    else:  # the same run from its start: its logs go on, and with nothing but them there is nothing to keep apart
+        moved = made(tuple(pattern for pattern in files if pattern != LOGS)) if made(RECORDS) else []
+    # The manifest last: until then the folder is a run's.
+    return set_aside(sorted(moved, key=lambda path: path == run.manifest), run.path.parent, run.path.name)
 
 
 def redacted_yaml(config: DictConfig) -> str:
@@ -225,7 +360,3 @@ def git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    return [(key, old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)]

@@ -327,12 +327,13 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     name: str = option(
-        SI("${model.name}-${short:${data.names.0}}-${method.name}-${strategy.name}"), "run folder under output_root"
+        SI("${model.name}-${short:${data.names.0}}-${method.name}-${strategy.name}"),
+        "run folder in output_root, one plain name",
     )
     output_root: str = option("runs", "folder that holds run folders")
     offline: bool = option(False, "never use the network: what is not on this machine already is an error")
     resume: Resume = option(Resume.never, "auto continues this run if it was begun; must fails when there is none")
-    overwrite: bool = option(False, "throw away what the run folder holds and start anew")
+    overwrite: bool = option(False, "move what the run made before to OUTPUT_ROOT/.trash and start anew")
 
 
 GROUPS = ("model", "data", "method", "strategy", "train", "cluster", "experiment")

@@ -20,7 +20,7 @@ from pathlib import Path
 from launch.command import Command
 from launch.errors import EXIT_CODES
 from launch.rundir import RunDir
-from trainer.process import die_with_parent, interrupt_waits
+from trainer.process import die_with_parent, interrupt_waits, without_ranks
 
 GRACE_SECONDS = 10.0  # between asking the ranks to stop and killing them
 TAIL_LINES = 15
@@ -52,6 +52,7 @@ class AccelerateLauncher:
                 [sys.executable, "-m", "launch.launcher"],
                 stdin=subprocess.PIPE,
                 encoding="utf-8",
+                env=without_ranks(os.environ),
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
@@ -81,21 +82,30 @@ def run_ranks(command: Command, run: RunDir, launcher: AccelerateLauncher, say: 
     Success is the manifest's `done`, which the first rank writes after the result was verified: ranks have been seen
     to die in their teardown after a good run.
     """
-    for stale in run.logs.glob("rank*.error.json"):
-        stale.unlink()
     log_path = run.logs / "launch.log"
     log_path.touch()
-    stopped = _wait(launcher.launch(command, log_path))
-    if stopped:
+    started, said = time.time(), log_path.stat().st_size  # the logs of earlier attempts are kept
+    if _wait(launcher.launch(command, log_path)):
         run.update_manifest(status="stopped")
-        say(f"Stopped. Continue with the same command and resume=auto, or look at {run.logs}.")
+        say(stopped(run))
         return INTERRUPTED
     if run.read_manifest().get("status") == "done":
         return 0
     run.update_manifest(status="failed")
-    error = first_error(run, log_path)
+    error = first_error(run, log_path, since=started, offset=said)
     say(f"Rank {error.rank} failed with {error.kind}: {error.message}\n  log: {error.log}")
     return error.exit_code
+
+
+def stopped(run: RunDir) -> str:
+    """Return what the user is told of a run that was stopped: what there is to go on from."""
+    checkpoint = run.last_checkpoint()
+    if checkpoint:
+        return f"Stopped. The same command with resume=auto goes on from {checkpoint.name}. Logs: {run.logs}"
+    return (
+        f"Stopped before a checkpoint was written: the same command with resume=auto starts from the beginning. How "
+        f"often one is written, train.save_steps says. Logs: {run.logs}"
+    )
 
 
 def _wait(process: subprocess.Popen[str]) -> bool:
@@ -159,11 +169,16 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def first_error(run: RunDir, launch_log: Path) -> RankError:
-    """Return the failure that the others followed from: the earliest that is not the loss of a peer."""
+def first_error(run: RunDir, launch_log: Path, *, since: float = 0.0, offset: int = 0) -> RankError:
+    """Return the failure that the others followed from: the earliest that is not the loss of a peer.
+
+    Of this attempt alone, which began at the time `since` and at the byte `offset` of the launcher's log.
+    """
     records = [json.loads(path.read_text(encoding="utf-8")) for path in run.logs.glob("rank*.error.json")]
+    records = [record for record in records if record["time"] >= since]
     own = [record for record in records if record["exit_code"] != EXIT_CODES["PeerError"]]
-    killed = _killed_rank(launch_log)
+    report = launch_log.read_bytes()[offset:].decode(errors="replace")
+    killed = _killed_rank(report)
     if own:
         record = min(own, key=lambda record: record["time"])
         log = run.logs / f"rank{record['rank']}.log"
@@ -181,14 +196,13 @@ def first_error(run: RunDir, launch_log: Path) -> RankError:
     return RankError(0, "an unexplained exit", f"the launcher's last lines:\n{_tail(launch_log)}", 70, launch_log)
 
 
-def _killed_rank(launch_log: Path) -> tuple[int, int] | None:
+def _killed_rank(report: str) -> tuple[int, int] | None:
     """Return (rank, signal) of a rank that a signal ended, from torchrun's report.
 
     Not SIGTERM, with which torchrun ends the ranks that are left. Its "root cause" is the failure that it saw first,
     which may be a peer's.
     """
-    text = launch_log.read_text(encoding="utf-8", errors="replace")
-    for found in re.finditer(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*-(\d+)", text):
+    for found in re.finditer(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*-(\d+)", report):
         if int(found.group(2)) != signal.SIGTERM:
             return int(found.group(1)), int(found.group(2))
     return None

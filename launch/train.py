@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -17,9 +19,10 @@ from launch.compose import compose_config, expand_sweep
 from launch.errors import ConfigError
 from launch.hardware import Devices, find_devices
 from launch.legality import check
-from launch.rundir import Claim, claim, prepare_folder
+from launch.rundir import Claim, check_inputs, claim, prepare_folder, sole_user
 from launch.settle import settle
 from launch.supervise import AccelerateLauncher, run_ranks
+from trainer.process import rank_variables
 
 if TYPE_CHECKING:
     from trainer.preparation import Preparation
@@ -44,7 +47,11 @@ def plan_job(config: DictConfig, devices: Devices) -> Job:
             `trainer.prepare.find_prepared`.
     """
     plan, settled = check_all(config, devices)
+    from trainer.inputs import planned_inputs
+
     claimed = claim(config)
+    if claimed.checkpoint:
+        check_inputs(claimed, planned_inputs(config, plan))
     return Job(config, settled, plan, claimed, build_command(config, claimed.run, plan, devices, claimed.checkpoint))
 
 
@@ -74,30 +81,50 @@ def sweep_jobs(overrides: Sequence[str], extra_dir: Path | None, *, multirun: bo
     # Runs of a sweep must not share a folder: what varies goes into the name.
     varying = [[item for item in point if item not in overrides] for point in points]
     for config, changes in zip(configs, varying, strict=True):
-        config.name = "-".join([config.name, *(change.rpartition(".")[2].replace("/", "_") for change in changes)])
+        config.name = "-".join([config.name, *map(_in_a_name, changes)])
     if len({config.name for config in configs}) < len(configs):
         raise ConfigError("The runs of this sweep would share a folder: put what varies into `name`.")
     return configs
 
 
+def _in_a_name(change: str) -> str:
+    """Return `train.learning_rate=0.1` as `learning_rate=0.1`, without what a folder's name cannot have."""
+    key, _, value = change.partition("=")
+    return re.sub(r"[^\w.=+-]", "_", f"{key.rpartition('.')[2]}={value}")
+
+
 def run_job(job: Job, say: Callable[[str], None], preparation: Preparation, launcher: AccelerateLauncher) -> int:
     """Prepare the data, start the ranks, and return the exit code."""
-    from trainer.prepare import ensure_prepared
+    from trainer.inputs import planned_inputs, prepared_inputs
+    from trainer.models import find_model
+    from trainer.prepare import ensure_prepared, find_prepared
 
-    run = job.claimed.run
-    if job.claimed.finished:
-        say(f"{run.path} is finished already; nothing to do.")
+    config, claimed = job.config, job.claimed
+    run = claimed.run
+    if claimed.finished:
+        unseen = ""
+        if find_model(config.model, config.data.cache_dir):
+            found = find_prepared(config) or ensure_prepared(config, preparation=preparation)
+            check_inputs(claimed, prepared_inputs(config, found))
+        else:  # not worth a download
+            unseen = " Whether model and data are still the same was not looked at: the model is not on this machine."
+        say(f"{run.path} is finished already; nothing to do.{unseen}")
         return 0
-    for text in job.settled:
+    for text in (*job.settled, *claimed.remarks):
         say(text)
-    if job.claimed.checkpoint:
-        say(f"Continuing {run.path} from {job.claimed.checkpoint.name}")
-    ensure_prepared(job.config, preparation=preparation)
+    prepared = ensure_prepared(config, preparation=preparation)
     preparation.stop()  # where all was there already, it would wait as long as the ranks train
-    prepare_folder(job.config, job.claimed)
-    write_accelerate_config(job.command, run)
-    say(job.command.shown())
-    return run_ranks(job.command, run, launcher, say)
+    inputs = {**planned_inputs(config, job.plan), **prepared_inputs(config, prepared)}
+    check_inputs(claimed, inputs)
+    if claimed.checkpoint:
+        say(f"Continuing {run.path} from {claimed.checkpoint.name}")
+    with sole_user(config, claimed):
+        aside = prepare_folder(config, claimed, inputs)
+        if aside:
+            say(f"What was in {run.path} before is in {aside} now.")
+        write_accelerate_config(job.command, run)
+        say(job.command.shown())
+        return run_ranks(job.command, run, launcher, say)
 
 
 def check_data(config: DictConfig) -> None:
@@ -119,6 +146,9 @@ def train(
     from trainer.preparation import Preparation
 
     devices, preparation, launcher = find_devices(), Preparation(), AccelerateLauncher()
+    left_over = rank_variables(os.environ)
+    if left_over:
+        say(f"{', '.join(left_over)} in the environment belong to another launch: not passed on to ranks.")
     try:
         jobs = []
         configs = sweep_jobs(overrides, extra_dir, multirun=multirun)
@@ -149,8 +179,13 @@ def show_plan(job: Job, say: Callable[[str], None]) -> None:
     """Print what would run."""
     from trainer.forecast import forecast
 
-    for text in chain(job.settled, forecast(job.config, job.plan)):
+    for text in chain(job.settled, job.claimed.remarks, forecast(job.config, job.plan)):
         say(text)
+    if job.claimed.checkpoint:
+        say(
+            f"{job.claimed.run.path} would continue from {job.claimed.checkpoint.name}, if model and data are those it "
+            f"was made from."
+        )
     for key, value in job.command.accelerate.items():
         say(f"  {key}: {value}")
     say(job.command.shown())

@@ -9,19 +9,23 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from launch.batching import batch_plan
 from launch.compose import choices, compose_config, load_config
-from launch.errors import ConfigError, TunewrightError
+from launch.errors import ConfigError, PeerError, TunewrightError
 from launch.hardware import find_devices
-from launch.rundir import Claim, RunDir, claim, prepare_folder
-from launch.schema import Launcher, Resume
+from launch.rundir import Claim, RunDir, check_inputs, claim, prepare_folder, run_dir, sole_user
+from launch.schema import Launcher
 from launch.train import check_all
-from trainer.prepare import ensure_prepared
+from trainer.inputs import planned_inputs, prepared_inputs
+from trainer.prepare import Prepared, ensure_prepared
 from trainer.process import (
+    LAUNCHED_BY,
     Console,
     die_with_parent,
     imports_that_stay,
@@ -43,19 +47,29 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     die_with_parent()
+    from_launcher = argv[:1] == ["--run"]
+    if not from_launcher:
+        os.environ.pop(LAUNCHED_BY, None)  # left over: nobody reads this rank's error file
+    held = ExitStack()  # until this process ends, in whatever way
     try:
-        config, claimed = _from_launcher(argv) if argv[:1] == ["--run"] else _from_overrides(argv)
+        config, claimed = _from_launcher(argv) if from_launcher else _from_overrides(argv)
         prepared = ensure_prepared(config, quiet=rank() > 0 or launched())
+        state = None
+        if not launched():
+            state, claimed = _join_and_prepare(config, claimed, prepared, held)
     except TunewrightError as error:
-        if rank() == 0 and not error.shown:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        # One rank of a machine says it for all, but each knows for itself whom it waits for.
+        if not error.shown and (_speaks() or isinstance(error, PeerError)):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     run = claimed.run
-    state = None if launched() else _join_and_prepare(config, claimed)
+    if claimed.finished:
+        _say(f"{run.path} is finished already; nothing to do.")
+        leave(0)
     console = Console(run.logs)
     with reported_errors(run.logs, console):
         with imports_that_stay():
-            state = state or join(config.strategy.launcher.name, config.train.timeout_minutes)
+            state = state or join(config.strategy.launcher.name, config.train.timeout_minutes, console.say)
             from trainer.run import train
 
         train(config, run, prepared.cache, prepared.model_path, state, console, claimed.checkpoint)
@@ -65,13 +79,39 @@ def main(argv: list[str]) -> int:
     leave(0)
 
 
-def _join_and_prepare(config: DictConfig, claimed: Claim) -> PartialState:
-    """Without the launcher, the first rank makes the run folder: after all joined, before any writes into it."""
+def _speaks() -> bool:
+    return rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def _join_and_prepare(
+    config: DictConfig, claimed: Claim, prepared: Prepared, held: ExitStack
+) -> tuple[PartialState, Claim]:
+    """Without the launcher, the first rank makes the run folder: after all joined, before any writes into it.
+
+    What it claims is for all: on machines without a common disk the others cannot see what is in the folder.
+    """
+    inputs = {}
+    if rank() == 0:
+        plan = batch_plan(config.train, world_size(), cutoff_len=config.data.cutoff_len, packing=config.data.packing)
+        inputs = {**planned_inputs(config, plan), **prepared_inputs(config, prepared)}
+        check_inputs(claimed, inputs)
     state = join(config.strategy.launcher.name, config.train.timeout_minutes)
-    if state.is_main_process:
-        prepare_folder(config, claimed)
-    state.wait_for_everyone()
-    return state
+    if state.is_main_process and not claimed.finished:
+        held.enter_context(sole_user(config, claimed))
+        aside = prepare_folder(config, claimed, inputs)
+        if claimed.checkpoint:
+            _say(f"Continuing {claimed.run.path} from {claimed.checkpoint.name}")
+        if aside:
+            _say(f"What was in {claimed.run.path} before is in {aside} now.")
+    from accelerate.utils import broadcast_object_list
+
+    shared: list[Claim] = broadcast_object_list([claimed])  # the others wait here for the folder
+    return state, shared[0]
 
 
 def _from_launcher(argv: list[str]) -> tuple[DictConfig, Claim]:
@@ -93,11 +133,10 @@ def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
             f"`strategy={config.strategy.name}` is not what runs: this process was started without DeepSpeed. Use "
             f"`tunewright train`, or `accelerate launch --use_deepspeed` without --cpu, which turns DeepSpeed off."
         )
-    if rank() == 0:
-        print("\n".join(settled), end="\n" if settled else "", flush=True)
-        return config, claim(config)
-    run = RunDir(Path(config.output_root) / config.name)
-    return config, Claim(run, None if config.resume is Resume.never else run.last_checkpoint())
+    claimed = claim(config) if rank() == 0 else Claim(run_dir(config))
+    for text in (*settled, *claimed.remarks):
+        _say(text)
+    return config, claimed
 
 
 def _strategy_of_environment(argv: list[str]) -> list[str]:

@@ -24,8 +24,10 @@ from omegaconf import DictConfig
 
 from launch.compose import load_config
 from launch.errors import ConfigError, StorageError
+from launch.folders import check_name, set_aside
 from launch.rundir import RunDir, write_json
 from trainer.generate import run_of
+from trainer.inputs import check_base
 from trainer.merge_check import Comparison, Judge, pick_rows
 from trainer.merge_weights import Adapted, Checkpoint, Written, adapter_config, size_of, write_merged
 from trainer.models import load_tokenizer, quiet_libraries, stop_tokens
@@ -74,7 +76,9 @@ def merge_run(
     config = load_config(run.config)
     prepared = find_prepared(config) or prepare(config, say)
     model_path = prepared.model_path
+    check_base(run, model_path)
     folder = run.merged if out is None else out
+    check_name(folder.name, "--out")
     _check_out(folder, overwrite, [run.path, run.final, model_path])
     base_config = _base_config(model_path, config)
     chosen = DTYPES[dtype] if dtype else (torch.float16 if base_config.dtype is torch.float16 else torch.bfloat16)
@@ -83,7 +87,8 @@ def merge_run(
     checkpoint = Checkpoint(model_path)
     adapted = Adapted(run.final, base, checkpoint)
     needed = size_of(checkpoint, chosen, adapted)
-    with _written_aside(folder) as staging:
+    trash_root = run.path.parent if out is None else folder.parent
+    with _written_aside(folder, trash_root, say) as staging:
         free = shutil.disk_usage(staging).free
         if free < needed:
             raise StorageError(
@@ -179,11 +184,11 @@ def _check_out(folder: Path, overwrite: bool, kept: list[Path]) -> None:
         raise ConfigError(f"{folder} is there already. Write --overwrite to replace it, or --out for another folder.")
     holds_more = any(one.resolve().is_relative_to(folder.resolve()) for one in kept)
     if folder.is_symlink() or not (folder / RECORD).is_file() or holds_more:
-        raise ConfigError(f"{folder} holds no merged model, so --overwrite does not delete it. Choose another --out.")
+        raise ConfigError(f"{folder} holds no merged model, so --overwrite does not replace it. Choose another --out.")
 
 
 @contextmanager
-def _written_aside(folder: Path) -> Iterator[Path]:
+def _written_aside(folder: Path, trash_root: Path, say: Callable[[str], None]) -> Iterator[Path]:
     """Give a folder beside `folder` that takes its name in the end, or is gone after a failure, Ctrl-C or SIGTERM."""
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     with _stoppable() as stopped:
@@ -192,7 +197,9 @@ def _written_aside(folder: Path) -> Iterator[Path]:
             yield staging
             if stopped:
                 raise KeyboardInterrupt
-            _give_name(staging, folder)
+            aside = _give_name(staging, folder, trash_root)
+            if aside:
+                say(f"The earlier merge is in {aside} now.")
         except OSError as error:
             raise StorageError(f"Cannot write to {folder.parent}: {error}.") from error
         finally:
@@ -224,18 +231,17 @@ def _stoppable() -> Iterator[list[int]]:
             signal.signal(one, handler)
 
 
-def _give_name(staging: Path, folder: Path) -> None:
-    """Put the finished folder in its place; an earlier one makes room only then."""
-    aside = staging.with_suffix(".old")
-    if folder.exists():
-        folder.rename(aside)
+def _give_name(staging: Path, folder: Path, trash_root: Path) -> Path | None:
+    """Put the finished folder in its place; an earlier one makes room only then. Return where that went."""
+    aside = set_aside([folder] if folder.exists() else [], trash_root, f"{folder.absolute().parent.name}-{folder.name}")
     try:
         staging.rename(folder)
     except BaseException:  # Ctrl-C as well: the earlier merge is put back, and the reason goes on
-        if aside.exists():
-            aside.rename(folder)
+        if aside:
+            (aside / folder.name).rename(folder)
+            aside.rmdir()
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    return aside
 
 
 def _write_rest(

@@ -11,19 +11,7 @@ import sys
 
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.process import die_with_parent, interrupt_waits
-
-# What launchers tell their ranks; OMP_NUM_THREADS is a rank's share of the cores.
-RANK_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_",
-    "TORCHELASTIC",
-    "ACCELERATE",
-    "OMP_",
-)
+from trainer.process import die_with_parent, interrupt_waits, without_ranks
 
 
 class Preparation:
@@ -36,7 +24,8 @@ class Preparation:
         """Start it, for what will most likely be prepared: all that counts now is whether that may use a network."""
         if self.process is not None:
             return
-        env = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
+        # OMP_NUM_THREADS is a rank's share of the cores.
+        env = {key: value for key, value in without_ranks(os.environ).items() if not key.startswith("OMP_")}
         env["DS_ACCELERATOR"] = "cpu"  # nothing here needs a GPU, and DeepSpeed need not look for one
         if config.offline:
             env["HF_HUB_OFFLINE"] = "1"  # the Hub's package reads it while it is imported

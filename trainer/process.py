@@ -12,22 +12,51 @@ import gc
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from launch.errors import PeerError, TunewrightError
+from launch.errors import ConfigError, PeerError, TunewrightError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
 # Set by `tunewright train`: it reads the error files and shows one of them, so that ranks need not.
 LAUNCHED_BY = "TUNEWRIGHT_LAUNCHER_PID"
+# What launchers tell their ranks, and torchrun (PET_) and MPI theirs. Whoever starts ranks owns these: what another
+# launch left in the environment would make them wait for ranks that nobody starts.
+RANK_NAMES = {
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_NAME",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "FORK_LAUNCHED",
+    LAUNCHED_BY,
+}
+RANK_PREFIXES = (
+    "ACCELERATE_",
+    "FSDP_",
+    "MV2_COMM_WORLD_",
+    "OMPI_COMM_WORLD_",
+    "PET_",
+    "PMI_",
+    "TORCHELASTIC_",
+)
+PATIENCE = 15.0  # seconds between two lines that say for whom a rank waits
 PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out waiting")
 
 
@@ -68,6 +97,17 @@ def imports_that_stay() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def rank_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return the names of the variables that make a process a rank, sorted."""
+    return sorted(name for name in environment if name in RANK_NAMES or name.startswith(RANK_PREFIXES))
+
+
+def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which a process is no rank of anything."""
+    left_out = set(rank_variables(environment))
+    return {name: value for name, value in environment.items() if name not in left_out}
 
 
 def rank() -> int:
@@ -152,27 +192,122 @@ def as_known_error(error: BaseException) -> BaseException:
     return error
 
 
-def join(backend_wanted: str | None, timeout_minutes: float) -> PartialState:
+def join(backend_wanted: str | None, timeout_minutes: float, say: Callable[[str], None] = print) -> PartialState:
     """Join the process group, on GPUs over NCCL or RCCL and otherwise over gloo, and return accelerate's state.
 
     The state is made here and handed to `TrainingArguments` as configured already, because what they would make on a
     CPU machine is either without DeepSpeed or blind to the other ranks (transformers 5.23, accelerate 1.15).
+
+    Raises:
+        ConfigError, PeerError: see `meet`.
     """
     import torch
     from accelerate import PartialState
 
-    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)} if world_size() > 1 else {}
-    if torch.cuda.is_available():
-        return PartialState(**options)
-    if backend_wanted == "deepspeed":
-        # DeepSpeed wants a process group even of one.
-        for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-            os.environ.setdefault(key, value)
-        os.environ.setdefault("MASTER_PORT", "0")
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _skip_shared_memory_kernel()
-        return PartialState(backend="gloo", **options)
-    return PartialState(cpu=True, backend="gloo" if world_size() > 1 else None, **options)
+    timeout = timedelta(minutes=timeout_minutes)
+    options: dict[str, Any] = {"timeout": timeout} if world_size() > 1 else {}
+    # Held until the group is made, which goes on with the first rank's server.
+    store = meet(timeout, say) if world_size() > 1 else None
+    try:
+        if torch.cuda.is_available():
+            return PartialState(**options)
+        if backend_wanted == "deepspeed":
+            # DeepSpeed wants a process group even of one.
+            for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+                os.environ.setdefault(key, value)
+            os.environ.setdefault("MASTER_PORT", "0")
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            _skip_shared_memory_kernel()
+            return PartialState(backend="gloo", **options)
+        return PartialState(cpu=True, backend="gloo" if world_size() > 1 else None, **options)
+    finally:
+        del store
+
+
+def meet(timeout: timedelta, say: Callable[[str], None]) -> Any:
+    """Wait until every rank is there, saying for whom, and return the store in which they said so.
+
+    PyTorch alone waits in silence, and when it gives up does not say who is missing.
+
+    Raises:
+        ConfigError: the environment says that there are other ranks, but not where.
+        PeerError: somebody has not come in time, or the first rank cannot listen.
+    """
+    from torch.distributed import DistError, PrefixStore, TCPStore
+
+    me, size, listens = rank(), world_size(), _listens()
+    host, port = _address()
+    waiting = Waiting(timeout, say)
+    if not listens:
+        _reach(host, port, waiting)
+    try:
+        store = TCPStore(host, port, size, listens, timeout, wait_for_workers=False, multi_tenant=True)
+        arrived = PrefixStore(f"arrived/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        arrived.set(str(me), "")
+        everyone = [str(other) for other in range(size)]
+        while not arrived.check(everyone):
+            missing = [other for other in everyone if not arrived.check([other])]
+            waiting.a_moment(f"rank{'' if len(missing) == 1 else 's'} {', '.join(missing)}")
+    except DistError as error:
+        reason = str(error).splitlines()[0]
+        doing = "listen" if listens else "stay connected"
+        raise PeerError(f"{waiting.who} cannot {doing} at {host}:{port}: {reason}.") from error
+    return store
+
+
+class Waiting:
+    """A rank's patience with others: says now and then for whom it waits, and gives up in the end."""
+
+    def __init__(self, timeout: timedelta, say: Callable[[str], None]) -> None:
+        self.timeout, self.say = timeout, say
+        now = time.monotonic()
+        self.deadline, self.next_line = now + timeout.total_seconds(), now + PATIENCE
+        self.who = f"Rank {rank()} of {world_size()} on {socket.gethostname()}"
+
+    def a_moment(self, whom: str) -> None:
+        """Wait a little for `whom`, or raise PeerError when it was long enough."""
+        now = time.monotonic()
+        if now > self.deadline:
+            raise PeerError(
+                f"{self.who} has waited {self.timeout} (`train.timeout_minutes`) for {whom}: look there for the "
+                f"reason. That there are {world_size()} ranks is said by RANK, WORLD_SIZE and MASTER_ADDR="
+                f"{os.environ['MASTER_ADDR']} in the environment; unset them where nobody starts the others."
+            )
+        if now > self.next_line:
+            self.next_line = now + PATIENCE
+            self.say(f"{self.who} waits for {whom}.")
+        time.sleep(0.2)
+
+
+def _address() -> tuple[str, int]:
+    """Return where ranks meet.
+
+    Raises:
+        ConfigError: the environment does not say it, or has a rank that cannot be.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if host and port.isdigit() and 0 <= rank() < world_size():
+        return host, int(port)
+    raise ConfigError(
+        f"The environment says that this is rank {rank()} of {world_size()}, with MASTER_ADDR={host} and MASTER_PORT="
+        f"{port or None}, which no launcher sets. Start with `tunewright train` or `accelerate launch`, or unset RANK "
+        f"and WORLD_SIZE."
+    )
+
+
+def _listens() -> bool:
+    """Tell whether this rank hosts the store; torchrun does it for its ranks."""
+    return rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _reach(host: str, port: int, waiting: Waiting) -> None:
+    """Wait until somebody listens; PyTorch's own attempts end with a page of C++ on standard error."""
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=PATIENCE).close()
+            return
+        except OSError as error:
+            waiting.a_moment(f"rank 0 at {host}:{port} ({error})")
 
 
 def _skip_shared_memory_kernel() -> None:

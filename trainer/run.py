@@ -33,7 +33,7 @@ from trainer.data.render import Renderer
 from trainer.data.stream import TokenStream
 from trainer.methods import adapt, parameter_counts
 from trainer.models import load_model, load_tokenizer, stop_tokens, torch_dtype
-from trainer.process import Console
+from trainer.process import Console, launched
 from trainer.recomputation import FitRecomputation
 from trainer.sft import MetricsFile, StepTimer, TunewrightTrainer
 from trainer.telemetry import hardware, over_ranks, peak_memory
@@ -275,9 +275,12 @@ def check_facts(facts: dict[str, Any], config: DictConfig) -> None:
     wrong = {key: (value, facts[key]) for key, value in expected.items() if facts[key] != value}
     if wrong:
         found = ", ".join(f"{key} {now!r} instead of {want!r}" for key, (want, now) in wrong.items())
-        raise ConfigError(
-            f"`strategy={config.strategy.name}` is not what runs: {found}. Start with `tunewright train`."
+        advice = (
+            "Report this, please: what was started is not what was printed."
+            if launched()
+            else ("Start with `tunewright train`, or give `accelerate launch` what the strategy needs.")
         )
+        raise ConfigError(f"`strategy={config.strategy.name}` is not what runs: {found}. {advice}")
 
 
 class Progress(TrainerCallback):

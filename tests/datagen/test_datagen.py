@@ -349,6 +349,7 @@ def test_two_processes_do_not_share_an_output(serve: Any, datagen: RunDatagen, t
         (["task=x", "name=y", "api_key=sk-very-secret"], "export OPENAI_API_KEY"),
         (["task=", "name=y"], "No value for `task`. For example: tunewright datagen"),
         (["task=x"], "No value for `name`"),
+        (["task=x", "name=y", "out="], "No value for `out`"),
         (["task=x", "name=../y"], "write letters"),
         (["task=x", "name=y", "examples=0"], "at least 2"),
         (["task=x", "name=y", "base_url=localhost:80"], "must be an address"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -67,6 +68,26 @@ def test_a_training_target_passes_its_variables_through(target: str, strategy: s
     assert (config.strategy.name, config.method.name) == (strategy, method)
     assert (config.model.name, list(config.data.names)) == ("qwen2_5_7b", ["huanhuan"])
     assert (config.cluster.num_processes, config.train.learning_rate) == (1, 1e-4)
+
+
+def test_cleaning_leaves_runs_alone(tmp_path: Path) -> None:
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    for folder in ("runs/first/final", "runs/.trash/20260101-120000-first", ".venv", ".mypy_cache"):
+        (tmp_path / folder).mkdir(parents=True)
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".venv", "Makefile", "runs"]
+    assert (tmp_path / "runs" / "first" / "final").is_dir()
+
+
+def test_tensorboard_does_not_show_what_was_replaced(tmp_path: Path) -> None:
+    """It looks into hidden folders too."""
+    for run in ("a", "demo/b"):
+        (tmp_path / run / "tensorboard").mkdir(parents=True)
+    assert make("-n", "tensorboard", f"LOGDIR={tmp_path}").splitlines()[-1].endswith(f"--logdir {tmp_path}")
+    (tmp_path / ".trash" / "20260101-120000-a" / "tensorboard").mkdir(parents=True)
+    shown = make("-n", "tensorboard", f"LOGDIR={tmp_path}").splitlines()[-1].partition("--logdir_spec ")[2]
+    folders = sorted(shown.strip('"').split(","))
+    assert folders == [f"{run}/tensorboard:{tmp_path}/{run}/tensorboard" for run in ("a", "demo/b")]
 
 
 def test_every_tunewright_command_of_the_makefile_exists() -> None:

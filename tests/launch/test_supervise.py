@@ -15,7 +15,12 @@ from launch.compose import compose_config
 from launch.supervise import AccelerateLauncher
 from trainer.preparation import Preparation
 
-SCRIPT = "import json, os, sys; json.dump([sys.argv[1:], os.environ['GREETING'], sys.stdin.read()], open('out', 'w'))"
+SCRIPT = """
+import json, os, sys
+from trainer.process import rank_variables
+ranks = {name: os.environ[name] for name in rank_variables(os.environ)}
+json.dump([sys.argv[1:], os.environ['GREETING'], sys.stdin.read(), ranks], open('out', 'w'))
+"""
 
 
 def test_an_order_gives_the_script_its_arguments_and_environment_and_no_input(
@@ -23,11 +28,18 @@ def test_an_order_gives_the_script_its_arguments_and_environment_and_no_input(
 ) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PET_NNODES", "ACCELERATE_USE_FSDP", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.setenv(name, "7")  # of another launch
     launcher = AccelerateLauncher()
     launcher.begin()
     command = Command(["--cpu", "--num_processes=1", "script.py", "one", "two words"], {"GREETING": "hello"}, {})
     assert launcher.launch(command, tmp_path / "log").wait() == 0
-    assert json.loads((tmp_path / "out").read_text()) == [["one", "two words"], "hello", ""]
+    arguments, greeting, read, ranks = json.loads((tmp_path / "out").read_text())
+    assert (arguments, greeting, read) == (["one", "two words"], "hello", "")
+    assert "7" not in ranks.values()
+    assert command.shown().startswith(
+        "env -u ACCELERATE_USE_FSDP -u LOCAL_RANK -u OMPI_COMM_WORLD_SIZE -u PET_NNODES -u RANK -u WORLD_SIZE GREETING="
+    )
 
 
 def test_what_the_launcher_complains_of_is_in_its_log(tmp_path: Path) -> None:

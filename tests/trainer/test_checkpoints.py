@@ -92,6 +92,29 @@ def test_resumed_ranks_continue_from_their_float32_masters(
     train(f"masters-{strategy}", *overrides, "resume=auto")
     assert losses(run) == expected
     same(results(run), saved)
+    if strategy == "ddp":  # whose checkpoints are of no number of ranks
+        shutil.rmtree(run / "checkpoints" / f"checkpoint-{STEPS}")
+        (run / "manifest.json").write_text(json.dumps({**manifest(run), "status": "failed"}), encoding="utf-8")
+        train("masters-ddp", *overrides, "resume=auto", "cluster.num_processes=3")
+        assert manifest(run)["distributed"]["world_size"] == 3
+        assert losses(run) == pytest.approx(expected, rel=1e-3)
+
+
+def test_memory_settings_may_change_when_a_run_goes_on(train_here: Callable[..., Path], small_model: Path) -> None:
+    overrides = [*quick(small_model), "data.eval_names=[]"]
+    run = train_here("less-memory", *overrides)
+    expected = losses(run)
+    other = ["train.micro_batch_size=1", "train.gradient_checkpointing=true"]
+    train_here("less-memory", *overrides, *other, checkpoint=run / "checkpoints" / f"checkpoint-{HALF}")
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+
+
+def test_more_steps_may_be_asked_for_when_a_run_goes_on(train_here: Callable[..., Path], small_model: Path) -> None:
+    constant = [*quick(small_model), "data.eval_names=[]", "train.scheduler=constant"]
+    longer = train_here("longer", *constant, "train.max_steps=9")
+    run = train_here("shorter", *constant)
+    train_here("shorter", *constant, "train.max_steps=9", checkpoint=run / "checkpoints" / f"checkpoint-{STEPS}")
+    assert losses(run) == losses(longer)
 
 
 def test_another_run_can_go_on_with_an_adapter(train_here: Callable[..., Path], small_model: Path) -> None:

@@ -283,7 +283,8 @@ def test_never_the_whole_model_in_memory(
         [sys.executable, "-c", MEASURE, run.run.path, run.base, out], capture_output=True, text=True, check=True
     )
     assert sum(file.stat().st_size for file in out.glob("*.safetensors")) > 100e6
-    assert 1e6 < int(done.stdout) * 1024 < size / 3
+    peak = int(done.stdout.split()[-1])  # after a line of progress where the machine is busy
+    assert 1e6 < peak * 1024 < size / 3
 
 
 def test_a_zero_adapter_is_refused(made: Callable[..., Made]) -> None:
@@ -444,15 +445,24 @@ def test_a_folder_that_is_there_is_kept(made: Callable[..., Made], tmp_path: Pat
     with pytest.raises(ConfigError, match=r"merged is there already\. Write --overwrite"):
         merge_run(run.run.path, say=silent)
     assert (out / "model.safetensors").read_bytes() == before
-    merge_run(run.run.path, overwrite=True, say=silent)
+    (out / "notes.txt").write_text("mine")
+    said: list[str] = []
+    merge_run(run.run.path, overwrite=True, say=said.append)
     assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
     assert left_behind(run.run) == ["merged"]
+    (trashed,) = (run.run.path.parent / ".trash").iterdir()
+    assert f"The earlier merge is in {trashed} now." in said
+    assert (trashed / "merged" / "model.safetensors").read_bytes() == before
+    assert (trashed / "merged" / "notes.txt").read_text() == "mine"
+    for name in ("", ".", "..", "/"):
+        with pytest.raises(ConfigError, match="`--out` is"):
+            merge_run(run.run.path, out=Path(name), overwrite=True, say=silent)
     mine = tmp_path / "mine"
     mine.mkdir()
     for folder in (run.run.path, tmp_path):  # a merged model beside other things
         shutil.copy(out / "merge.json", folder)
     for wrong in (run.run.path, run.base, run.run.final, tmp_path, mine):
-        with pytest.raises(ConfigError, match="holds no merged model, so --overwrite does not delete it"):
+        with pytest.raises(ConfigError, match="holds no merged model, so --overwrite does not replace it"):
             merge_run(run.run.path, out=wrong, overwrite=True, say=silent)
         assert wrong.is_dir()
     assert run.adapted()
@@ -472,6 +482,7 @@ def test_an_interrupted_merge_leaves_what_was_there(made: Callable[..., Made]) -
         merge_run(run.run.path, overwrite=True, say=stop)
     assert left_behind(run.run) == ["merged"]
     assert (out / "model.safetensors").read_bytes() == before
+    assert not (run.run.path.parent / ".trash").exists()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

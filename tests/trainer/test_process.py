@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
 
+from launch.errors import ConfigError, PeerError
+from launch.rundir import RunDir
+from launch.supervise import first_error, stopped
 from tests.conftest import REPOSITORY, losses, manifest
+from trainer.process import meet
 
 LONG = ["strategy=zero2", "train.logging_steps=1", "train.max_steps=12", "data.eval_names=[]", "train.save_steps=4"]
+# Of a launch that is not this one; with any of them ranks would wait for others, or be started otherwise.
+LEFT_OVER = {
+    "RANK": "3",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "3",
+    "MASTER_ADDR": "192.0.2.1",
+    "MASTER_PORT": "29500",
+    "PET_NNODES": "2",
+    "PMI_SIZE": "8",
+    "ACCELERATE_USE_CPU": "true",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
 SOON = 30  # seconds: "at once" on a busy machine
 
 
@@ -69,7 +88,7 @@ def assert_gone(processes: list[psutil.Process]) -> None:
 def test_a_killed_rank_ends_the_run_and_resuming_it_gives_the_uninterrupted_run(
     start: Callable[..., Started], train: Callable[..., Path]
 ) -> None:
-    whole = train("whole", *LONG)
+    whole = train("whole", *LONG, **LEFT_OVER)
     broken = start("broken", *LONG)
     broken.wait_for_step(6)
     ranks = broken.ranks()
@@ -114,6 +133,54 @@ def test_an_exception_in_one_rank_is_shown_once_with_its_rank(start: Callable[..
     assert (failing.run / "logs" / "rank0.log").is_file()
 
 
+def test_stopping_promises_only_a_checkpoint_that_is_there(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert "Stopped before a checkpoint was written" in stopped(run)
+    half, whole = (run.checkpoints / f"checkpoint-{step}" for step in (8, 4))
+    for folder in (half, whole):
+        folder.mkdir(parents=True)
+    assert "Stopped before a checkpoint was written" in stopped(run)
+    (whole / "trainer_state.json").write_text("{}")
+    assert "with resume=auto goes on from checkpoint-4" in stopped(run)
+
+
+def test_what_an_earlier_attempt_said_is_kept_and_not_told_again(tmp_path: Path) -> None:
+    run, log = RunDir(tmp_path), tmp_path / "logs" / "launch.log"
+    run.logs.mkdir()
+    log.write_text("rank : 1 (local_rank: 1)\n  exitcode : -9 (pid: 1)\n")
+    record = {"rank": 0, "time": 1.0, "type": "DataError", "exit_code": 3, "message": "of the first attempt"}
+    (run.logs / "rank0.error.json").write_text(json.dumps(record))
+    assert first_error(run, log).message == "of the first attempt"
+    assert first_error(run, log, since=2.0).kind == "SIGKILL"
+    assert first_error(run, log, since=2.0, offset=log.stat().st_size).kind == "an unexplained exit"
+
+
+@pytest.mark.parametrize(
+    ("rank", "whom"), [(0, "ranks 1, 2"), (2, "rank 0 at 127.0.0.1:")], ids=["the first", "another"]
+)
+def test_a_rank_says_for_whom_it_waits_and_gives_up(rank: int, whom: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr("trainer.process.PATIENCE", 0.5)
+    for key, value in {"RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(key, str(value))
+    said: list[str] = []
+    with pytest.raises(PeerError, match=rf"Rank {rank} of 3 on .* has waited 0:00:02 .* for {whom}.*unset them"):
+        meet(timedelta(seconds=2), said.append)
+    assert said
+    assert all(f"Rank {rank} of 3" in line and f"waits for {whom}" in line for line in said)
+
+
+@pytest.mark.parametrize("wrong", [{"MASTER_ADDR": ""}, {"MASTER_PORT": "x"}, {"RANK": "3"}])
+def test_a_rank_that_no_launcher_made_is_refused(wrong: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for key, value in {**right, **wrong}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match="unset RANK and WORLD_SIZE"):
+        meet(timedelta(seconds=1), print)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_leaves_no_process_behind(start: Callable[..., Started], number: int) -> None:
     running = start("stopped", *LONG)
@@ -122,7 +189,7 @@ def test_stopping_leaves_no_process_behind(start: Callable[..., Started], number
     running.process.send_signal(number)
     assert running.process.wait(timeout=SOON) == 130
     assert_gone(ranks)
-    assert "resume=auto" in running.output.read_text()
+    assert "Stopped before a checkpoint was written" in running.output.read_text()
     assert manifest(running.run)["status"] == "stopped"
 
 

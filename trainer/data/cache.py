@@ -70,6 +70,10 @@ class CachedDataset:
         column = _arrow(self.folder / "tokens.arrow").column("input_ids")
         return np.asarray(pyarrow.compute.list_value_length(column), np.int64)
 
+    def tokens(self) -> Any:
+        """Open the same as a pyarrow table, without `datasets`."""
+        return _arrow(self.folder / "tokens.arrow")
+
     def table(self) -> Any:
         """Open the table of the rows read, see `tokens.ROWS`, as a pyarrow table."""
         return _arrow(self.folder / "rows.arrow")
