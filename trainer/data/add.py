@@ -17,10 +17,11 @@ from typing import Any
 from launch.compose import compose_config
 from launch.errors import DataError, StorageError, did_you_mean
 from trainer.data.detect import detect
-from trainer.data.formats import Plain, Unusable, to_conversation
+from trainer.data.formats import Plain, to_conversation
 from trainer.data.registry import REGISTRY_NAME, edited_registry, read_registry
 from trainer.data.show import shown
 from trainer.data.sources import PEEK, open_datasets
+from trainer.data.turns import Unusable
 
 PLAIN = r"\w.+-"  # characters of names, as a class of a regular expression
 MESSAGE_SHOWN = 200  # characters of a message in a preview

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError, DataError, StorageError
+from trainer.data.columnar import BATCH, rows_of
 from trainer.data.files import Row
 from trainer.data.registry import Entry, Place
 
@@ -31,6 +32,11 @@ def open_hub(
             )
         folder = fetch_modelscope(entry, offline=offline)
         return (lambda: _rows(entry, folder, {})), (*what, _stamps(folder))
+    if Path(entry.location).exists():
+        raise DataError(
+            f"{entry.where}: `datasets` would read the folder '{entry.location}' that is here, not the Hub's dataset "
+            f"of that name. Start from another folder, or name the path ./{entry.location} if it is meant."
+        )
     commit = _commit(entry, records, offline=offline)
     return (lambda: _rows(entry, entry.location, {"revision": commit, "streaming": streaming})), (*what, commit)
 
@@ -75,7 +81,8 @@ def _rows(entry: Entry, source: str | Path, options: dict[str, Any]) -> Iterator
         rows = load_dataset(
             str(source), name=entry.subset, data_dir=entry.folder, split=entry.split or "train", **options
         )
-        yield from rows
+        for table in rows.with_format("arrow").iter(BATCH):
+            yield from rows_of(table)
     except (DatasetsError, ValueError, FileNotFoundError) as error:  # no such subset, split or folder
         reason = " ".join(str(error).split())
         raise DataError(f"{entry.where}: '{entry.location}' cannot be loaded: {reason}") from error
