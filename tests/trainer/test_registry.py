@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from launch.compose import compose_config
-from launch.errors import DataError
+from launch.errors import DataError, StorageError
 from launch.schema import Compat
 from trainer.data.registry import Entry, Place, edited_registry, load_entry, parse_entry
 from trainer.data.sources import Rows, open_datasets
@@ -88,9 +89,14 @@ def test_compat_leaves_them_out_as_llamafactory_does() -> None:
     assert entry.tags["system_tag"] is None
 
 
-def test_a_column_can_be_left_out_with_null() -> None:
-    entry = parse_entry("x", {"file_name": "a.json", "columns": {"query": None}}, Path("r.json"))
+@pytest.mark.parametrize("nothing", [None, ""])
+@pytest.mark.parametrize("compat", list(Compat))
+def test_a_column_can_be_left_out(nothing: str | None, compat: Compat) -> None:
+    raw = {"file_name": "a.json", "columns": {"query": nothing, "prompt": "p"}, "tags": {"system_tag": nothing}}
+    entry = parse_entry("x", raw, Path("r.json"), compat)
     assert "query" not in entry.columns
+    assert (entry.named, entry.without) == ({"prompt"}, {"query"})
+    assert entry.tags["system_tag"] is None
 
 
 @pytest.mark.parametrize(
@@ -117,13 +123,33 @@ def test_a_column_can_be_left_out_with_null() -> None:
         ({"file_name": "../outside.json"}, "reaches outside its own folder"),
         ({"file_name": "/etc/passwd"}, r"outside its own folder: /etc/passwd.*data\.allow_outside=true"),
         ({"file_name": "link.json"}, "reaches outside its own folder"),
+        ({"file_name": "linked"}, r"reaches outside its own folder: .*outside\.json"),
+        ({"file_name": "saved"}, "reaches outside its own folder"),
+        (
+            {"cloud_file_name": "file:///etc/passwd"},
+            r"in no store that.*`file_name`.*allow_outside",
+        ),
+        ({"cloud_file_name": "local://rows.json"}, "in no store"),
+        ({"cloud_file_name": "/etc/passwd"}, "in no store"),
+        ({"cloud_file_name": "rows.json"}, "in no store"),
+        ({"cloud_file_name": "simplecache::file:///etc/passwd"}, "in no store"),
+        ({"cloud_file_name": "s3::file:///etc/passwd"}, "in no store"),
+        ({"cloud_file_name": "git://.:rows.json"}, "in no store"),
+        ({"ms_hub_url": "org/name", "folder": "../../elsewhere"}, "leaves the dataset"),
+        ({"ms_hub_url": "org/name", "folder": "/etc"}, "leaves the dataset"),
         ("rows.json", "must be an object"),
     ],
 )
 def test_a_wrong_entry_is_told_with_its_place(tmp_path: Path, entry: Any, said: str) -> None:
-    (tmp_path / "data").mkdir()
+    data = tmp_path / "data"
+    (data / "linked").mkdir(parents=True)
     (tmp_path / "outside.json").write_text(json.dumps([ROW]))
-    (tmp_path / "data" / "link.json").symlink_to(tmp_path / "outside.json")
+    for link in (data / "link.json", data / "linked" / "rows.json"):
+        link.symlink_to(tmp_path / "outside.json")
+    Dataset.from_list([ROW]).save_to_disk(data / "saved")
+    (file,) = (data / "saved").glob("*.arrow")
+    file.rename(tmp_path / "outside.arrow")
+    file.symlink_to(tmp_path / "outside.arrow")
     with pytest.raises(DataError, match=said) as caught:
         opened(registry(tmp_path / "data", entry), "mine")
     assert "entry 'mine' of " + str(tmp_path / "data" / "dataset_info.json") in str(caught.value)
@@ -134,6 +160,37 @@ def test_allow_outside_reads_what_a_registry_names_elsewhere(tmp_path: Path) -> 
     (tmp_path / "outside.json").write_text(json.dumps([ROW]))
     folder = registry(tmp_path / "data", {"file_name": "../outside.json"})
     assert list(opened(folder, "mine", allow_outside=True)[0]) == [ROW]
+
+
+@pytest.mark.parametrize("name", ["../../outside.arrow", "/etc/outside.arrow", ".."])
+def test_a_saved_dataset_names_its_own_files_alone(tmp_path: Path, name: str) -> None:
+    Dataset.from_list([ROW]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    for overrides in ({}, {"allow_outside": True}):  # nothing that `datasets` writes looks like this
+        with pytest.raises(DataError, match="not one of its own files"):
+            opened(registry(tmp_path, {"file_name": "saved"}), "mine", **overrides)
+        with pytest.raises(DataError, match="not one of its own files"):
+            opened(tmp_path, str(tmp_path / "saved"), **overrides)
+    (tmp_path / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "lost.arrow"}]}))
+    with pytest.raises(StorageError, match=r"cannot be read: No such file or directory: .*lost\.arrow"):
+        opened(tmp_path, str(tmp_path / "saved"))
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"not as datasets\.save_to_disk leaves a folder"):
+        opened(tmp_path, str(tmp_path / "saved"))
+
+
+def test_links_of_a_folder_that_is_named_itself_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "outside.json").write_text(json.dumps([ROW]))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "rows.json").symlink_to(tmp_path / "outside.json")  # as the Hub's own cache is made
+    assert list(opened(tmp_path, str(tmp_path / "linked"))[0]) == [ROW]
+
+
+def test_a_folder_is_not_taken_for_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"would read the folder 'org/name' that is here.*\./org/name"):
+        opened(tmp_path, "hub:org/name")
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_registry(tmp_path: Path) -> None:
@@ -199,6 +256,8 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
         ({"chat": [{"from": "user", "text": "a"}, {"from": "assistant", "text": "b"}]}, "sharegpt"),
         ({"prompt": "a", "completion": "b"}, "prompt_completion"),
         ({"text": "a"}, "text"),
+        ({"messages": [{"role": "User", "content": "a"}, {"role": "Bot", "content": "b"}]}, "sharegpt"),
+        ({"prompt": "a", "completion": "b", "label": True}, "prompt_completion"),
     ],
 )
 def test_a_path_is_read_by_what_its_columns_are_called(tmp_path: Path, row: Any, formatting: str) -> None:
@@ -208,6 +267,23 @@ def test_a_path_is_read_by_what_its_columns_are_called(tmp_path: Path, row: Any,
     (rows,) = opened(tmp_path, str(tmp_path / "rows.json"))
     assert rows.entry.formatting == formatting
     assert to_conversation(next(iter(rows)), rows.entry).answer in ("b", "Hello.", "a")
+
+
+@pytest.mark.parametrize(
+    ("formatting", "row"),
+    [
+        ("sharegpt", {"conversations": [{"from": "human", "value": "a"}], "chosen": {}, "rejected": {}}),
+        ("openai", {"messages": [{"role": "user", "content": "a"}], "rejected_response": "b"}),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "rejected": "c"}),
+    ],
+)
+def test_an_entry_that_does_not_choose_its_answers_is_refused_beside_rejected_ones(
+    tmp_path: Path, formatting: str, row: dict[str, Any]
+) -> None:
+    with pytest.raises(DataError, match=r"entry 'mine' of .* is preference data"):
+        opened(registry(tmp_path, {"file_name": "rows.json", "formatting": formatting}, [row]), "mine")
+    chosen = {"file_name": "rows.json", "columns": {"prompt": "a", "response": "chosen"}}
+    assert opened(registry(tmp_path, chosen, [{"a": "b", "chosen": "c", "rejected": "d"}]), "mine")
 
 
 def test_one_file_has_no_other_split(tmp_path: Path) -> None:
@@ -276,8 +352,6 @@ def test_a_cloud_file_is_copied_once_and_read_offline(tmp_path: Path) -> None:
     [("file:///none/such.jsonl", "cannot be read"), ("nostore://a/b.json", "cannot be read|nostore")],
 )
 def test_a_cloud_file_that_is_not_there_is_a_storage_error(tmp_path: Path, location: str, said: str) -> None:
-    from launch.errors import StorageError
-
     with pytest.raises(StorageError, match=said):
         opened(registry(tmp_path, {"cloud_file_name": location}), "mine", allow_outside=True)
     with pytest.raises(StorageError, match="`offline` is true"):

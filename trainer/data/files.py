@@ -73,7 +73,7 @@ def saved_files(folder: Path, split: str | None) -> list[Path]:
 
 def _plain_name(name: str, folder: Path) -> str:
     """A folder that came from elsewhere must not make us read what lies outside of it."""
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise DataError(f"{folder} names '{name}', which is not one of its own files.")
     return name
 

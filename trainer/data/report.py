@@ -281,7 +281,7 @@ def known_positions(numbers: dict[str, Any]) -> int | None:
     scaling = numbers.get("rope_parameters") or numbers.get("rope_scaling") or {}
     if not isinstance(known, int) or known < 1:
         return None
-    original, factor = scaling.get("original_max_position_embeddings", known), scaling.get("factor", 1)
+    original, factor = scaling.get("original_max_position_embeddings") or known, scaling.get("factor") or 1
     return max(known, int(original * factor))
 
 

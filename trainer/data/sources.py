@@ -60,6 +60,8 @@ def open_datasets(
             opened.append(_checked(_open(entry, data, offline=offline)))
         except (DataError, StorageError) as error:
             problems.append(error)
+        except OSError as error:
+            problems.append(StorageError(f"'{name}' cannot be read: {error.strerror}: {error.filename}"))
     if problems:
         raise problems[0] if len(problems) == 1 else type(problems[0])("\n".join(str(problem) for problem in problems))
     return opened
@@ -104,7 +106,9 @@ def _files_of(path: Path, entry: Entry) -> list[Path]:
             raise DataError(f"{entry.where}: {path} is one file, which has no split '{entry.split}'.")
         return [path]
     found = [
-        file for file in sorted(path.rglob("*")) if file.suffix in files.SUFFIXES and not file.name.startswith(".")
+        file
+        for file in sorted(path.rglob("*"))
+        if file.suffix in files.SUFFIXES and not file.name.startswith(".") and not file.is_dir()
     ]
     found = [file for file in found if file.name != "dataset_info.json"]
     if not found:
