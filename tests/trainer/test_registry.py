@@ -286,6 +286,52 @@ def test_an_entry_that_does_not_choose_its_answers_is_refused_beside_rejected_on
     assert opened(registry(tmp_path, chosen, [{"a": "b", "chosen": "c", "rejected": "d"}]), "mine")
 
 
+CHAT = {"messages": [{"role": "user", "content": "<image>a"}, {"role": "assistant", "content": "b"}]}
+CALLING = {"formatting": "sharegpt", "columns": {"messages": "conversations", "tools": "tools"}}
+CALLED = {
+    "conversations": [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": [5, 3]}}'},
+        {"from": "observation", "value": '{"area": 15}'},
+        {"from": "gpt", "value": "b"},
+    ],
+    "tools": '[{"name": "f", "parameters": {"type": "object"}}]',
+}
+PICTURED = {"formatting": "sharegpt", "tags": CHAT_TAGS}
+RANKED = {"ranking": True, "formatting": "sharegpt", "columns": {"messages": "m", "chosen": "c", "rejected": "r"}}
+
+
+@pytest.mark.parametrize(
+    ("entry", "row", "said"),
+    [
+        ({}, ROW, ""),  # identity, alpaca_en_demo, alpaca_zh_demo
+        (CALLING, CALLED, ""),  # glaive_toolcall_en_demo, glaive_toolcall_zh_demo
+        (CALLING, {**CALLED, "tools": "[]"}, ""),
+        ({**PICTURED, "columns": {"messages": "messages", "images": "images"}}, CHAT, "has images"),  # mllm_demo
+        ({**PICTURED, "columns": {"messages": "messages", "audios": "audios"}}, CHAT, "has audios"),  # mllm_audio_demo
+        # mllm_video_demo, mllm_video_audio_demo
+        ({**PICTURED, "columns": {"messages": "messages", "videos": "v", "audios": "a"}}, CHAT, "has videos, audios"),
+        (RANKED, CHAT, r"preference data \(`c`, `r`\)"),  # dpo_en_demo, dpo_zh_demo
+        ({"columns": {"messages": "m", "kto_tag": "label"}}, CHAT, r"preference data \(`label`\)"),  # kto_en_demo
+        # wiki_demo, c4_demo
+        ({"columns": {"prompt": "text"}}, {"text": "a"}, '"formatting": "text"'),
+    ],
+)
+@pytest.mark.parametrize("compat", list(Compat))
+def test_llamafactorys_demo_entries_load_or_say_why_not(
+    tmp_path: Path, entry: dict[str, Any], row: dict[str, Any], said: str, compat: Compat
+) -> None:
+    from trainer.data.formats import to_conversation
+
+    folder = registry(tmp_path, {"file_name": "rows.json", **entry}, [row])
+    if said:
+        with pytest.raises(DataError, match=said):
+            opened(folder, "mine", compat=compat.value)
+    else:
+        (rows,) = opened(folder, "mine", compat=compat.value)
+        assert [to_conversation(found, rows.entry).answer for found in rows] == [row.get("output", "b")]
+
+
 def test_one_file_has_no_other_split(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="one file, which has no split 'validation'"):
         opened(registry(tmp_path), "mine", split="validation")

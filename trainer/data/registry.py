@@ -298,7 +298,10 @@ def check_trainable(entry: Entry, *, ranking: bool = False) -> None:
             f'the rows that have them, or write "{media[0]}": null into the `columns` of an entry.'
         )
     if "response" not in entry.columns and entry.formatting == "alpaca":
-        raise DataError(f"{entry.where} names no `response` column, so there is nothing to learn.")
+        raise DataError(
+            f"{entry.where} names no `response` column, so there is nothing to learn. Text that is "
+            f'learnt whole is "formatting": "text", "columns": {{"text": "{entry.columns.get("prompt", "text")}"}}.'
+        )
     if "messages" not in entry.columns and entry.formatting in ("sharegpt", "openai"):
         raise DataError(f"{entry.where} names no `messages` column, so there is nothing to learn.")
 
