@@ -13,6 +13,7 @@ from datasets import Dataset
 from launch.compose import compose_config
 from launch.errors import DataError, StorageError
 from launch.schema import Compat
+from trainer.data.hubs import read_snapshot
 from trainer.data.registry import Entry, Place, edited_registry, load_entry, parse_entry
 from trainer.data.sources import Rows, open_datasets
 
@@ -184,6 +185,20 @@ def test_links_of_a_folder_that_is_named_itself_are_followed(tmp_path: Path) -> 
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "rows.json").symlink_to(tmp_path / "outside.json")  # as the Hub's own cache is made
     assert list(opened(tmp_path, str(tmp_path / "linked"))[0]) == [ROW]
+
+
+@pytest.mark.parametrize("name", ["../outside.jsonl", "{}/outside.jsonl"])
+def test_the_card_of_a_dataset_names_its_own_files_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "outside.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "snapshot" / "own.jsonl").write_text(json.dumps(ROW) + "\n")
+    entry = Entry("x", "'modelscope:org/name'", Place.modelscope, "org/name")
+    card = tmp_path / "snapshot" / "README.md"
+    card.write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {name.format(tmp_path)}\n---\n")
+    with pytest.raises(DataError, match=r"the card of 'org/name' names .*outside\.jsonl, which is no file of its own"):
+        next(read_snapshot(entry, tmp_path / "snapshot"))
+    card.unlink()
+    assert list(read_snapshot(entry, tmp_path / "snapshot")) == [ROW]
 
 
 def test_a_folder_is_not_taken_for_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -547,6 +547,14 @@ def test_a_tool_call_is_never_cut(renderer: Any) -> None:
     assert "a tool call would be cut" in reason(renderer("chatml", length - 1), whole)
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_an_answer_is_not_cut_off_its_reasoning(within: bool) -> None:
+    conversation = IN_THE_TEXT if within else thinking()
+    length = len(one(Renderer(of_model("qwen3"), 10_000), conversation).input_ids)
+    said = reason(Renderer(of_model("qwen3"), length - 1), conversation)
+    assert "an answer that is thought about would be cut by data.cutoff_len" in said
+
+
 def test_the_call_before_an_unlearnt_answer_is_not_cut_either(renderer: Any) -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "x" * 300}}}
     messages = [

@@ -243,7 +243,7 @@ class Drawer:
                     "the chat template writes the answer differently from its generation prompt: "
                     + self._advice(plan.given, plan.turns)
                 )
-            problem = _problem(self._turn_text(plan.given, turn, before, through), plan.given.messages[turn])
+            problem = self._problem(plan.given, turn, before, through)
             if problem:
                 return Unusable(f"the chat template {problem}")
             stable = stable and full.startswith(through)
@@ -258,35 +258,40 @@ class Drawer:
             drawn.append(Drawn(text, [spans[number]], part, plan.literals, plan.kept_as_text))
         return drawn
 
-    def _turn_text(self, given: Conversation, turn: int, before: str, through: str) -> str:
-        """Return what a turn adds to a text; where that is not all of the answer, with the generation prompt.
+    def _problem(self, given: Conversation, turn: int, before: str, through: str) -> str:
+        """Return what is wrong with what a turn adds to a text, if anything is.
 
-        The generation prompt may open what the answer goes on with: a thought.
+        The generation prompt may open what the answer goes on with, a thought: then it counts as a part of the turn.
         """
-        added = through[len(before) :]
-        if not _problem(added, given.messages[turn]) and not before.rstrip().endswith(THOUGHT_MARKS[0]):
-            return added
-        without_prompt = self._apply((given.messages[:turn], given.tools, False))
-        known = isinstance(without_prompt, str) and before.startswith(without_prompt)
-        return through[len(str(without_prompt)) :] if known else added
+        problem = _problem(through[len(before) :], given.messages[turn])
+        if problem or before.rstrip().endswith(THOUGHT_MARKS[0]):
+            without_prompt = self._apply((given.messages[:turn], given.tools, False))
+            if isinstance(without_prompt, str) and before.startswith(without_prompt):
+                problem = _problem(through[len(without_prompt) :], given.messages[turn])
+        return problem
 
     def _advice(self, given: Conversation, turns: list[int]) -> str:
         """Return what to write for a row whose answers do not begin as the generation prompt does: tried out."""
-        for name in SWITCHES:
-            if name not in find_undeclared_variables(self._syntax):
-                continue
-            rest = {key: value for key, value in self.template_kwargs.items() if key != name}
-            if name in self.template_kwargs and self._would_fit(given, turns, rest):
-                return f"leave {name} out of model.template_kwargs"
-            for value in (False, True):
-                if self.template_kwargs.get(name) != value and self._would_fit(given, turns, {**rest, name: value}):
-                    return f"try model.template_kwargs={{{name}: {str(value).lower()}}}"
+        for advice, drawer in self._others:
+            texts = drawer._templated(_requests(given, turns))
+            pairs = zip(texts[::2], texts[1::2], strict=True)
+            if all(isinstance(before, str) and str(through).startswith(before) for before, through in pairs):
+                return advice
         return "set another model.template"
 
-    def _would_fit(self, given: Conversation, turns: list[int], template_kwargs: dict[str, Any]) -> bool:
-        texts = replace(self, template_kwargs=template_kwargs)._templated(_requests(given, turns))
-        pairs = zip(texts[::2], texts[1::2], strict=True)
-        return all(isinstance(before, str) and str(through).startswith(before) for before, through in pairs)
+    @cached_property
+    def _others(self) -> list[tuple[str, Drawer]]:
+        """Drawers with the other values of what in a template says whether the model thinks, and how to get them."""
+        others = []
+        for name in sorted(find_undeclared_variables(self._syntax).intersection(SWITCHES)):
+            rest = {key: value for key, value in self.template_kwargs.items() if key != name}
+            if name in self.template_kwargs:
+                others.append((f"leave {name} out of model.template_kwargs", replace(self, template_kwargs=rest)))
+            for value in (False, True):
+                if self.template_kwargs.get(name) != value:
+                    advice = f"try model.template_kwargs={{{name}: {str(value).lower()}}}"
+                    others.append((advice, replace(self, template_kwargs={**rest, name: value})))
+        return others
 
 
 def _requests(given: Conversation, turns: list[int]) -> list[_Request]:
@@ -331,7 +336,7 @@ def _problem(text: str, message: Message) -> str:
     if not _holds(text, content) or not all(name in text for name in calls):
         return "leaves out a part of the answer: set another model.template"
     mark = THOUGHT_MARKS[0]
-    if mark in content and text.count(mark) > content.count(mark) + reasoning.count(mark):
+    if content.lstrip().startswith(mark) and text.count(mark) > content.count(mark) + reasoning.count(mark):
         return f"opens a thought beside the {mark} of the answer: write that one as `{REASONING_KEYS[0]}`"
     return ""
 

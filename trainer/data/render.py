@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from launch.legality import longest_row
 from launch.schema import Overlong
-from trainer.data.draw import Drawer, Drawn
+from trainer.data.draw import THOUGHT_MARKS, Drawer, Drawn
 from trainer.data.encode import Encoded, Encoder
 from trainer.data.formats import Conversation, Plain
 from trainer.data.turns import Message, Unusable
@@ -154,8 +154,11 @@ class Renderer:
         if last is None:
             raise Unusable("no turn is learnt once the row is cut to data.cutoff_len")
         learnt = max(turn for turn, flag in enumerate(conversation.learnt) if flag)
-        if conversation.messages[learnt].get("tool_calls"):
+        message = conversation.messages[learnt]
+        if message.get("tool_calls"):
             raise Unusable("a tool call would be cut by data.cutoff_len")
+        if message.get("reasoning_content") or THOUGHT_MARKS[1] in message["content"]:
+            raise Unusable("an answer that is thought about would be cut by data.cutoff_len, from its end")
         return self._cut_answer(last)
 
     def _redrawn(self, conversation: Conversation) -> Encoded | None:
