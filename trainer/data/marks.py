@@ -55,7 +55,7 @@ def marked_columns(rows: Sequence[Row]) -> dict[str, str]:
 
 def preference_columns(rows: Sequence[Row]) -> dict[str, str]:
     """Return {meaning: column} of answers that were rejected and, beside them, of those that were chosen."""
-    filled = {column: None for row in rows for column, value in row.items() if value is not None}
+    filled = {column: None for row in rows for column, value in row.items() if isinstance(value, (str, list, dict))}
     found: dict[str, str] = {}
     for meaning in ("rejected", "chosen"):
         found.update((meaning, column) for column in filled if meaning in column.split("_"))
