@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from launch.errors import DataError
 from trainer.data.files import CHUNK, is_saved_dataset, read_file, saved_files
+from trainer.data.hubs import read_snapshot
+from trainer.data.registry import Entry, Place
 
 ROWS = [
     {"instruction": "Say hello.", "input": "", "output": "Hello,\n“world”\t!"},
@@ -97,6 +99,18 @@ def test_objects_come_back_without_the_nulls_of_their_columns_type(tmp_path: Pat
     assert "zone" in str(dataset[0])  # there all rows have all keys
     assert list(read_file(tmp_path / "rows.parquet")) == CALLS
     assert saved_rows(tmp_path / "saved") == CALLS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_objects_of_a_hubs_dataset_come_back_as_written(tmp_path: Path, streaming: bool) -> None:
+    # Of arguments with a key of several types, `datasets` makes a column of JSON, whose nulls are the file's.
+    mixed = [calling("f", {}, x=1, n=None), calling("f", {}, x="s")]
+    for name, rows in (("calls", CALLS), ("mixed", mixed)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        entry = Entry(name, f"'{name}'", Place.modelscope, f"org/{name}")
+        found = list(read_snapshot(entry, tmp_path / name, streaming=streaming))
+        assert [row["messages"] for row in found] == [row["messages"] for row in rows]
 
 
 def test_nulls_that_were_written_stay(tmp_path: Path) -> None:
