@@ -207,14 +207,15 @@ def parse_entry(
             f"{where}: `formatting` is '{formatting}'.{did_you_mean(str(formatting), FORMATTINGS)} "
             f"It can be {', '.join(FORMATTINGS)}."
         )
+    texts = (*SOURCE_KEYS, "subset", "split", "folder")
+    for key, kind in (*((key, str) for key in texts), ("num_samples", int), ("ranking", bool)):
+        if raw.get(key) is not None and not isinstance(raw[key], kind):
+            raise DataError(f"{where}: `{key}` is {json.dumps(raw[key])}; it must be {kind.__name__}.")
     columns = _filled(raw, "columns", COLUMN_KEYS, DEFAULT_COLUMNS[formatting], where, compat)
     tags = _filled(
         raw, "tags", tuple(SHAREGPT_TAGS), SHAREGPT_TAGS if formatting == "sharegpt" else OPENAI_TAGS, where, compat
     )
     place, location = _source(raw, registry, where, prefer_modelscope=prefer_modelscope)
-    for key, kind in (("subset", str), ("split", str), ("folder", str), ("num_samples", int), ("ranking", bool)):
-        if raw.get(key) is not None and not isinstance(raw[key], kind):
-            raise DataError(f"{where}: `{key}` is {json.dumps(raw[key])}; it must be {kind.__name__}.")
     if raw.get("num_samples") is not None and raw["num_samples"] < 1:
         raise DataError(f"{where}: `num_samples` is {raw['num_samples']}; write a number of rows from 1.")
     return Entry(

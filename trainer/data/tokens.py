@@ -36,6 +36,7 @@ from trainer.data.workers import sent
 CHUNK = 500  # rows handed to a worker at once
 EXCERPTS = 3  # dropped rows shown for each reason
 EXCERPT_LENGTH = 200  # characters
+MOST_KEYS = 100  # keys that nobody reads: where they are data themselves, there are as many as rows
 DISTINCT = ("role", "content", "tool_calls", "reasoning_content")  # what of a message makes it another one
 Progress = Callable[[int], None]  # rows done
 Maker = tuple[Entry, Renderer]  # what rows mean and how they are rendered
@@ -269,7 +270,7 @@ def _add(outcome: Outcome, chunk: Chunk) -> None:
             outcome.dropped[reason] += 1
     outcome.columns = sorted({*outcome.columns, *chunk.columns})
     outcome.specials = dict(Counter(outcome.specials) + chunk.specials)
-    outcome.unread = dict(Counter(outcome.unread) + chunk.unread)
+    outcome.unread = dict((Counter(outcome.unread) + chunk.unread).most_common(MOST_KEYS))
     for text, number, beginning in chunk.excerpts:
         shown = outcome.excerpts[known[text]]
         if len(shown) < EXCERPTS:
