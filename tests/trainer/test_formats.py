@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launch.schema import Compat
 from trainer.data.formats import Conversation, Plain, to_conversation, unread
@@ -238,6 +241,8 @@ def test_text_is_plain() -> None:
         ("openai", chat(("user", "a"), ("assistant", None)), "`content` is null, not text"),
         ("openai", chat(("user", [{"type": "image_url"}]), ("assistant", "b")), "parts that are not text"),
         ("openai", flagged(loss=False), "no turn is learnt"),
+        ("openai", {**flagged(), "tools": [{"function": "f"}]}, "`tools` has a function without a name"),
+        ("openai", {**flagged(), "functions": [{"name": 5}]}, "has a function without a name"),
         ("openai", flagged(loss_scale=0.5), "`loss_scale` of a turn must be true, false, 0 or 1"),
         ("openai", flagged(train="false"), "`train` of a turn must be true"),
         ("openai", flagged(train=True, weight=0), "`weight` and `train` of a turn contradict each other"),
@@ -288,3 +293,27 @@ def test_an_entry_can_say_that_media_and_labels_do_not_matter() -> None:
     assert to_conversation({"image": "a", "label": "b"}, named).answer == "b"
     for harmless in ({"images": []}, {"images": None}, {"label": True}, {"label": 0}):
         assert to_conversation({"instruction": "a", "output": "b", **harmless}, entry("alpaca")).answer == "b"
+
+
+KEYS = ("from", "value", "role", "content", "tool_calls", "function_call", "thinking", "weight", "train_detail", "name")
+said = st.sampled_from(["", "user", "gpt", "function_call", "tool", "a", "{", "[1]", '{"name": "f"}'])
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2) | st.floats() | said,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=6,
+)
+tools = st.lists(st.dictionaries(st.sampled_from(["function", "name"]), junk, max_size=2), max_size=2)
+told = st.lists(st.dictionaries(st.sampled_from(KEYS), said | junk, min_size=2), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("formatting", ["alpaca", "sharegpt", "openai", "prompt_completion", "text"])
+@given(data=st.data())
+@settings(max_examples=40, deadline=None, database=None)
+def test_whatever_a_row_holds_it_is_read_or_unusable(formatting: str, data: st.DataObject) -> None:
+    meaning = entry(formatting)
+    columns = [*meaning.columns.values(), "images", "label", "functions"]
+    row = data.draw(st.fixed_dictionaries({}, optional=dict.fromkeys(columns, told | tools | said | junk)))
+    with suppress(Unusable):
+        conversation = to_conversation(row, meaning)
+        assert conversation.answer or isinstance(conversation, Conversation)
+        unread(row, meaning)

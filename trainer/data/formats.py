@@ -186,7 +186,11 @@ def _tools(row: Row, entry: Entry) -> list[Any] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Unusable(f"`{entry.columns['tools']}` must be a list of functions")
     # LLaMA-Factory's files list bare functions; templates expect OpenAI's wrapping.
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    for function in (tool["function"] for tool in wrapped):
+        if not isinstance(function, dict) or not isinstance(function.get("name", ""), str):
+            raise Unusable(f"`{entry.columns['tools']}` has a function without a name")
+    return wrapped
 
 
 def _checked(messages: list[Message], flags: list[bool], tools: list[Any] | None) -> Conversation:
