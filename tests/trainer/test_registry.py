@@ -412,6 +412,15 @@ def test_a_cloud_file_is_copied_once_and_read_offline(tmp_path: Path) -> None:
     assert opened(folder, "mine", allow_outside=True)[0].identity != before
 
 
+def test_a_cloud_folder_is_not_written_above_its_cache(tmp_path: Path) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/bucket/rows/../../escaped.jsonl", b"{}")
+    with pytest.raises(DataError, match=r"names with '\.\.', which would lead out of the cache"):
+        opened(registry(tmp_path, {"cloud_file_name": "memory://bucket/rows"}), "mine", allow_outside=True)
+
+
 @pytest.mark.parametrize(
     ("location", "said"),
     [("file:///none/such.jsonl", "cannot be read"), ("nostore://a/b.json", "cannot be read|nostore")],

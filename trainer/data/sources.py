@@ -165,7 +165,7 @@ def _fetch_cloud(entry: Entry, cache: Path, *, offline: bool) -> Path:
     try:
         store, path = fsspec.url_to_fs(entry.location)
         listed = store.find(path, detail=True) if store.isdir(path) else {path: store.info(path)}
-        if any(".." in PurePosixPath(file).parts for file in (entry.location, *listed)):
+        if any(".." in PurePosixPath(file).parts for file in (name, *listed)):
             raise DataError(f"{entry.where}: {entry.location} has names with '..', which would lead out of the cache.")
         stamps = {
             file: {key: str(info.get(key)) for key in ("size", "ETag", "etag", "mtime", "LastModified", "updated")}
