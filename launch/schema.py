@@ -153,6 +153,10 @@ class DataConfig:
     )
     train_on_prompt: bool = option(False, "learn every token of a row, not the assistant's alone")
     mask_history: bool = option(False, "learn the last assistant turn of a row only")
+    special_tokens_in_answers: bool = option(
+        False,
+        "strings of the model's special tokens in an answer are these tokens, not text, except those the template uses",
+    )
     max_dropped: float = option(0.1, "stop when more than this share of a dataset's rows cannot be used")
     streaming: bool = option(False, "read rows while training instead of before it; needs train.max_steps")
     shuffle_buffer: int = option(16384, "rows held in memory for shuffling a stream")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from launch.compose import load_config
-from trainer.data.formats import Message
+from trainer.data.turns import Message
 from trainer.generate import Answerer, run_of
 from trainer.prepare import prepare
 

@@ -14,8 +14,9 @@ from launch.compose import load_config
 from launch.errors import DataError
 from launch.rundir import RunDir, write_json
 from trainer.data.cache import TokenCache
-from trainer.data.formats import Conversation, Plain, Unusable, to_conversation
+from trainer.data.formats import Conversation, Plain, to_conversation
 from trainer.data.render import Renderer
+from trainer.data.turns import Unusable
 from trainer.generate import Answerer, run_of
 from trainer.prepare import prepare
 

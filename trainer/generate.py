@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
@@ -16,6 +17,10 @@ from launch.rundir import RunDir
 from trainer.checkpoints import learns_prompt
 from trainer.data.render import Renderer
 from trainer.models import load_model, load_tokenizer, quiet_libraries, stop_tokens, torch_dtype
+from trainer.templates import stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def run_of(path: Path, *, checkpoints: bool = False) -> RunDir:
@@ -94,7 +99,16 @@ class Answerer:
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=stop_tokens(self.model, self.tokenizer),
             )
-        return [text.strip() for text in self.tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)]
+        special = self.config.data.special_tokens_in_answers
+        return [said(self.tokenizer, ids, special_tokens=special) for ids in output[:, start:].tolist()]
+
+
+def said(tokenizer: PreTrainedTokenizerBase, ids: list[int], *, special_tokens: bool) -> str:
+    """Return the text of an answer's ids; with `special_tokens` those are said as well, up to the one that ends it."""
+    if special_tokens:
+        ends = stop_ids(tokenizer) | {tokenizer.pad_token_id}
+        ids = list(takewhile(lambda number: number not in ends, ids))
+    return str(tokenizer.decode(ids, skip_special_tokens=not special_tokens)).strip()
 
 
 def behind_virtual_tokens(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

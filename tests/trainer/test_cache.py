@@ -178,6 +178,7 @@ KEYS = {
     "data.overlong=drop": True,
     "data.train_on_prompt=true": True,
     "data.mask_history=true": True,
+    "data.special_tokens_in_answers=true": True,
     "model.template=chatml": True,
     "model.template_kwargs={enable_thinking: false}": True,
     # Where things are kept, who makes them, and which rows are chosen of them decide no token.

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from launch.compose import compose_config
-from launch.errors import DataError
+from launch.errors import ConfigError, DataError
 from trainer.data.add import add_entry, propose, run
+from trainer.data.check import compose
 from trainer.data.registry import load_entry
 
 ROWS = [{"instruction": "", "output": "no question"}, {"instruction": "Say seven.", "input": "", "output": "Seven."}]
@@ -31,7 +32,7 @@ def folder_with(folder: Path, rows: Any = ROWS) -> Path:
 
 
 def add(file: Path, folder: Path, name: str | None = None, *, copy: bool = False, dry_run: bool = False) -> int:
-    return run(Namespace(file=file, name=name, dir=folder, copy=copy, dry_run=dry_run))
+    return run(Namespace(file=file, name=name, dir=folder, overrides=[], copy=copy, dry_run=dry_run))
 
 
 def registry_of(folder: Path) -> Any:
@@ -45,6 +46,7 @@ def test_a_registry_is_made_and_its_entry_is_found(tmp_path: Path, capsys: pytes
     assert load_entry("rows", compose_config([f"data.dir={folder}"]).data).columns["response"] == "output"
     said = capsys.readouterr().out
     assert "Row 1 as a conversation:\n  user       Say seven.\n  assistant  Seven.\n" in said
+    assert "1 of the first 2 rows cannot be used. The most frequent reason: `instruction` is empty." in said
     assert f"Added 'rows' to {folder}/dataset_info.json" in said
 
 
@@ -134,6 +136,41 @@ def test_a_folder_is_copied_whole(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_understood_is_told(tmp_path: Path, rows: Any, said: str) -> None:
     folder = folder_with(tmp_path, rows)
     with pytest.raises(DataError, match=said):
+        add(folder / "rows.json", folder)
+    assert not (folder / "dataset_info.json").exists()
+
+
+def test_the_folder_of_the_registry_goes_by_both_spellings(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path)
+    args = Namespace(
+        file=folder / "rows.json", name="a", dir=None, copy=False, dry_run=False, overrides=[f"data.dir={folder}"]
+    )
+    assert run(args) == 0
+    assert compose(["a"], [], None, folder).data.dir == compose(["a"], [f"data.dir={folder}"], None).data.dir
+    args.dir = folder
+    with pytest.raises(ConfigError, match="both say where the registry is"):
+        run(args)
+    args.overrides, args.dir = ["model=tiny"], folder
+    with pytest.raises(ConfigError, match="takes no 'model=tiny'"):
+        run(args)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"conversations": [], "images": ["a.png"]}, "has images (`images`); tunewright trains on text"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            'preference data (`chosen`, `rejected`).*"response": "chosen"',
+        ),
+        ({"chosen": [], "rejected": []}, "preference data (`chosen`, `rejected`)"),
+        ({"prompt": "a", "completion": "b", "rejected_response": "c"}, "preference data (`rejected_response`)"),
+        ({"prompt": "a", "completion": "b", "label": False}, "preference data (`label`).*rows whose `label` is true"),
+    ],
+)
+def test_what_is_not_for_supervised_fine_tuning_is_not_added(tmp_path: Path, row: Any, said: str) -> None:
+    folder = folder_with(tmp_path, [ROWS[1], row])
+    with pytest.raises(DataError, match=said.replace("(", r"\(").replace(")", r"\)")):
         add(folder / "rows.json", folder)
     assert not (folder / "dataset_info.json").exists()
 

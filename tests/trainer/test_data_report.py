@@ -19,7 +19,7 @@ from launch.hardware import Devices
 from launch.legality import check
 from trainer.data.check import Tokens, compose, make_tokens
 from trainer.data.page import report_html
-from trainer.data.report import Pair, Report, make_report
+from trainer.data.report import Pair, Report, known_positions, make_report
 from trainer.data.report_text import remarks, report_json, report_text
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -266,3 +266,48 @@ def test_help_needs_no_heavy_library() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "max_dropped" in done.stdout
+
+
+def test_what_is_learnt_otherwise_than_it_looks_is_remarked(tmp_path: Path) -> None:
+    ended = {"role": "assistant", "content": "Yes.<|im_end|>", "learn": False}
+    rows = [
+        {
+            "id": 7,
+            "messages": [{"role": "user", "content": f"Is it {word}?"}, {**ended, "content": f"{word}<|im_end|>"}],
+        }
+        for word in WORDS[:2]
+    ]
+    long = {"messages": [{"role": "user", "content": "Repeat."}, {"role": "assistant", "content": "parcel " * 2100}]}
+    file = written(tmp_path / "rows.json", [*rows, long])
+    report, _ = report_of([file], "data.cutoff_len=4096")
+    assert [remark.text.removeprefix(f"{file}: ") for remark in remarks(report)] == [
+        "1 of 3 rows (33%) longer than the 2,048 positions that the model knows",
+        "2 of 3 rows (67%) with special tokens' strings in an answer, learnt as text",
+        "2 of 3 rows (67%) with a turn that has `learn`, which nobody reads",
+    ]
+    text = report_text(report)
+    assert "rows 0, 1" in text
+    assert "<|im_end|> (2): rows 0, 1" in text
+    assert "that are not read: id\n" in text
+    assert "longer than the 2,048 positions" not in report_text(report_of([file], "data.cutoff_len=2048")[0])
+
+
+def scaled(factor: float, original: int) -> dict[str, float]:
+    return {"factor": factor, "original_max_position_embeddings": original}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "positions"),
+    [
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"text_config": {"max_position_embeddings": 4096}, "max_position_embeddings": 1}, 4096),
+        ({"max_position_embeddings": 32768, "rope_scaling": scaled(4, 32768)}, 131072),
+        ({"max_position_embeddings": 131072, "rope_parameters": scaled(8, 8192)}, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2.0}}, 8192),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_the_positions_of_a_model_are_read_off_its_configuration(
+    numbers: dict[str, Any], positions: int | None
+) -> None:
+    assert known_positions(numbers) == positions

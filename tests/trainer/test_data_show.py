@@ -144,7 +144,7 @@ def test_the_command_shows_a_row_of_a_file(
 def test_a_dump_replaces_nothing(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text("mine")
     args = argparse.Namespace(
-        name="demo", overrides=[], config_dir=None, row=None, ids=False, dump=tmp_path / "rows.json"
+        name="demo", overrides=[], config_dir=None, dir=None, row=None, ids=False, dump=tmp_path / "rows.json"
     )
     with pytest.raises(StorageError, match=r"rows\.json is there already"):
         run(args)

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.errors import DataError
-from trainer.data.files import CHUNK, is_saved_dataset, read_file, read_saved_dataset
+from trainer.data.files import CHUNK, is_saved_dataset, read_file, saved_files
+from trainer.data.hubs import read_snapshot
+from trainer.data.registry import Entry, Place
 
 ROWS = [
     {"instruction": "Say hello.", "input": "", "output": "Hello,\n“world”\t!"},
@@ -59,16 +63,71 @@ def test_rows_come_back_as_written(tmp_path: Path, suffix: str) -> None:
     assert list(read_file(path)) == ROWS
 
 
+def saved_rows(folder: Path, split: str | None = None) -> list[dict[str, Any]]:
+    return [row for file in saved_files(folder, split) for row in read_file(file)]
+
+
 def test_folders_of_save_to_disk_come_back_split_by_split(tmp_path: Path) -> None:
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     splits = DatasetDict({"train": Dataset.from_list(ROWS), "validation": Dataset.from_list(ROWS[:1])})
     splits.save_to_disk(tmp_path / "two")
     assert is_saved_dataset(tmp_path / "one")
     assert not is_saved_dataset(tmp_path)
-    assert list(read_saved_dataset(tmp_path / "one", None)) == ROWS
-    assert list(read_saved_dataset(tmp_path / "two", "validation")) == ROWS[:1]
+    assert saved_rows(tmp_path / "one") == ROWS
+    assert saved_rows(tmp_path / "two", "validation") == ROWS[:1]
     with pytest.raises(DataError, match=r"no split 'test'\. It has: train, validation"):
-        list(read_saved_dataset(tmp_path / "two", "test"))
+        saved_files(tmp_path / "two", "test")
+
+
+def calling(name: str, properties: dict[str, Any], **arguments: Any) -> dict[str, Any]:
+    """A row with one call and the schema of what is called."""
+    call = {"function": {"name": name, "arguments": arguments}}
+    turns = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return {"messages": turns, "tools": [{"name": name, "parameters": {"properties": properties}}]}
+
+
+CALLS = [
+    calling("weather", {"city": {"type": "string"}}, city="Oslo"),
+    calling("clock", {"zone": {"type": "integer"}, "short": {"type": "boolean"}}, zone=2, short=True),
+]
+
+
+def test_objects_come_back_without_the_nulls_of_their_columns_type(tmp_path: Path) -> None:
+    dataset = Dataset.from_list(CALLS)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    assert "zone" in str(dataset[0])  # there all rows have all keys
+    assert list(read_file(tmp_path / "rows.parquet")) == CALLS
+    assert saved_rows(tmp_path / "saved") == CALLS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_objects_of_a_hubs_dataset_come_back_as_written(tmp_path: Path, streaming: bool) -> None:
+    # Of arguments with a key of several types, `datasets` makes a column of JSON, whose nulls are the file's.
+    mixed = [calling("f", {}, x=1, n=None), calling("f", {}, x="s")]
+    for name, rows in (("calls", CALLS), ("mixed", mixed)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        entry = Entry(name, f"'{name}'", Place.modelscope, f"org/{name}")
+        found = list(read_snapshot(entry, tmp_path / name, streaming=streaming))
+        assert [row["messages"] for row in found] == [row["messages"] for row in rows]
+
+
+def test_nulls_that_were_written_stay(tmp_path: Path) -> None:
+    rows = [{"a": {"x": None}, "b": {"x": None}, "c": [1, None], "d": None}, {"a": {}, "b": {}, "c": None, "d": "e"}]
+    whole = [[row["a"] for row in rows], [[*row["b"].items()] for row in rows]]
+    table = pyarrow.table(
+        {
+            "a": pyarrow.array([json.dumps(value) for value in whole[0]]).cast(pyarrow.json_()),
+            "b": pyarrow.array(whole[1], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+            "c": [row["c"] for row in rows],
+            "d": [row["d"] for row in rows],
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert list(read_file(tmp_path / "rows.parquet")) == rows
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(read_file(tmp_path / "rows.jsonl")) == rows
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])

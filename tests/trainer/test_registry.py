@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from launch.compose import compose_config
-from launch.errors import DataError
+from launch.errors import DataError, StorageError
 from launch.schema import Compat
+from trainer.data.hubs import read_snapshot
 from trainer.data.registry import Entry, Place, edited_registry, load_entry, parse_entry
 from trainer.data.sources import Rows, open_datasets
 
@@ -88,9 +90,14 @@ def test_compat_leaves_them_out_as_llamafactory_does() -> None:
     assert entry.tags["system_tag"] is None
 
 
-def test_a_column_can_be_left_out_with_null() -> None:
-    entry = parse_entry("x", {"file_name": "a.json", "columns": {"query": None}}, Path("r.json"))
+@pytest.mark.parametrize("nothing", [None, ""])
+@pytest.mark.parametrize("compat", list(Compat))
+def test_a_column_can_be_left_out(nothing: str | None, compat: Compat) -> None:
+    raw = {"file_name": "a.json", "columns": {"query": nothing, "prompt": "p"}, "tags": {"system_tag": nothing}}
+    entry = parse_entry("x", raw, Path("r.json"), compat)
     assert "query" not in entry.columns
+    assert (entry.named, entry.without) == ({"prompt"}, {"query"})
+    assert entry.tags["system_tag"] is None
 
 
 @pytest.mark.parametrize(
@@ -111,19 +118,43 @@ def test_a_column_can_be_left_out_with_null() -> None:
         ({"file_name": "rows.json", "columns": {"response": None}}, "nothing to learn"),
         ({"file_name": "rows.json", "num_samples": "many"}, "must be int"),
         ({"file_name": "rows.json", "num_samples": 0}, "a number of rows from 1"),
+        ({"file_name": ["rows.json"]}, "`file_name` is .*; it must be str"),
+        ({"hf_hub_url": 5}, "`hf_hub_url` is 5; it must be str"),
+        ({"file_name": "rows.json", "formatting": ["alpaca"]}, "`formatting` is"),
+        ({"file_name": "rows.json", "columns": ["prompt"]}, "`columns` must be an object"),
         ({"file_name": "rows.json", "formatting": "sharegpt"}, "no column 'conversations'"),
         ({"script_url": "mine.py"}, "Python code from elsewhere"),
         ({"om_hub_url": "org/name"}, "OpenMind"),
         ({"file_name": "../outside.json"}, "reaches outside its own folder"),
         ({"file_name": "/etc/passwd"}, r"outside its own folder: /etc/passwd.*data\.allow_outside=true"),
         ({"file_name": "link.json"}, "reaches outside its own folder"),
+        ({"file_name": "linked"}, r"reaches outside its own folder: .*outside\.json"),
+        ({"file_name": "saved"}, "reaches outside its own folder"),
+        (
+            {"cloud_file_name": "file:///etc/passwd"},
+            r"in no store that.*`file_name`.*allow_outside",
+        ),
+        ({"cloud_file_name": "local://rows.json"}, "in no store"),
+        ({"cloud_file_name": "/etc/passwd"}, "in no store"),
+        ({"cloud_file_name": "rows.json"}, "in no store"),
+        ({"cloud_file_name": "simplecache::file:///etc/passwd"}, "in no store"),
+        ({"cloud_file_name": "s3::file:///etc/passwd"}, "in no store"),
+        ({"cloud_file_name": "git://.:rows.json"}, "in no store"),
+        ({"ms_hub_url": "org/name", "folder": "../../elsewhere"}, "leaves the dataset"),
+        ({"ms_hub_url": "org/name", "folder": "/etc"}, "leaves the dataset"),
         ("rows.json", "must be an object"),
     ],
 )
 def test_a_wrong_entry_is_told_with_its_place(tmp_path: Path, entry: Any, said: str) -> None:
-    (tmp_path / "data").mkdir()
+    data = tmp_path / "data"
+    (data / "linked").mkdir(parents=True)
     (tmp_path / "outside.json").write_text(json.dumps([ROW]))
-    (tmp_path / "data" / "link.json").symlink_to(tmp_path / "outside.json")
+    for link in (data / "link.json", data / "linked" / "rows.json"):
+        link.symlink_to(tmp_path / "outside.json")
+    Dataset.from_list([ROW]).save_to_disk(data / "saved")
+    (file,) = (data / "saved").glob("*.arrow")
+    file.rename(tmp_path / "outside.arrow")
+    file.symlink_to(tmp_path / "outside.arrow")
     with pytest.raises(DataError, match=said) as caught:
         opened(registry(tmp_path / "data", entry), "mine")
     assert "entry 'mine' of " + str(tmp_path / "data" / "dataset_info.json") in str(caught.value)
@@ -134,6 +165,51 @@ def test_allow_outside_reads_what_a_registry_names_elsewhere(tmp_path: Path) -> 
     (tmp_path / "outside.json").write_text(json.dumps([ROW]))
     folder = registry(tmp_path / "data", {"file_name": "../outside.json"})
     assert list(opened(folder, "mine", allow_outside=True)[0]) == [ROW]
+
+
+@pytest.mark.parametrize("name", ["../../outside.arrow", "/etc/outside.arrow", ".."])
+def test_a_saved_dataset_names_its_own_files_alone(tmp_path: Path, name: str) -> None:
+    Dataset.from_list([ROW]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    for overrides in ({}, {"allow_outside": True}):  # nothing that `datasets` writes looks like this
+        with pytest.raises(DataError, match="not one of its own files"):
+            opened(registry(tmp_path, {"file_name": "saved"}), "mine", **overrides)
+        with pytest.raises(DataError, match="not one of its own files"):
+            opened(tmp_path, str(tmp_path / "saved"), **overrides)
+    (tmp_path / "saved" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "lost.arrow"}]}))
+    with pytest.raises(StorageError, match=r"cannot be read: No such file or directory: .*lost\.arrow"):
+        opened(tmp_path, str(tmp_path / "saved"))
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"not as datasets\.save_to_disk leaves a folder"):
+        opened(tmp_path, str(tmp_path / "saved"))
+
+
+def test_links_of_a_folder_that_is_named_itself_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "outside.json").write_text(json.dumps([ROW]))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "rows.json").symlink_to(tmp_path / "outside.json")  # as the Hub's own cache is made
+    assert list(opened(tmp_path, str(tmp_path / "linked"))[0]) == [ROW]
+
+
+@pytest.mark.parametrize("name", ["../outside.jsonl", "{}/outside.jsonl"])
+def test_the_card_of_a_dataset_names_its_own_files_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "outside.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "snapshot" / "own.jsonl").write_text(json.dumps(ROW) + "\n")
+    entry = Entry("x", "'modelscope:org/name'", Place.modelscope, "org/name")
+    card = tmp_path / "snapshot" / "README.md"
+    card.write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {name.format(tmp_path)}\n---\n")
+    with pytest.raises(DataError, match=r"the card of 'org/name' names .*outside\.jsonl, which is no file of its own"):
+        next(read_snapshot(entry, tmp_path / "snapshot"))
+    card.unlink()
+    assert list(read_snapshot(entry, tmp_path / "snapshot")) == [ROW]
+
+
+def test_a_folder_is_not_taken_for_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"would read the folder 'org/name' that is here.*\./org/name"):
+        opened(tmp_path, "hub:org/name")
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_registry(tmp_path: Path) -> None:
@@ -199,6 +275,8 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
         ({"chat": [{"from": "user", "text": "a"}, {"from": "assistant", "text": "b"}]}, "sharegpt"),
         ({"prompt": "a", "completion": "b"}, "prompt_completion"),
         ({"text": "a"}, "text"),
+        ({"messages": [{"role": "User", "content": "a"}, {"role": "Bot", "content": "b"}]}, "sharegpt"),
+        ({"prompt": "a", "completion": "b", "label": True}, "prompt_completion"),
     ],
 )
 def test_a_path_is_read_by_what_its_columns_are_called(tmp_path: Path, row: Any, formatting: str) -> None:
@@ -208,6 +286,69 @@ def test_a_path_is_read_by_what_its_columns_are_called(tmp_path: Path, row: Any,
     (rows,) = opened(tmp_path, str(tmp_path / "rows.json"))
     assert rows.entry.formatting == formatting
     assert to_conversation(next(iter(rows)), rows.entry).answer in ("b", "Hello.", "a")
+
+
+@pytest.mark.parametrize(
+    ("formatting", "row"),
+    [
+        ("sharegpt", {"conversations": [{"from": "human", "value": "a"}], "chosen": {}, "rejected": {}}),
+        ("openai", {"messages": [{"role": "user", "content": "a"}], "rejected_response": "b"}),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "rejected": "c"}),
+    ],
+)
+def test_an_entry_that_does_not_choose_its_answers_is_refused_beside_rejected_ones(
+    tmp_path: Path, formatting: str, row: dict[str, Any]
+) -> None:
+    with pytest.raises(DataError, match=r"entry 'mine' of .* is preference data"):
+        opened(registry(tmp_path, {"file_name": "rows.json", "formatting": formatting}, [row]), "mine")
+    chosen = {"file_name": "rows.json", "columns": {"prompt": "a", "response": "chosen"}}
+    assert opened(registry(tmp_path, chosen, [{"a": "b", "chosen": "c", "rejected": "d"}]), "mine")
+
+
+CHAT = {"messages": [{"role": "user", "content": "<image>a"}, {"role": "assistant", "content": "b"}]}
+CALLING = {"formatting": "sharegpt", "columns": {"messages": "conversations", "tools": "tools"}}
+CALLED = {
+    "conversations": [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": [5, 3]}}'},
+        {"from": "observation", "value": '{"area": 15}'},
+        {"from": "gpt", "value": "b"},
+    ],
+    "tools": '[{"name": "f", "parameters": {"type": "object"}}]',
+}
+PICTURED = {"formatting": "sharegpt", "tags": CHAT_TAGS}
+RANKED = {"ranking": True, "formatting": "sharegpt", "columns": {"messages": "m", "chosen": "c", "rejected": "r"}}
+
+
+@pytest.mark.parametrize(
+    ("entry", "row", "said"),
+    [
+        ({}, ROW, ""),  # identity, alpaca_en_demo, alpaca_zh_demo
+        (CALLING, CALLED, ""),  # glaive_toolcall_en_demo, glaive_toolcall_zh_demo
+        (CALLING, {**CALLED, "tools": "[]"}, ""),
+        ({**PICTURED, "columns": {"messages": "messages", "images": "images"}}, CHAT, "has images"),  # mllm_demo
+        ({**PICTURED, "columns": {"messages": "messages", "audios": "audios"}}, CHAT, "has audios"),  # mllm_audio_demo
+        # mllm_video_demo, mllm_video_audio_demo
+        ({**PICTURED, "columns": {"messages": "messages", "videos": "v", "audios": "a"}}, CHAT, "has videos, audios"),
+        (RANKED, CHAT, r"preference data \(`c`, `r`\)"),  # dpo_en_demo, dpo_zh_demo
+        ({"columns": {"messages": "m", "kto_tag": "label"}}, CHAT, r"preference data \(`label`\)"),  # kto_en_demo
+        # wiki_demo, c4_demo
+        ({"columns": {"prompt": "text"}}, {"text": "a"}, '"formatting": "text"'),
+    ],
+)
+@pytest.mark.parametrize("compat", list(Compat))
+def test_llamafactorys_demo_entries_load_or_say_why_not(
+    tmp_path: Path, entry: dict[str, Any], row: dict[str, Any], said: str, compat: Compat
+) -> None:
+    from trainer.data.formats import to_conversation
+
+    folder = registry(tmp_path, {"file_name": "rows.json", **entry}, [row])
+    if said:
+        with pytest.raises(DataError, match=said):
+            opened(folder, "mine", compat=compat.value)
+    else:
+        (rows,) = opened(folder, "mine", compat=compat.value)
+        assert [to_conversation(found, rows.entry).answer for found in rows] == [row.get("output", "b")]
 
 
 def test_one_file_has_no_other_split(tmp_path: Path) -> None:
@@ -264,11 +405,20 @@ def test_empty_files_are_told(tmp_path: Path, content: str, said: str) -> None:
 def test_a_cloud_file_is_copied_once_and_read_offline(tmp_path: Path) -> None:
     (tmp_path / "store.jsonl").write_text(json.dumps(ROW) + "\n")
     folder = registry(tmp_path, {"cloud_file_name": f"file://{tmp_path}/store.jsonl"})
-    assert list(opened(folder, "mine")[0]) == [ROW]
-    before = opened(folder, "mine")[0].identity
+    assert list(opened(folder, "mine", allow_outside=True)[0]) == [ROW]
+    before = opened(folder, "mine", allow_outside=True)[0].identity
     (tmp_path / "store.jsonl").write_text(json.dumps({**ROW, "output": "changed"}) + "\n")
-    assert opened(folder, "mine", offline=True)[0].identity == before
-    assert opened(folder, "mine")[0].identity != before
+    assert opened(folder, "mine", offline=True, allow_outside=True)[0].identity == before
+    assert opened(folder, "mine", allow_outside=True)[0].identity != before
+
+
+def test_a_cloud_folder_is_not_written_above_its_cache(tmp_path: Path) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/bucket/rows/../../escaped.jsonl", b"{}")
+    with pytest.raises(DataError, match=r"names with '\.\.', which would lead out of the cache"):
+        opened(registry(tmp_path, {"cloud_file_name": "memory://bucket/rows"}), "mine", allow_outside=True)
 
 
 @pytest.mark.parametrize(
@@ -276,9 +426,7 @@ def test_a_cloud_file_is_copied_once_and_read_offline(tmp_path: Path) -> None:
     [("file:///none/such.jsonl", "cannot be read"), ("nostore://a/b.json", "cannot be read|nostore")],
 )
 def test_a_cloud_file_that_is_not_there_is_a_storage_error(tmp_path: Path, location: str, said: str) -> None:
-    from launch.errors import StorageError
-
     with pytest.raises(StorageError, match=said):
-        opened(registry(tmp_path, {"cloud_file_name": location}), "mine")
+        opened(registry(tmp_path, {"cloud_file_name": location}), "mine", allow_outside=True)
     with pytest.raises(StorageError, match="`offline` is true"):
-        opened(registry(tmp_path, {"cloud_file_name": location}), "mine", offline=True)
+        opened(registry(tmp_path, {"cloud_file_name": location}), "mine", offline=True, allow_outside=True)

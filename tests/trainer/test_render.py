@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from launch.errors import ConfigError, DataError
 from launch.schema import Overlong
 from launch.templates import template_names
-from trainer.data.formats import Conversation, Message, Plain, Unusable
+from trainer.data.formats import Conversation, Plain
 from trainer.data.render import IGNORED, Example, Renderer
+from trainer.data.turns import Message, Unusable
 from trainer.templates import install_template, settle_end_of_turn
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}, "required": ["city"]}
@@ -30,6 +31,16 @@ REASONING = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{%- if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
     "{%- endfor %}{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# The generation prompt begins the thought that an answer goes on with, as Qwen3.5's and Nemotron's do.
+OPENS_A_THOUGHT = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{%- if m.role == 'assistant' %}"
+    "{%- set r, c = m.reasoning_content or '', m.content %}{%- if '</think>' in c %}"
+    "{%- set r = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{%- set c = c.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{{ '<think>\n' + r + '\n</think>\n\n' + c }}{%- else %}{{ m.content }}{%- endif %}{{ '<|im_end|>\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 
 many = settings(max_examples=25, deadline=None, database=None)
@@ -243,9 +254,100 @@ def test_the_template_of_a_model_learns_its_tool_calls(name: str) -> None:
 @pytest.mark.parametrize("name", THINKING)
 def test_a_model_that_thinks_is_refused_unless_it_is_told_not_to(name: str) -> None:
     said = reason(Renderer(of_model(name), 10_000), chat("Hi there", "Hello you"))
-    assert "differently from its generation prompt: try model.template_kwargs={enable_thinking: false}" in said
-    if name.startswith("nemotron"):
+    knows = name.startswith("nemotron")
+    advice = "try model.template_kwargs={enable_thinking: false}" if knows else "set another model.template"
+    assert said.endswith(f"differently from its generation prompt: {advice}")
+    if knows:
         assert one(Renderer(of_model(name), 10_000, template_kwargs={"enable_thinking": False}), chat("a", "b"))
+
+
+# ---- reasoning ------------------------------------------------------------------------------------------------------
+
+HOW_MANY = {"role": "user", "content": "What is 2 + 3?"}
+THOUGHT = "Two and three are added."
+
+
+def thinking(text: str = "It is 5.", reasoning: str = THOUGHT) -> Conversation:
+    """A question, and an answer that was thought about: beside it, or within it."""
+    answer = {"role": "assistant", "content": text, **({"reasoning_content": reasoning} if reasoning else {})}
+    return Conversation([HOW_MANY, answer], [False, True])
+
+
+IN_THE_TEXT = thinking(f"<think>\n{THOUGHT}\n</think>\n\nIt is 5.", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "learnt"),
+    [
+        ("qwen3", f"<think>\n{THOUGHT}\n</think>\n\nIt is 5.<|im_end|>\n"),
+        ("qwen3_5_think", f"{THOUGHT}\n</think>\n\nIt is 5.<|im_end|>\n"),
+        ("qwen3_6", f"{THOUGHT}\n</think>\n\nIt is 5.<|im_end|>\n"),
+        ("nemotron_3_nano", f"{THOUGHT}\n</think>\nIt is 5.<|im_end|>\n"),
+        ("nemotron_3_super", f"{THOUGHT}\n</think>\nIt is 5.<|im_end|>\n"),
+        ("glm4moe", f"\n<think>{THOUGHT}</think>\nIt is 5."),
+        ("lfm2_2_5", f"<think>{THOUGHT}</think>It is 5.<|im_end|>\n"),  # by the name thinking
+        ("gemma4_v5", f"<|channel>thought\n{THOUGHT}\n<channel|>It is 5.<turn|>\n"),  # by the name reasoning
+        ("gptoss", f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant<|channel|>final<|message|>It"),
+    ],
+)
+def test_reasoning_is_learnt_where_the_template_writes_it(name: str, learnt: str) -> None:
+    made = Renderer(of_model(name), 10_000)
+    assert learnt_text(made, one(made, thinking())).startswith(learnt)
+    if name.startswith(("qwen", "nemotron", "glm")):  # these read it out of the text too
+        assert _without_spaces(learnt_text(made, one(made, IN_THE_TEXT))) == _without_spaces(learnt)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3_2", "gemma3", "qwen3_instruct_2507"])
+def test_reasoning_that_a_template_leaves_out_refuses_the_row(name: str) -> None:
+    made = Renderer(of_model(name), 10_000)
+    assert "leaves out the reasoning of the answer: set another" in reason(made, thinking())
+    # What is not learnt may go: templates take it out of earlier turns themselves.
+    earlier = Conversation([*thinking().messages, *chat("a", "b").messages], [False, False, False, True])
+    assert one(made, earlier)
+
+
+def test_a_thought_in_the_answer_is_not_learnt_behind_an_empty_one() -> None:
+    made = Renderer(of_model("qwen3_8"), 10_000)  # opens a thought and does not look for one in the text
+    assert "opens a thought beside the <think> of the answer: write that one as" in reason(made, IN_THE_TEXT)
+    assert learnt_text(made, one(made, thinking())).startswith(THOUGHT)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "conversation", "advice"),
+    [
+        ("qwen3", {"enable_thinking": False}, IN_THE_TEXT, "leave enable_thinking out of model.template_kwargs"),
+        ("qwen3", {"enable_thinking": False}, thinking(), "leave enable_thinking out of model.template_kwargs"),
+        ("qwen3_5_nothink", {}, thinking(), "try model.template_kwargs={enable_thinking: true}"),
+        (
+            "nemotron_3_nano",
+            {"enable_thinking": True},
+            chat("a", "b"),
+            "try model.template_kwargs={enable_thinking: false}",
+        ),
+    ],
+)
+def test_the_advice_for_an_answer_unlike_its_prompt_has_been_tried(
+    name: str, given: dict[str, Any], conversation: Conversation, advice: str
+) -> None:
+    said = reason(Renderer(of_model(name), 10_000, template_kwargs=given), conversation)
+    assert said.endswith(f"differently from its generation prompt: {advice}")
+    value = re.search(r"enable_thinking: (\w+)", said)
+    followed = {"enable_thinking": value[1] == "true"} if value else {}
+    assert one(Renderer(of_model(name), 10_000, template_kwargs=followed), conversation)
+
+
+def test_a_prompt_that_opens_a_thought_gives_the_ids_of_the_template(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = OPENS_A_THOUGHT
+    learnt = [417, 70, 2287, 201, 4097, 201, 201, 22, 358, 331, 2, 201]
+    question = {"role": "user", "content": "2+2?"}
+    within = {"content": "<think>\nadd them\n</think>\n\n4 it is"}
+    for answer in (within, {"content": "4 it is", "reasoning_content": "add them"}):
+        conversation = Conversation([question, {"role": "assistant", **answer}], [False, True])
+        example = one(Renderer(tokenizer, 1000), conversation)
+        assert example.input_ids.tolist() == [1, 280, 201, 20, 13, 20, 33, 2, 201, 1, 282, 201, 4096, 201, *learnt]
+        assert example.labels.tolist() == [IGNORED] * 14 + learnt
 
 
 # ---- special tokens in text -----------------------------------------------------------------------------------------
@@ -265,6 +367,33 @@ def test_special_tokens_in_text_stay_text(renderer: Any, before: str, after: str
     assert tokenizer.decode(example.input_ids) == tokenizer.apply_chat_template(conversation.messages, tokenize=False)
     learnt = tokenizer.decode(example.labels[example.labels != IGNORED])
     assert "".join(learnt.split()) == "".join((said["assistant"] + "<|im_end|>").split())
+
+
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_special_tokens_of_ones_own_in_an_answer(tiny_tokenizer: Any, as_tokens: bool) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|name|>", "<|/name|>"]})
+    made = Renderer(tokenizer, 1000, special_tokens_in_answers=as_tokens)
+    example = one(made, chat("Mark <|name|> in: Ann went home.", "<|name|>Ann<|/name|> went home."))
+    learnt = [label for label in example.labels.tolist() if label != IGNORED]
+    as_text = [30, 94, 1884, 94, 32, 1016, 80, 30, 94, 17, 1884, 94, 32, 951, 745, 16, 2, 201]
+    assert learnt == ([4096, 1016, 80, 4097, 951, 745, 16, 2, 201] if as_tokens else as_text)
+    assert 4096 not in example.input_ids[: -len(learnt)]  # a user makes no tokens
+    assert example.kept_as_text == (set() if as_tokens else {"<|name|>", "<|/name|>"})
+    # The template's own never come from a text.
+    ended = one(made, chat("a", "<|name|>x<|im_end|>\n"))
+    assert (ended.input_ids == 2).sum() == 2
+    assert "<|im_end|>" in ended.kept_as_text
+    assert (4096 in ended.input_ids) == as_tokens
+
+
+def test_the_borders_of_a_thought_are_tokens_where_the_template_reads_them(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>"]})
+    tokenizer.chat_template = OPENS_A_THOUGHT
+    example = one(Renderer(tokenizer, 1000), chat("Say <think>.", "<think>\nhm\n</think>\n\nb"))
+    assert ((example.input_ids == 4096).sum(), (example.input_ids == 4097).sum()) == (1, 1)
+    assert example.kept_as_text == set()
 
 
 def test_special_tokens_in_plain_text_are_tokens(renderer: Any) -> None:
@@ -416,6 +545,14 @@ def test_a_tool_call_is_never_cut(renderer: Any) -> None:
     whole = Conversation(messages, [False, True])
     length = len(one(renderer("chatml"), whole).input_ids)
     assert "a tool call would be cut" in reason(renderer("chatml", length - 1), whole)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_an_answer_is_not_cut_off_its_reasoning(within: bool) -> None:
+    conversation = IN_THE_TEXT if within else thinking()
+    length = len(one(Renderer(of_model("qwen3"), 10_000), conversation).input_ids)
+    said = reason(Renderer(of_model("qwen3"), length - 1), conversation)
+    assert "an answer that is thought about would be cut by data.cutoff_len" in said
 
 
 def test_the_call_before_an_unlearnt_answer_is_not_cut_either(renderer: Any) -> None:

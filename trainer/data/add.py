@@ -9,18 +9,21 @@ import os
 import re
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from launch.compose import compose_config
-from launch.errors import DataError, StorageError, did_you_mean
+from launch.errors import ConfigError, DataError, StorageError, did_you_mean
+from trainer.data.check import compose
 from trainer.data.detect import detect
-from trainer.data.formats import Plain, Unusable, to_conversation
+from trainer.data.formats import Plain, to_conversation
 from trainer.data.registry import REGISTRY_NAME, edited_registry, read_registry
 from trainer.data.show import shown
 from trainer.data.sources import PEEK, open_datasets
+from trainer.data.turns import Unusable
 
 PLAIN = r"\w.+-"  # characters of names, as a class of a regular expression
 MESSAGE_SHOWN = 200  # characters of a message in a preview
@@ -33,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         DataError: the file is not there, cannot be understood or lies outside the registry's folder, or the name is
             taken.
     """
-    file, folder = args.file.expanduser(), args.dir.expanduser()
+    file, folder = args.file.expanduser(), _folder(args)
     if not file.exists():
         near = did_you_mean(file.name, os.listdir(file.parent)) if file.parent.is_dir() else ""
         raise DataError(f"There is no file or folder {file}.{near}")
@@ -70,6 +73,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _folder(args: argparse.Namespace) -> Path:
+    """Return the registry's folder, which `--dir` or the override `data.dir=` names."""
+    for item in args.overrides:
+        if not item.startswith("data.dir="):
+            raise ConfigError(f"`data add` takes no '{item}': the only setting it knows is data.dir.")
+    return Path(compose([], args.overrides, None, args.dir).data.dir).expanduser()
+
+
 def _hydra_value(path: str) -> str:
     """Return a path as an element of a list in a Hydra override, in quotes where it holds what is syntax there."""
     if re.fullmatch(rf"[{PLAIN}/]+", path):
@@ -89,14 +100,19 @@ def propose(file: Path) -> tuple[dict[str, Any], list[str]]:
     first = list(islice(rows, PEEK))
     meaning = detect(first)
     assert meaning is not None  # `open_datasets` has understood the columns by the same means
-    reasons = []
+    reasons, usable = Counter[str](), []
     for number, row in enumerate(first):
         try:
-            return meaning, _preview(number, to_conversation(row, rows.entry))
+            usable.append((number, to_conversation(row, rows.entry)))
         except Unusable as reason:
-            reasons.append(str(reason))
-    common = max(set(reasons), key=reasons.count)
-    raise DataError(f"None of the first {len(first)} rows of {file} can be used. The most frequent reason: {common}.")
+            reasons[str(reason)] += 1
+    common = reasons.most_common(1)[0][0] if reasons else ""
+    if not usable:
+        raise DataError(
+            f"None of the first {len(first)} rows of {file} can be used. The most frequent reason: {common}."
+        )
+    told = f"{reasons.total():,} of the first {len(first):,} rows cannot be used. The most frequent reason: {common}."
+    return meaning, [*_preview(*usable[0]), *([told] if reasons else [])]
 
 
 def _preview(number: int, source: Any) -> list[str]:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from trainer.data.render import Renderer
 
-FORMAT = 4  # raise it when the meaning of the cached columns changes
+FORMAT = 5  # raise it when the meaning of the cached columns changes
 OUTCOME_NAME = "outcome.json"
 SPLITS = ("train", "eval")
 PROCESSES_FROM = 20_000  # rows
@@ -170,7 +170,10 @@ def cache_key(rows: Rows, config: DictConfig, model_path: Path | None, limit: in
         "rows": [rows.identity, rows.entry.meaning(), limit],
         "render": [
             longest_row(config),
-            *(_plain(data[key]) for key in ("overlong", "train_on_prompt", "mask_history")),
+            *(
+                _plain(data[key])
+                for key in ("overlong", "train_on_prompt", "mask_history", "special_tokens_in_answers")
+            ),
         ],
         "template": [model.template, _template_text(model.template), dict(model.template_kwargs or {})],
         "versions": [version("transformers"), version("tokenizers")],

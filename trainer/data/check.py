@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from trainer.prepare import keep_remarks
 
     names = [item for item in args.overrides if _is_name(item)]
-    config = compose(names, [item for item in args.overrides if not _is_name(item)], args.config_dir)
+    config = compose(names, [item for item in args.overrides if not _is_name(item)], args.config_dir, args.dir)
     plan = check(config, find_devices())
     settle(config)
     tokens = make_tokens(config)
@@ -60,15 +60,26 @@ def _is_name(item: str) -> bool:
     return "=" not in item or Path(item).expanduser().exists()
 
 
-def compose(names: Sequence[str], overrides: Sequence[str], extra_dir: Path | None) -> DictConfig:
+def compose(
+    names: Sequence[str], overrides: Sequence[str], extra_dir: Path | None, data_dir: Path | None = None
+) -> DictConfig:
     """Compose a configuration whose data are these names, or without names what the overrides say.
 
     Raises:
-        ConfigError: see `launch.compose.compose_config`; or the overrides name datasets as well.
+        ConfigError: see `launch.compose.compose_config`; or the overrides say what the names or `data_dir` say as well.
     """
+    keys = [item.lstrip("+~").partition("=")[0] for item in overrides]
+    if data_dir and "data.dir" in keys:
+        raise ConfigError(f"--dir {data_dir} and `data.dir` both say where the registry is: keep one of them.")
+    config = _named(names, overrides, keys, extra_dir)
+    if data_dir:
+        config.data.dir = str(data_dir)
+    return config
+
+
+def _named(names: Sequence[str], overrides: Sequence[str], keys: Sequence[str], extra_dir: Path | None) -> DictConfig:
     if not names:
         return compose_config(overrides, extra_dir)
-    keys = [item.lstrip("+~").partition("=")[0] for item in overrides]
     if "data.names" in keys:
         raise ConfigError(f"`data.names` and {', '.join(names)} both say which data: keep one of them.")
     group = [] if "data" in keys else ["data=registry"]

@@ -49,6 +49,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     check.add_argument("--json", action="store_true", help="print the report as JSON")
     check.add_argument("--html", type=Path, metavar="FILE", help="write the report as a page as well")
+    _add_dir(check)
     _add_config_dir(check)
     check.set_defaults(run=_run("check"))
 
@@ -58,13 +59,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     show.add_argument("--row", type=int, metavar="N", help="which row, counted from 0 (the default)")
     show.add_argument("--ids", action="store_true", help="a line for each token: index, id, label, text")
     show.add_argument("--dump", type=Path, metavar="FILE", help="write all examples as JSONL: row, input_ids, labels")
+    _add_dir(show)
     _add_config_dir(show)
     show.set_defaults(run=_run("show"))
 
     add = _command(kinds, "add", "add a file to a registry", ADD_HELP)
     add.add_argument("file", type=Path, metavar="FILE", help="a data file or folder")
+    add.add_argument("overrides", nargs="*", default=[], metavar="data.dir=DIR", help="the same as --dir DIR")
     add.add_argument("--name", help="name of the entry; default: the file's name without its suffix")
-    add.add_argument("--dir", type=Path, default=Path("data"), help="folder of dataset_info.json [data]")
+    _add_dir(add)
     add.add_argument("--copy", action="store_true", help="copy the file into that folder first")
     add.add_argument("--dry-run", action="store_true", help="show the entry and write nothing")
     add.set_defaults(run=_run("add"))
@@ -74,6 +77,10 @@ def _command(
     kinds: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, text: str
 ) -> argparse.ArgumentParser:
     return kinds.add_parser(name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _add_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dir", type=Path, help="folder of dataset_info.json, the same as data.dir=DIR [data]")
 
 
 def _add_config_dir(command: argparse.ArgumentParser) -> None:

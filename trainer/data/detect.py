@@ -6,16 +6,24 @@ import json
 from collections import Counter
 from typing import Any
 
+from trainer.data.marks import marked_columns
+from trainer.data.registry import SHAREGPT_TAGS
+from trainer.data.turns import TAG_ROLES, find_role
+
 # Columns that datasets on the hubs use, each with the meaning it has in a registry; the first that is there counts.
 PROMPTS = ("instruction", "prompt", "question", "query", "input", "problem", "content")
 RESPONSES = ("output", "response", "answer", "completion", "target", "solution", "summary", "chosen_response")
 SYSTEMS = ("system", "system_prompt")
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "chat")
-HUMAN, GPT = ("human", "user"), ("gpt", "assistant", "chatgpt", "bing", "bard", "model")
 
 
 def detect(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return a registry entry without its source, or None when the columns do not tell."""
+    """Return a registry entry without its source, or None when the columns do not tell.
+
+    Of rows that are not for supervised fine-tuning on text the entry says what they are, and nothing else.
+    """
+    if marks := marked_columns(rows):
+        return {"columns": marks}
     found = {key for row in rows for key, value in row.items() if value is not None}
     for column in CONVERSATIONS:
         turns = next((turns for row in rows if (turns := _turns(row.get(column)))), None)
@@ -47,23 +55,21 @@ def _conversation(
     content = next((key for key in ("content", "value", "text") if key in keys), None)
     if role is None or content is None:
         return None
-    roles = Counter(str(turn.get(role)) for row in rows for turn in _turns(row.get(column)) or [])
-    human = next((name for name in HUMAN if name in roles), None)
-    assistant = next((name for name in GPT if name in roles), None)
-    if human is None or assistant is None:
+    names: dict[str | None, str] = {}  # role -> the name it goes by most often
+    for name, _ in Counter(str(turn.get(role)) for row in rows for turn in _turns(row.get(column)) or []).most_common():
+        names.setdefault(find_role(name, {}), name)
+    if "user" not in names or "assistant" not in names:
         return None
-    if (role, content, human, assistant) == ("role", "content", "user", "assistant"):
+    if (role, content, names["user"], names["assistant"]) == ("role", "content", "user", "assistant"):
         entry: dict[str, Any] = {"formatting": "openai"}
         defaults = {"messages": "messages"}
     else:
         entry = {"formatting": "sharegpt"}
         defaults = {"messages": "conversations"}
-        tags = {"role_tag": role, "content_tag": content, "user_tag": human, "assistant_tag": assistant}
-        if tags != {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}:
-            entry["tags"] = {**tags, "system_tag": "system"}
-            for tag, names in (("observation_tag", ("observation", "tool")), ("function_tag", ("function_call",))):
-                if name := next((name for name in names if name in roles), None):
-                    entry["tags"][tag] = name
+        tags: dict[str, str] = {"role_tag": role, "content_tag": content}
+        tags |= {tag: names[meaning] for tag, meaning in TAG_ROLES.items() if meaning in names}
+        if any(SHAREGPT_TAGS[tag] != name for tag, name in tags.items()):
+            entry["tags"] = {**tags, "system_tag": names.get("system", "system")}
     columns = {"messages": column} if defaults["messages"] != column else {}
     columns |= {key: key for key in ("system", "tools") if key in found} if columns else {}
     # LLaMA-Factory sets every column to null that a `columns` block leaves out, so a block is written whole.

@@ -9,21 +9,27 @@ model sees when it has to give that answer.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.meta import find_undeclared_variables
 
 from launch.errors import DataError
 from launch.templates import template_names
-from trainer.data.formats import Conversation, Message, Plain, Unusable
+from trainer.data.formats import Conversation, Plain
+from trainer.data.turns import REASONING_KEYS, Message, Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Stand for special-token strings in a text while the template works on it: characters of a private-use plane.
 STAND_INS = 0xF0000
+THOUGHT_MARKS = ("<think>", "</think>")
+# Variables of templates that say whether the model thinks before it answers.
+SWITCHES = ("enable_thinking", "thinking")
 UNUSABLE_TEXT = re.compile("[\ud800-\udfff\U000f0000-\U0010ffff]")
 
 Span = tuple[int, int]
@@ -38,6 +44,7 @@ class Drawn:
     spans: list[Span]
     source: Conversation | Plain
     literals: dict[int, str] = field(default_factory=dict)  # stand-in -> the string it stands for
+    kept_as_text: frozenset[str] = frozenset()  # special tokens' strings in what is learnt
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class _Plan:
     source: Conversation
     given: Conversation  # with stand-ins
     literals: dict[int, str]
+    kept_as_text: frozenset[str]
     turns: list[int]  # that are learnt
     texts: slice  # for each of the turns what precedes it and what it ends, then all of it
 
@@ -58,6 +66,7 @@ class Drawer:
     tokenizer: PreTrainedTokenizerBase
     mask_history: bool
     template_kwargs: dict[str, Any]
+    special_tokens_in_answers: bool = False
 
     def draw(self, sources: list[Conversation | Plain]) -> list[list[Drawn] | Unusable]:
         """Return for each source its texts (more than one where the template rewrites history), or why it has none.
@@ -77,16 +86,14 @@ class Drawer:
             except Unusable as reason:
                 plans.append(reason)
                 continue
-            given, literals = self._without_specials(source)
-            last, first = len(given.messages) - 1, len(requests)
-            for turn in turns:
-                requests.append((given.messages[:turn], given.tools, True))
-                requests.append((given.messages[: turn + 1], given.tools, False))
-            if turns[-1] != last:
+            given, literals, kept_as_text = self._without_specials(source, turns)
+            first = len(requests)
+            requests += _requests(given, turns)
+            if turns[-1] != len(given.messages) - 1:
                 requests.append((given.messages, given.tools, False))
-            plans.append(_Plan(source, given, literals, turns, slice(first, len(requests))))
+            plans.append(_Plan(source, given, literals, kept_as_text, turns, slice(first, len(requests))))
         texts = self._templated(requests)
-        return [_drawn(plan, texts[plan.texts]) if isinstance(plan, _Plan) else plan for plan in plans]
+        return [self._drawn(plan, texts[plan.texts]) if isinstance(plan, _Plan) else plan for plan in plans]
 
     def _turns(self, conversation: Conversation) -> list[int]:
         """Return the positions of the turns that are learnt."""
@@ -128,7 +135,11 @@ class Drawer:
     def _apply_library(self, messages: list[Message], tools: list[Any] | None, *, prompt: bool) -> str:
         return str(
             self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.template_kwargs
+                [self._with_reasoning(message) for message in messages],
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **self.template_kwargs,
             )
         )
 
@@ -143,24 +154,52 @@ class Drawer:
         known = {"tools": None, "documents": None, **self.tokenizer.special_tokens_map, **self.template_kwargs}
         return {**self._compiled.globals, **known}
 
-    def _without_specials(self, conversation: Conversation) -> tuple[Conversation, dict[int, str]]:
-        """Put stand-ins where a text says what is a special token, so that it stays text."""
-        found: dict[str, int] = {}
+    def _with_reasoning(self, message: Message) -> Message:
+        """Give a message's reasoning under the names by which the template asks for it."""
+        if REASONING_KEYS[0] not in message:
+            return message
+        rest = {key: value for key, value in message.items() if key != REASONING_KEYS[0]}
+        return {**rest, **dict.fromkeys(self._reasoning_names, message[REASONING_KEYS[0]])}
 
-        def replaced(value: Any) -> Any:
-            if isinstance(value, str):
-                return self._specials.sub(lambda match: chr(found.setdefault(match[0], STAND_INS + len(found))), value)
-            if isinstance(value, list):
-                return [replaced(item) for item in value]
-            if isinstance(value, dict):
-                return {key: replaced(item) for key, item in value.items()}
-            return value
+    @cached_property
+    def _reasoning_names(self) -> list[str]:
+        names = {node.attr for node in self._syntax.find_all(nodes.Getattr)}
+        names |= {node.value for node in self._syntax.find_all(nodes.Const) if isinstance(node.value, str)}
+        return [name for name in REASONING_KEYS if name in names]
 
+    @cached_property
+    def _syntax(self) -> nodes.Template:
+        return self._compiled.environment.parse(self.tokenizer.get_chat_template())  # type: ignore[no-any-return]
+
+    def _without_specials(
+        self, conversation: Conversation, turns: list[int]
+    ) -> tuple[Conversation, dict[int, str], frozenset[str]]:
+        """Put stand-ins where a text says what is a special token, so that it stays text.
+
+        Returns what the template is given, the stand-ins, and the strings they stand for in the learnt turns.
+        """
         simple = not conversation.tools and all(len(message) == 2 for message in conversation.messages)
         if simple and not any(self._specials.search(message["content"]) for message in conversation.messages):
-            return conversation, {}
-        given = Conversation(replaced(conversation.messages), conversation.learnt, replaced(conversation.tools))
-        return given, {stand_in: text for text, stand_in in found.items()}
+            return conversation, {}, frozenset()
+        found: dict[str, int] = {}
+
+        def replaced(value: Any, specials: re.Pattern[str]) -> Any:
+            if isinstance(value, str):
+                return specials.sub(lambda match: chr(found.setdefault(match[0], STAND_INS + len(found))), value)
+            if isinstance(value, list):
+                return [replaced(item, specials) for item in value]
+            if isinstance(value, dict):
+                return {key: replaced(item, specials) for key, item in value.items()}
+            return value
+
+        messages = [
+            replaced(message, self._specials_of_answers if message["role"] == "assistant" else self._specials)
+            for message in conversation.messages
+        ]
+        given = Conversation(messages, conversation.learnt, replaced(conversation.tools, self._specials))
+        learnt = "".join(text for turn in turns for text in _texts(messages[turn]))
+        kept_as_text = frozenset(text for text, stand_in in found.items() if chr(stand_in) in learnt)
+        return given, {stand_in: text for text, stand_in in found.items()}, kept_as_text
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> str:
         """Return what the model is given when it has to answer the last message."""
@@ -171,44 +210,111 @@ class Drawer:
     def _specials(self) -> re.Pattern[str]:
         return special_strings(self.tokenizer)
 
+    @cached_property
+    def _specials_of_answers(self) -> re.Pattern[str]:
+        """Strings that stay text in an answer: with special_tokens_in_answers those that the template writes itself.
+
+        What a template takes for the borders of a thought are such borders, where they are special tokens too.
+        """
+        template = str(self.tokenizer.chat_template)
+        strings = _special_strings(self.tokenizer) - {mark for mark in THOUGHT_MARKS if mark in template}
+        if self.special_tokens_in_answers:
+            named = {token for token in self.tokenizer.special_tokens_map.values() if isinstance(token, str)}
+            strings = {token for token in strings if token in named or token in template}
+        return _any_of(strings)
+
+    # ---- from texts to spans ----------------------------------------------------------------------------------------
+
+    def _drawn(self, plan: _Plan, texts: list[str | TemplateError]) -> list[Drawn] | Unusable:
+        """Find the learnt turns in the text of a conversation, or draw one text for each of them."""
+        for text in texts:
+            if isinstance(text, TemplateError):
+                return Unusable(f"the chat template refuses it: {text}")
+        full = str(texts[-1])
+        lost = _lost(full, plan.given)
+        if lost:
+            named = " (chatml, llama3 and qwen render tools)" if lost == "the tools" else ""
+            return Unusable(f"the chat template leaves out {lost}: set another model.template{named}")
+        spans, stable = [], True
+        for number, turn in enumerate(plan.turns):
+            before, through = str(texts[2 * number]), str(texts[2 * number + 1])
+            if not through.startswith(before):
+                return Unusable(
+                    "the chat template writes the answer differently from its generation prompt: "
+                    + self._advice(plan.given, plan.turns)
+                )
+            problem = self._problem(plan.given, turn, before, through)
+            if problem:
+                return Unusable(f"the chat template {problem}")
+            stable = stable and full.startswith(through)
+            spans.append((len(before), len(through)))
+        if stable:
+            return [Drawn(full, spans, plan.source, plan.literals, plan.kept_as_text)]
+        drawn = []
+        for number, turn in enumerate(plan.turns):
+            learnt = [position == turn for position in range(turn + 1)]
+            part = replace(plan.source, messages=plan.source.messages[: turn + 1], learnt=learnt)
+            text = str(texts[2 * number + 1])
+            drawn.append(Drawn(text, [spans[number]], part, plan.literals, plan.kept_as_text))
+        return drawn
+
+    def _problem(self, given: Conversation, turn: int, before: str, through: str) -> str:
+        """Return what is wrong with what a turn adds to a text, if anything is.
+
+        The generation prompt may open what the answer goes on with, a thought: then it counts as a part of the turn.
+        """
+        problem = _problem(through[len(before) :], given.messages[turn])
+        if problem or before.rstrip().endswith(THOUGHT_MARKS[0]):
+            without_prompt = self._apply((given.messages[:turn], given.tools, False))
+            if isinstance(without_prompt, str) and before.startswith(without_prompt):
+                problem = _problem(through[len(without_prompt) :], given.messages[turn])
+        return problem
+
+    def _advice(self, given: Conversation, turns: list[int]) -> str:
+        """Return what to write for a row whose answers do not begin as the generation prompt does: tried out."""
+        for advice, drawer in self._others:
+            texts = drawer._templated(_requests(given, turns))
+            pairs = zip(texts[::2], texts[1::2], strict=True)
+            if all(isinstance(before, str) and str(through).startswith(before) for before, through in pairs):
+                return advice
+        return "set another model.template"
+
+    @cached_property
+    def _others(self) -> list[tuple[str, Drawer]]:
+        """Drawers with the other values of what in a template says whether the model thinks, and how to get them."""
+        others = []
+        for name in sorted(find_undeclared_variables(self._syntax).intersection(SWITCHES)):
+            rest = {key: value for key, value in self.template_kwargs.items() if key != name}
+            if name in self.template_kwargs:
+                others.append((f"leave {name} out of model.template_kwargs", replace(self, template_kwargs=rest)))
+            for value in (False, True):
+                if self.template_kwargs.get(name) != value:
+                    advice = f"try model.template_kwargs={{{name}: {str(value).lower()}}}"
+                    others.append((advice, replace(self, template_kwargs={**rest, name: value})))
+        return others
+
+
+def _requests(given: Conversation, turns: list[int]) -> list[_Request]:
+    """Return two requests for each learnt turn: what precedes it, and what it ends."""
+    requests: list[_Request] = []
+    for turn in turns:
+        requests.append((given.messages[:turn], given.tools, True))
+        requests.append((given.messages[: turn + 1], given.tools, False))
+    return requests
+
 
 def special_strings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Return a pattern of the strings that the tokenizer takes for special tokens, the longest first."""
-    strings = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    strings = sorted({*strings, *tokenizer.all_special_tokens}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, strings)) or r"(?!)")
+    return _any_of(_special_strings(tokenizer))
 
 
-def _drawn(plan: _Plan, texts: list[str | TemplateError]) -> list[Drawn] | Unusable:
-    """Find the learnt turns in the text of a conversation, or draw one text for each of them."""
-    for text in texts:
-        if isinstance(text, TemplateError):
-            return Unusable(f"the chat template refuses it: {text}")
-    full = str(texts[-1])
-    lost = _lost(full, plan.given)
-    if lost:
-        named = " (chatml, llama3 and qwen render tools)" if lost == "the tools" else ""
-        return Unusable(f"the chat template leaves out {lost}: set another model.template{named}")
-    spans, stable = [], True
-    for number, turn in enumerate(plan.turns):
-        before, through = str(texts[2 * number]), str(texts[2 * number + 1])
-        if not through.startswith(before):
-            return Unusable(
-                "the chat template writes the answer differently from its generation prompt: try "
-                "model.template_kwargs={enable_thinking: false}, or another model.template"
-            )
-        if not _says(through[len(before) :], plan.given.messages[turn]):
-            return Unusable("the chat template leaves out a part of the answer: set another model.template")
-        stable = stable and full.startswith(through)
-        spans.append((len(before), len(through)))
-    if stable:
-        return [Drawn(full, spans, plan.source, plan.literals)]
-    drawn = []
-    for number, turn in enumerate(plan.turns):
-        learnt = [position == turn for position in range(turn + 1)]
-        part = replace(plan.source, messages=plan.source.messages[: turn + 1], learnt=learnt)
-        drawn.append(Drawn(str(texts[2 * number + 1]), [spans[number]], part, plan.literals))
-    return drawn
+def _special_strings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return special | set(tokenizer.all_special_tokens)
+
+
+def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or r"(?!)")
 
 
 def _lost(text: str, conversation: Conversation) -> str:
@@ -221,10 +327,18 @@ def _lost(text: str, conversation: Conversation) -> str:
     return ""
 
 
-def _says(text: str, message: Message) -> bool:
-    """Tell whether the text of a turn holds all of what the message says, and its calls."""
+def _problem(text: str, message: Message) -> str:
+    """Return what is wrong with the text of a turn, if it does not say all of its message, or thinks once too often."""
+    content, reasoning = message["content"], message.get(REASONING_KEYS[0], "")
+    if not _holds(text, reasoning):
+        return "leaves out the reasoning of the answer: set another model.template, or write it into the answer"
     calls = [call["function"]["name"] for call in message.get("tool_calls") or ()]
-    return _holds(text, message["content"]) and all(name in text for name in calls)
+    if not _holds(text, content) or not all(name in text for name in calls):
+        return "leaves out a part of the answer: set another model.template"
+    mark = THOUGHT_MARKS[0]
+    if content.lstrip().startswith(mark) and text.count(mark) > content.count(mark) + reasoning.count(mark):
+        return f"opens a thought beside the {mark} of the answer: write that one as `{REASONING_KEYS[0]}`"
+    return ""
 
 
 def _holds(text: str, content: str) -> bool:
@@ -233,9 +347,21 @@ def _holds(text: str, content: str) -> bool:
 
 
 def _check_text(conversation: Conversation) -> None:
-    for message in conversation.messages:
-        if UNUSABLE_TEXT.search(message["content"]):
-            raise Unusable("half of a surrogate pair, or a character of the private-use planes, is in the text")
+    if any(UNUSABLE_TEXT.search(text) for text in _texts([conversation.messages, conversation.tools])):
+        raise Unusable("half of a surrogate pair, or a character of the private-use planes, is in the text")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in a value that JSON could hold, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from launch.errors import DataError
 from trainer.data.draw import Drawn, Span, special_strings
-from trainer.data.formats import Unusable
+from trainer.data.turns import Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

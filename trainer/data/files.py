@@ -9,11 +9,12 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from launch.errors import DataError
+from trainer.data.columnar import read_arrow, read_parquet
 
 Row = dict[str, Any]
 
@@ -21,7 +22,6 @@ CHUNK = 1 << 20  # characters or bytes read at once
 LARGEST_ROW = 1 << 26  # characters: JSON that does not end within this many is broken
 MOST_PROBLEMS = 20  # broken lines shown of one file
 LOOKED_ON = 100_000  # lines after a broken one in which others are looked for
-BATCH = 1000  # rows of a columnar file converted at once
 
 SPACE = re.compile(r"[ \t\r\n]*")
 COMMA = re.compile(r"[ \t\r\n]*,[ \t\r\n]*")
@@ -39,9 +39,9 @@ def read_file(path: Path) -> Iterator[Row]:
     if path.suffix in (".csv", ".tsv"):
         return _read_separated(path, "\t" if path.suffix == ".tsv" else ",")
     if path.suffix == ".parquet":
-        return _read_parquet(path)
+        return read_parquet(path)
     if path.suffix == ".arrow":
-        return _read_arrow(path)
+        return read_arrow(path)
     raise DataError(f"{path}: files can be {', '.join(SUFFIXES)}, or folders of datasets.save_to_disk.")
 
 
@@ -50,21 +50,32 @@ def is_saved_dataset(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def read_saved_dataset(folder: Path, split: str | None) -> Iterator[Row]:
-    """Yield the rows of a folder that `datasets.save_to_disk` wrote.
+def saved_files(folder: Path, split: str | None) -> list[Path]:
+    """Return the Arrow files of a folder that `datasets.save_to_disk` wrote, in order.
 
     Raises:
-        DataError: no such split, or a damaged folder.
+        DataError: no such split, a damaged folder, or one that names files elsewhere.
     """
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        wanted = split or "train"
-        if wanted not in splits:
-            raise DataError(f"{folder} has no split '{wanted}'. It has: {', '.join(splits)}.")
-        folder = folder / wanted
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    for file in state["_data_files"]:
-        yield from _read_arrow(folder / file["filename"])
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            wanted = split or "train"
+            if wanted not in splits:
+                raise DataError(f"{folder} has no split '{wanted}'. It has: {', '.join(splits)}.")
+            folder = folder / _plain_name(wanted, folder)
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / _plain_name(file["filename"], folder) for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder} is not as datasets.save_to_disk leaves a folder ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _plain_name(name: str, folder: Path) -> str:
+    """A folder that came from elsewhere must not make us read what lies outside of it."""
+    if Path(name).name != name or name == "..":
+        raise DataError(f"{folder} names '{name}', which is not one of its own files.")
+    return name
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -246,46 +257,3 @@ def _read_separated(path: Path, separator: str) -> Iterator[Row]:
             yield dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: cannot be read as {path.suffix[1:].upper()}: {error}.") from error
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=BATCH):
-                yield from _rows(batch)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {_first_line(error)}") from error
-
-
-def _read_arrow(path: Path) -> Iterator[Row]:
-    import pyarrow
-
-    try:
-        with pyarrow.memory_map(str(path)) as source:
-            for batch in _arrow_batches(source):
-                for start in range(0, batch.num_rows, BATCH):
-                    yield from _rows(batch.slice(start, BATCH))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as Arrow: {_first_line(error)}") from error
-
-
-def _arrow_batches(source: Any) -> Iterable[Any]:
-    """Arrow has two layouts: the file, which begins with its name, and the stream, which `datasets` writes."""
-    import pyarrow
-
-    if source.read(6) == b"ARROW1":
-        file = pyarrow.ipc.open_file(source)
-        return (file.get_batch(index) for index in range(file.num_record_batches))
-    source.seek(0)
-    return pyarrow.ipc.open_stream(source)
-
-
-def _rows(batch: Any) -> list[Row]:
-    return batch.to_pylist()  # type: ignore[no-any-return]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError, DataError, StorageError
+from trainer.data.columnar import BATCH, rows_of
 from trainer.data.files import Row
 from trainer.data.registry import Entry, Place
 
@@ -30,9 +32,14 @@ def open_hub(
                 f"{entry.where} is on ModelScope, which `data.streaming` cannot read: set data.streaming=false."
             )
         folder = fetch_modelscope(entry, offline=offline)
-        return (lambda: _rows(entry, folder, {})), (*what, _stamps(folder))
+        return (lambda: read_snapshot(entry, folder)), (*what, _stamps(folder))
+    if Path(entry.location).exists():
+        raise DataError(
+            f"{entry.where}: `datasets` would read the folder '{entry.location}' that is here, not the Hub's dataset "
+            f"of that name. Start from another folder, or name the path ./{entry.location} if it is meant."
+        )
     commit = _commit(entry, records, offline=offline)
-    return (lambda: _rows(entry, entry.location, {"revision": commit, "streaming": streaming})), (*what, commit)
+    return (lambda: read_snapshot(entry, entry.location, commit, streaming=streaming)), (*what, commit)
 
 
 def _commit(entry: Entry, records: Path, *, offline: bool) -> str:
@@ -65,22 +72,47 @@ def _commit(entry: Entry, records: Path, *, offline: bool) -> str:
     )
 
 
-def _rows(entry: Entry, source: str | Path, options: dict[str, Any]) -> Iterator[Row]:
-    from datasets import load_dataset
+def read_snapshot(
+    entry: Entry, source: str | Path, revision: str | None = None, *, streaming: bool = False
+) -> Iterator[Row]:
+    """Yield the rows of a dataset of the Hub at a commit, or of a folder that was downloaded whole.
+
+    Raises:
+        DataError: no such subset, split or folder; or it names files that are not its own.
+        StorageError: it cannot be fetched.
+    """
+    from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
-        rows = load_dataset(
-            str(source), name=entry.subset, data_dir=entry.folder, split=entry.split or "train", **options
-        )
-        yield from rows
+        builder = load_dataset_builder(str(source), name=entry.subset, data_dir=entry.folder, revision=revision)
+        _check_files(entry, builder.config.data_files, source)
+        if streaming:
+            rows = builder.as_streaming_dataset(split=entry.split or "train")
+        else:
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split=entry.split or "train")
+        for table in rows.with_format("arrow").iter(BATCH):
+            yield from rows_of(table)
     except (DatasetsError, ValueError, FileNotFoundError) as error:  # no such subset, split or folder
         reason = " ".join(str(error).split())
         raise DataError(f"{entry.where}: '{entry.location}' cannot be loaded: {reason}") from error
     except ConnectionError as error:
         raise StorageError(f"{entry.where}: '{entry.location}' cannot be fetched: {error}") from error
+
+
+def _check_files(entry: Entry, data_files: Mapping[Any, Any] | None, source: str | Path) -> None:
+    """Refuse a dataset whose card names files of this machine that are not its own.
+
+    Raises:
+        DataError: it does.
+    """
+    own = Path(os.path.abspath(source)) if isinstance(source, Path) else None
+    for file in (str(file) for files in (data_files or {}).values() for file in files):
+        if "://" not in file and not (own and Path(os.path.abspath(file)).is_relative_to(own)):
+            raise DataError(f"{entry.where}: the card of '{entry.location}' names {file}, which is no file of its own.")
 
 
 def fetch_modelscope(entry: Entry, *, offline: bool) -> Path:

@@ -113,6 +113,8 @@ def _dataset_section(dataset: DatasetReport) -> str:
             ("cut to data.cutoff_len", dataset.truncated),
             ("very short answers", dataset.short),
             ("no stop token is learnt", dataset.unended),
+            ("special tokens' strings learnt as text", dataset.special),
+            ("more tokens than the model knows positions", dataset.beyond),
         )
         if kind.count
     ]

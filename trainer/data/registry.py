@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,11 @@ OPENAI_TAGS = {
 }  # fmt: skip
 
 
+# What `cloud_file_name` may name: stores elsewhere, none of which is this machine's disk.
+STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "hdfs", "hf", "http", "https")
+ALLOW_OUTSIDE = "If that is meant, set data.allow_outside=true."
+
+
 class Place(Enum):
     """Where the rows of an entry are."""
 
@@ -81,17 +86,20 @@ class Entry:
     # Meaning -> column. A meaning that no column has is absent.
     columns: dict[str, str] = field(default_factory=dict)
     named: frozenset[str] = frozenset()  # the columns that the entry names itself: these must be in the data
+    without: frozenset[str] = frozenset()  # the columns that the entry says there are none of
     tags: dict[str, str | None] = field(default_factory=dict)
     subset: str | None = None
     split: str | None = None
     folder: str | None = None
     num_samples: int | None = None
     compat: Compat = Compat.none
+    within: Path | None = None  # the folder that its files must not lie outside of
 
     def meaning(self) -> dict[str, Any]:
         """Return what decides how a row is read: part of the key of its tokens."""
         return {
             "formatting": self.formatting, "columns": self.columns, "tags": self.tags, "compat": self.compat.value,
+            "without": sorted(self.without),
         }  # fmt: skip
 
 
@@ -128,10 +136,8 @@ def load_entry(name: str, data: DataConfig) -> Entry:
             f"The registry has: {known if len(known) < 600 else known[:600] + ' ...'}."
         )
     entry = parse_entry(name, registry[name], path, data.compat, prefer_modelscope=data.prefer_modelscope)
-    _check_trainable(entry, registry[name])
-    if entry.place is Place.file and not data.allow_outside:
-        _check_inside(entry, path.parent)
-    return entry
+    check_trainable(entry, ranking=bool(registry[name].get("ranking")))
+    return entry if data.allow_outside else _confined(entry, path.parent)
 
 
 def read_registry(path: Path, *, unique: bool = False) -> dict[str, Any]:
@@ -194,26 +200,29 @@ def parse_entry(
         raise DataError(f"{where} must be an object, found {type(raw).__name__}.")
     if compat is Compat.none:
         _known_keys(raw, (*ENTRY_KEYS, *LEGACY_KEYS), where)
+    given = raw.get("columns") or {}
     formatting = raw.get("formatting", "alpaca")
     if formatting not in FORMATTINGS:
         raise DataError(
             f"{where}: `formatting` is '{formatting}'.{did_you_mean(str(formatting), FORMATTINGS)} "
             f"It can be {', '.join(FORMATTINGS)}."
         )
-    columns = _filled(raw, "columns", COLUMN_KEYS, DEFAULT_COLUMNS[formatting], where, compat)
-    tags = _filled(
-        raw, "tags", tuple(SHAREGPT_TAGS), OPENAI_TAGS if formatting == "openai" else SHAREGPT_TAGS, where, compat
-    )
-    place, location = _source(raw, registry, where, prefer_modelscope=prefer_modelscope)
-    for key, kind in (("subset", str), ("split", str), ("folder", str), ("num_samples", int), ("ranking", bool)):
+    texts = (*SOURCE_KEYS, "subset", "split", "folder")
+    for key, kind in (*((key, str) for key in texts), ("num_samples", int), ("ranking", bool)):
         if raw.get(key) is not None and not isinstance(raw[key], kind):
             raise DataError(f"{where}: `{key}` is {json.dumps(raw[key])}; it must be {kind.__name__}.")
+    columns = _filled(raw, "columns", COLUMN_KEYS, DEFAULT_COLUMNS[formatting], where, compat)
+    tags = _filled(
+        raw, "tags", tuple(SHAREGPT_TAGS), SHAREGPT_TAGS if formatting == "sharegpt" else OPENAI_TAGS, where, compat
+    )
+    place, location = _source(raw, registry, where, prefer_modelscope=prefer_modelscope)
     if raw.get("num_samples") is not None and raw["num_samples"] < 1:
         raise DataError(f"{where}: `num_samples` is {raw['num_samples']}; write a number of rows from 1.")
     return Entry(
         name, where, place, location, formatting,
         columns={key: column for key, column in columns.items() if column is not None},
-        named=frozenset(key for key, column in (raw.get("columns") or {}).items() if column is not None),
+        named=frozenset(key for key, column in given.items() if column),
+        without=frozenset(key for key, column in given.items() if not column),
         tags=tags,
         subset=raw.get("subset"), split=raw.get("split"), folder=raw.get("folder"), num_samples=raw.get("num_samples"),
         compat=compat,
@@ -237,6 +246,7 @@ def _filled(
     for key, value in given.items():
         if value is not None and not isinstance(value, str):
             raise DataError(f"{where}: `{block}.{key}` is {json.dumps(value)}; it must be a column's name or null.")
+    given = {key: value or None for key, value in given.items()}  # LLaMA-Factory's users write "" for null as well
     if given and compat is Compat.llamafactory:
         return {**dict.fromkeys(defaults), **given}
     return {**defaults, **given}
@@ -263,26 +273,70 @@ def _source(raw: dict[str, Any], registry: Path, where: str, *, prefer_modelscop
     )
 
 
-def _check_trainable(entry: Entry, raw: dict[str, Any]) -> None:
-    if raw.get("ranking") or any(key in entry.columns for key in PREFERENCE_COLUMNS):
-        marks = [key for key in ("ranking", *PREFERENCE_COLUMNS) if raw.get(key) or key in entry.columns]
+def check_trainable(entry: Entry, *, ranking: bool = False) -> None:
+    """Refuse what supervised fine-tuning on text cannot use.
+
+    Raises:
+        DataError: with what the entry would have to say instead.
+    """
+    marks = [f"`{entry.columns[key]}`" for key in PREFERENCE_COLUMNS if key in entry.columns]
+    if ranking or marks:
+        label = entry.columns.get("kto_tag")
+        advice = (
+            f'keep the rows whose `{label}` is true, and write "kto_tag": null into `columns`'
+            if label
+            else 'write an entry whose `response` (or `messages`) is the preferred answer alone: "columns": '
+            f'{{"response": "{entry.columns.get("chosen", "chosen")}"}}'
+        )
         raise DataError(
-            f"{entry.where} is preference data ({', '.join(f'`{mark}`' for mark in marks)}), which supervised "
-            f"fine-tuning cannot use. Write an entry whose `response` (or `messages`) is the preferred answer alone."
+            f"{entry.where} is preference data ({', '.join(marks or ['`ranking`'])}), which supervised fine-tuning "
+            f"cannot use. To learn the good answers, {advice}."
         )
     media = [key for key in MEDIA_COLUMNS if key in entry.columns]
     if media:
-        raise DataError(f"{entry.where} has {', '.join(media)}; tunewright trains on text.")
+        raise DataError(
+            f"{entry.where} has {', '.join(media)} (`{entry.columns[media[0]]}`); tunewright trains on text. Take out "
+            f'the rows that have them, or write "{media[0]}": null into the `columns` of an entry.'
+        )
     if "response" not in entry.columns and entry.formatting == "alpaca":
-        raise DataError(f"{entry.where} names no `response` column, so there is nothing to learn.")
+        raise DataError(
+            f"{entry.where} names no `response` column, so there is nothing to learn. Text that is "
+            f'learnt whole is "formatting": "text", "columns": {{"text": "{entry.columns.get("prompt", "text")}"}}.'
+        )
     if "messages" not in entry.columns and entry.formatting in ("sharegpt", "openai"):
         raise DataError(f"{entry.where} names no `messages` column, so there is nothing to learn.")
 
 
-def _check_inside(entry: Entry, folder: Path) -> None:
-    """A registry that came from elsewhere must not reach files that have nothing to do with it."""
-    if not Path(entry.location).resolve().is_relative_to(folder.resolve()):
+# ---- what a registry that came from elsewhere must not reach --------------------------------------------------------
+
+
+def _confined(entry: Entry, folder: Path) -> Entry:
+    """Return an entry that may read what lies in the registry's folder, or in a store, and nothing else.
+
+    Raises:
+        DataError: it names something else.
+    """
+    if entry.folder and (Path(entry.folder).is_absolute() or ".." in Path(entry.folder).parts):
+        raise DataError(f"{entry.where}: `folder` is '{entry.folder}', which leaves the dataset. {ALLOW_OUTSIDE}")
+    store = entry.location.partition("://")[0] if "://" in entry.location else ""
+    if entry.place is Place.cloud and (store not in STORES or "::" in entry.location):
         raise DataError(
-            f"{entry.where} reaches outside its own folder: {Path(entry.location).resolve()}. If that is meant, set "
-            f"data.allow_outside=true."
+            f"{entry.where}: `cloud_file_name` is '{entry.location}', which is in no store that a registry may name "
+            f"({', '.join(f'{name}://' for name in STORES)}). A file beside the registry is `file_name`. "
+            f"{ALLOW_OUTSIDE}"
         )
+    if entry.place is not Place.file:
+        return entry
+    confined = replace(entry, within=folder.resolve())
+    check_inside(confined, Path(entry.location))
+    return confined
+
+
+def check_inside(entry: Entry, file: Path) -> None:
+    """Refuse a file of an entry that lies, all links followed, outside of the folder it is confined to.
+
+    Raises:
+        DataError: with where the file lies.
+    """
+    if entry.within and not file.resolve().is_relative_to(entry.within):
+        raise DataError(f"{entry.where} reaches outside its own folder: {file.resolve()}. {ALLOW_OUTSIDE}")

@@ -16,9 +16,10 @@ from omegaconf import DictConfig
 
 from launch.legality import longest_row
 from launch.schema import Overlong
-from trainer.data.draw import Drawer, Drawn
+from trainer.data.draw import THOUGHT_MARKS, Drawer, Drawn
 from trainer.data.encode import Encoded, Encoder
-from trainer.data.formats import Conversation, Message, Plain, Unusable
+from trainer.data.formats import Conversation, Plain
+from trainer.data.turns import Message, Unusable
 from trainer.templates import stop_ids
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Example:
     scored: int  # tokens with a label, the first token aside
     truncated: bool
     ended: bool  # a token that stops generation is learnt at the end of the last learnt turn
+    kept_as_text: frozenset[str] = frozenset()  # special tokens' strings in what is learnt
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Renderer:
     train_on_prompt: bool = False
     mask_history: bool = False
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    special_tokens_in_answers: bool = False
 
     @classmethod
     def of(cls, config: DictConfig, tokenizer: PreTrainedTokenizerBase) -> Renderer:
@@ -60,6 +63,7 @@ class Renderer:
             data.train_on_prompt,
             data.mask_history,
             dict(config.model.template_kwargs or {}),
+            data.special_tokens_in_answers,
         )
 
     def render(self, sources: list[Conversation | Plain]) -> list[list[Example] | Unusable]:
@@ -88,7 +92,7 @@ class Renderer:
 
     @cached_property
     def _drawer(self) -> Drawer:
-        return Drawer(self.tokenizer, self.mask_history, self.template_kwargs)
+        return Drawer(self.tokenizer, self.mask_history, self.template_kwargs, self.special_tokens_in_answers)
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -102,9 +106,11 @@ class Renderer:
         if isinstance(encoded, Unusable):
             return encoded
         try:
-            return self._shortened(item, encoded) if len(encoded.ids) > self.cutoff_len else self._labelled(encoded)
+            long = len(encoded.ids) > self.cutoff_len
+            example = self._shortened(item, encoded) if long else self._labelled(encoded)
         except Unusable as reason:
             return reason
+        return replace(example, kept_as_text=item.kept_as_text) if item.kept_as_text else example
 
     def _labelled(self, encoded: Encoded, *, truncated: bool = False) -> Example:
         ids, spans = encoded.ids, encoded.spans
@@ -148,8 +154,11 @@ class Renderer:
         if last is None:
             raise Unusable("no turn is learnt once the row is cut to data.cutoff_len")
         learnt = max(turn for turn, flag in enumerate(conversation.learnt) if flag)
-        if conversation.messages[learnt].get("tool_calls"):
+        message = conversation.messages[learnt]
+        if message.get("tool_calls"):
             raise Unusable("a tool call would be cut by data.cutoff_len")
+        if message.get("reasoning_content") or THOUGHT_MARKS[1] in message["content"]:
+            raise Unusable("an answer that is thought about would be cut by data.cutoff_len, from its end")
         return self._cut_answer(last)
 
     def _redrawn(self, conversation: Conversation) -> Encoded | None:

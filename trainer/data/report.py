@@ -10,14 +10,16 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from omegaconf import DictConfig
 
 from launch.batching import BatchPlan, Steps, planned_steps
 from launch.legality import longest_row
+from trainer.architecture import model_numbers
 from trainer.data.cache import SAMPLE, SPLITS, CachedDataset, TokenCache, epoch_size
+from trainer.data.formats import OLDER_TOOLS
 from trainer.data.similar import PERMUTATIONS, similar_pairs
 
 if TYPE_CHECKING:
@@ -106,6 +108,11 @@ class DatasetReport:
     near: Repeats
     short: Found
     unended: Found
+    special: Found
+    specials: dict[str, int]  # special token's string that is learnt as text -> rows
+    beyond: Found  # longer than the model has positions
+    unread: dict[str, int]  # key of a turn that nobody reads -> rows
+    unread_columns: list[str]
     languages: Languages
     length_histogram: Histogram
     trained_histogram: Histogram  # of the share of a row's tokens that is learnt
@@ -137,6 +144,7 @@ class Report:
 
     model: str
     cutoff_len: int
+    positions: int | None  # that the model knows, where its configuration says it
     sample: int | None  # rows looked at of each streamed dataset
     datasets: list[DatasetReport]
     splits: dict[str, Split]
@@ -176,6 +184,8 @@ def make_report(cache: TokenCache, config: DictConfig, plan: BatchPlan, tokenize
         ConfigError, DataError: the rows cannot be split or mixed as the configuration asks for, see `select`.
     """
     counts = {split: Split(*cache.counts(split)) for split in SPLITS}
+    known = known_positions(model_numbers(config))
+    positions = known - int(config.method.get("virtual_tokens", 0)) if known else None
     reports = []
     for split, datasets in (("train", cache.train), ("eval", cache.held_out)):
         tables = [_table(cached) for cached in datasets]
@@ -183,10 +193,12 @@ def make_report(cache: TokenCache, config: DictConfig, plan: BatchPlan, tokenize
         exact, near = _repeats(_stacked(datasets, tables, kept))
         for number, cached in enumerate(datasets):
             languages = _languages(cached, tokenizer)
-            reports.append(_of_dataset(cached, split, tables[number], exact[number], near[number], languages))
+            beyond = _beyond(cached, positions)
+            reports.append(_of_dataset(cached, split, tables[number], exact[number], near[number], languages, beyond))
     return Report(
         model=config.model.name,
         cutoff_len=longest_row(config),
+        positions=known,
         sample=SAMPLE if config.data.streaming else None,
         datasets=reports,
         splits=counts,
@@ -220,9 +232,11 @@ def _of_dataset(
     exact: Repeats,
     near: Repeats,
     languages: Languages,
+    beyond: Found,
 ) -> DatasetReport:
     outcome, lengths = cached.outcome, cached.lengths()
     kept = table["reason"] < 0
+    read = {*cached.rows.entry.columns.values(), OLDER_TOOLS}
     order = np.argsort(-lengths, kind="stable")[:LONGEST]
     figures = np.percentile(lengths, PERCENTILES, method="inverted_cdf") if len(lengths) else []
     percentiles = {f"{percent}%": int(figure) for percent, figure in zip(PERCENTILES, figures, strict=False)}
@@ -243,6 +257,11 @@ def _of_dataset(
         # Rows with an empty last answer are dropped, unless the answer is a tool call or is not learnt.
         short=_found((table["answer"] > 0) & (table["answer"] < SHORT) & kept),
         unended=_found(table["unended"] & kept),
+        special=_found(table["special"] & kept),
+        specials=outcome.specials,
+        beyond=beyond,
+        unread=outcome.unread,
+        unread_columns=[name for name in outcome.columns if name not in read],
         languages=languages,
         length_histogram=_histogram(lengths),
         trained_histogram=_shares(table["scored"][kept] / np.maximum(table["tokens"][kept], 1)),
@@ -253,6 +272,22 @@ def _of_dataset(
 def _found(mask: np.ndarray) -> Found:
     rows = np.flatnonzero(mask)
     return Found(len(rows), rows[:LISTED].tolist())
+
+
+def known_positions(numbers: dict[str, Any]) -> int | None:
+    """Return up to how many tokens a model was made for, from its config.json, or None where that does not say it."""
+    numbers = numbers.get("text_config") or numbers
+    known = numbers.get("max_position_embeddings")
+    scaling = numbers.get("rope_parameters") or numbers.get("rope_scaling") or {}
+    if not isinstance(known, int) or known < 1:
+        return None
+    original, factor = scaling.get("original_max_position_embeddings") or known, scaling.get("factor") or 1
+    return max(known, int(original * factor))
+
+
+def _beyond(cached: CachedDataset, positions: int | None) -> Found:
+    rows = cached.part.rows[cached.lengths() > positions] if positions else cached.part.rows[:0]
+    return Found(len(np.unique(rows)), np.unique(rows)[:LISTED].tolist())
 
 
 def _dropped(cached: CachedDataset, reasons: np.ndarray, index: int) -> Dropped:

@@ -39,7 +39,7 @@ def remarks(report: Report) -> list[Remark]:
     found = [remark for dataset in report.datasets for remark in _losses(dataset, report.cutoff_len)]
     if report.overlap:
         found += _overlap_remarks(report.overlap)
-    return found + [remark for dataset in report.datasets for remark in _doubts(dataset)]
+    return found + [remark for dataset in report.datasets for remark in _doubts(dataset, report.positions or 0)]
 
 
 def _losses(dataset: DatasetReport, cutoff_len: int) -> list[Remark]:
@@ -77,8 +77,23 @@ def _overlap_remarks(overlap: Overlap) -> list[Remark]:
     ]
 
 
-def _doubts(dataset: DatasetReport) -> list[Remark]:
+def _first(counts: dict[str, int]) -> list[tuple[str, int]]:
+    """Return the most frequent of some names, with their counts."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
+
+
+def _doubts(dataset: DatasetReport, positions: int) -> list[Remark]:
     found = []
+    if dataset.beyond.count:
+        text = f"{_part(dataset, dataset.beyond.count)} longer than the {positions:,} positions that the model knows"
+        found.append(Remark(text, [_rows_text(dataset.beyond)]))
+    if dataset.special.count:
+        text = f"{_part(dataset, dataset.special.count)} with special tokens' strings in an answer, learnt as text"
+        names = ", ".join(f"{visible(name)} ({count:,})" for name, count in _first(dataset.specials))
+        advice = "data.special_tokens_in_answers=true makes tokens of those that the chat template does not use"
+        found.append(Remark(text, [f"{names}: {_rows_text(dataset.special)}", advice]))
+    for key, count in _first(dataset.unread):
+        found.append(Remark(f"{_part(dataset, count)} with a turn that has `{visible(key)}`, which nobody reads", []))
     if dataset.unended.count:
         text = f"{_part(dataset, dataset.unended.count)} without a stop token: they do not teach the model to stop"
         found.append(Remark(text, [_rows_text(dataset.unended)]))
@@ -153,6 +168,11 @@ def report_text(report: Report) -> str:
     lines += ["", *_aligned(head, rows)]
     lines += ["", f"Languages of what is learnt, guessed on a sample of at most {LANGUAGE_ROWS}:"]
     lines += [f"  {_clipped(dataset.name)}: {languages_text(dataset.languages)}" for dataset in report.datasets]
+    lines += [
+        f"Columns of {_clipped(dataset.name)} that are not read: {visible(', '.join(dataset.unread_columns))}"
+        for dataset in report.datasets
+        if dataset.unread_columns
+    ]
     lines += ["", report.steps.describe()]
     if found:
         lines += ["", "`tunewright data show NAME --row N` shows a row as the model sees it."]

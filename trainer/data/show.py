@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         DataError: no such dataset or row.
         StorageError: the dump cannot be written.
     """
-    config = compose([args.name], args.overrides, args.config_dir)
+    config = compose([args.name], args.overrides, args.config_dir, args.dir)
     check(config, find_devices())
     if args.dump and args.dump.exists():
         raise StorageError(f"{args.dump} is there already: name a new file.")

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launch.errors import DataError, StorageError, did_you_mean
@@ -18,9 +18,12 @@ from launch.schema import DataConfig
 from trainer.data import files
 from trainer.data.detect import detect
 from trainer.data.files import Row
-from trainer.data.registry import REQUIRED_COLUMNS, Entry, Place, load_entry
+from trainer.data.marks import preference_columns
+from trainer.data.registry import REQUIRED_COLUMNS, Entry, Place, check_inside, check_trainable, load_entry, parse_entry
 
 SPLIT_WORD = re.compile(r"(?<![a-z0-9])(train|valid|validation|dev|test|eval)(?![a-z])", re.IGNORECASE)
+ANSWERS = ("response", "messages", "completion", "text")  # an entry that names one of them has chosen what is learnt
+COLUMNAR = (".parquet", ".arrow")
 PEEK = 1000  # rows looked at before anything is made of them
 
 
@@ -57,6 +60,8 @@ def open_datasets(
             opened.append(_checked(_open(entry, data, offline=offline)))
         except (DataError, StorageError) as error:
             problems.append(error)
+        except OSError as error:
+            problems.append(StorageError(f"'{name}' cannot be read: {error.strerror}: {error.filename}"))
     if problems:
         raise problems[0] if len(problems) == 1 else type(problems[0])("\n".join(str(problem) for problem in problems))
     return opened
@@ -77,16 +82,16 @@ def _open_path(entry: Entry, path: Path) -> Rows:
     if not path.exists():
         near = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
         raise DataError(f"{entry.where}: there is no file or folder {path}.{near}")
-    if path.is_dir() and files.is_saved_dataset(path):
-        identity = [_file_identity(file) for file in sorted(path.rglob("*.arrow"))]
-        return Rows(entry, lambda: files.read_saved_dataset(path, entry.split), (entry.split or "train", *identity))
-    paths = _files_of(path, entry)
+    saved = path.is_dir() and files.is_saved_dataset(path)
+    paths = files.saved_files(path, entry.split) if saved else _files_of(path, entry)
+    for file in paths:
+        check_inside(entry, file)
 
     def read() -> Iterator[Row]:
         for file in paths:
             yield from files.read_file(file)
 
-    size = sum(file.stat().st_size for file in paths) if paths[0].suffix not in (".parquet", ".arrow") else None
+    size = sum(file.stat().st_size for file in paths) if paths and paths[0].suffix not in COLUMNAR else None
     return Rows(entry, read, tuple(_file_identity(file) for file in paths), size)
 
 
@@ -101,7 +106,9 @@ def _files_of(path: Path, entry: Entry) -> list[Path]:
             raise DataError(f"{entry.where}: {path} is one file, which has no split '{entry.split}'.")
         return [path]
     found = [
-        file for file in sorted(path.rglob("*")) if file.suffix in files.SUFFIXES and not file.name.startswith(".")
+        file
+        for file in sorted(path.rglob("*"))
+        if file.suffix in files.SUFFIXES and not file.name.startswith(".") and not file.is_dir()
     ]
     found = [file for file in found if file.name != "dataset_info.json"]
     if not found:
@@ -158,6 +165,8 @@ def _fetch_cloud(entry: Entry, cache: Path, *, offline: bool) -> Path:
     try:
         store, path = fsspec.url_to_fs(entry.location)
         listed = store.find(path, detail=True) if store.isdir(path) else {path: store.info(path)}
+        if any(".." in PurePosixPath(file).parts for file in (name, *listed)):
+            raise DataError(f"{entry.where}: {entry.location} has names with '..', which would lead out of the cache.")
         stamps = {
             file: {key: str(info.get(key)) for key in ("size", "ETag", "etag", "mtime", "LastModified", "updated")}
             for file, info in listed.items()
@@ -169,6 +178,8 @@ def _fetch_cloud(entry: Entry, cache: Path, *, offline: bool) -> Path:
             staging.mkdir(parents=True)
             store.get(path, str(staging / name), recursive=store.isdir(path))
             staging.rename(cache / version)
+    except DataError:
+        raise
     except ImportError as error:
         raise StorageError(f"{entry.where} is {entry.location}: {error}") from error
     except Exception as error:  # each store's client has exceptions of its own (botocore, gcsfs, ...)
@@ -187,6 +198,8 @@ def _checked(rows: Rows) -> Rows:
         raise DataError(f"{entry.where} has no rows.")
     if not entry.formatting:
         entry = _with_detected_formatting(entry, first)
+    elif entry.named.isdisjoint(ANSWERS):
+        check_trainable(replace(entry, columns={**entry.columns, **preference_columns(first)}))
     found = columns_of(first)
     for meaning in REQUIRED_COLUMNS[entry.formatting]:
         check_column(entry, meaning, found)
@@ -222,8 +235,6 @@ def check_column(entry: Entry, meaning: str, found: set[str]) -> None:
 
 
 def _with_detected_formatting(entry: Entry, rows: list[Row]) -> Entry:
-    from trainer.data.registry import parse_entry
-
     proposal: dict[str, Any] | None = detect(rows)
     if proposal is None:
         raise DataError(
@@ -231,4 +242,6 @@ def _with_detected_formatting(entry: Entry, rows: list[Row]) -> Entry:
             f"them, or write a registry entry that says which column is the prompt and which the response."
         )
     parsed = parse_entry(entry.name, {**proposal, "file_name": entry.location}, Path("."))
-    return replace(entry, formatting=parsed.formatting, columns=parsed.columns, tags=parsed.tags)
+    entry = replace(entry, formatting=parsed.formatting, columns=parsed.columns, tags=parsed.tags)
+    check_trainable(entry)
+    return entry

@@ -19,9 +19,10 @@ from launch.batching import BatchPlan
 from launch.errors import DataError
 from launch.schema import DataConfig, Mix
 from trainer.data.cache import SAMPLE
-from trainer.data.formats import Unusable, to_conversation
+from trainer.data.formats import to_conversation
 from trainer.data.render import Renderer
 from trainer.data.sources import Rows
+from trainer.data.turns import Unusable
 
 RENDERED = 64  # rows rendered at once
 STOPPING = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -25,16 +25,19 @@ import pyarrow
 
 from launch.errors import DataError
 from trainer.data.files import Row
-from trainer.data.formats import Conversation, Plain, Unusable, to_conversation
+from trainer.data.formats import Conversation, Plain, to_conversation, unread
 from trainer.data.registry import Entry
 from trainer.data.render import Renderer
 from trainer.data.similar import PERMUTATIONS, sketches
 from trainer.data.sources import Rows, check_column
+from trainer.data.turns import Unusable
 from trainer.data.workers import sent
 
 CHUNK = 500  # rows handed to a worker at once
 EXCERPTS = 3  # dropped rows shown for each reason
 EXCERPT_LENGTH = 200  # characters
+MOST_KEYS = 100  # keys that nobody reads: where they are data themselves, there are as many as rows
+DISTINCT = ("role", "content", "tool_calls", "reasoning_content")  # what of a message makes it another one
 Progress = Callable[[int], None]  # rows done
 Maker = tuple[Entry, Renderer]  # what rows mean and how they are rendered
 
@@ -53,6 +56,7 @@ ROWS = pyarrow.schema(
         "answer": pyarrow.int32(),  # characters of the last answer
         "truncated": pyarrow.bool_(),
         "unended": pyarrow.bool_(),  # no token that stops generation is learnt
+        "special": pyarrow.bool_(),  # special tokens' strings are learnt as text
         "digest": pyarrow.uint64(),  # of the whole conversation
         "question": pyarrow.uint64(),  # digest of the conversation up to the last answer
         "sketch": pyarrow.binary(4 * PERMUTATIONS),  # MinHash of the text
@@ -70,6 +74,8 @@ class Chunk:
     reasons: list[str]  # those of this chunk, which `rows["reason"]` counts in
     excerpts: list[tuple[str, int, str]]  # (reason, row number, beginning of the row)
     columns: set[str]
+    specials: Counter[str]  # special token's string that is learnt as text -> rows
+    unread: Counter[str]  # key of a turn that nobody reads -> rows
 
 
 @dataclass
@@ -87,6 +93,9 @@ class Outcome:
     reasons: list[str] = field(default_factory=list)  # why rows were dropped
     dropped: list[int] = field(default_factory=list)  # how many, for each reason
     excerpts: list[list[dict[str, Any]]] = field(default_factory=list)  # a few of them, for each reason
+    columns: list[str] = field(default_factory=list)  # that some row has
+    specials: dict[str, int] = field(default_factory=dict)  # special token's string that is learnt as text -> rows
+    unread: dict[str, int] = field(default_factory=dict)  # key of a turn that nobody reads -> rows
 
 
 def tokenize(
@@ -105,7 +114,7 @@ def tokenize(
         DataError: the file is broken, or a column that the entry names is in no row.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    outcome, columns = Outcome(), set[str]()
+    outcome = Outcome()
     with (
         pyarrow.OSFile(str(folder / "tokens.arrow"), "wb") as tokens_file,
         pyarrow.OSFile(str(folder / "rows.arrow"), "wb") as rows_file,
@@ -113,7 +122,6 @@ def tokenize(
         pyarrow.ipc.new_stream(rows_file, ROWS) as rows_writer,
     ):
         for chunk in _tokenized(_chunks(islice(rows, limit)), (rows.entry, renderer), threads, processes):
-            columns |= chunk.columns
             _add(outcome, chunk)
             tokens_writer.write(_token_batch(chunk))
             rows_writer.write(_row_batch(chunk))
@@ -121,7 +129,7 @@ def tokenize(
                 progress(outcome.read)
     if limit is None:
         for meaning in sorted(rows.entry.named):
-            check_column(rows.entry, meaning, columns)
+            check_column(rows.entry, meaning, set(outcome.columns))
     return outcome
 
 
@@ -171,6 +179,7 @@ def make_chunk(maker: Maker, start: int, rows: list[Row]) -> Chunk:
     excerpts: list[tuple[str, int, str]] = []
     table: dict[str, list[Any]] = {name: [] for name in ROWS.names if name != "sketch"}
     numbers, ids, labels = [], [], []
+    specials, keys = Counter[str](), Counter[str]()
     for index, (source, examples) in enumerate(zip(sources, made, strict=True)):
         usable = [] if isinstance(examples, Unusable) else examples
         for example in usable:
@@ -181,6 +190,10 @@ def make_chunk(maker: Maker, start: int, rows: list[Row]) -> Chunk:
         table["scored"].append(sum(example.scored for example in usable))
         table["truncated"].append(any(example.truncated for example in usable))
         table["unended"].append(not all(example.ended for example in usable))
+        kept_as_text = {string for example in usable for string in example.kept_as_text}
+        table["special"].append(bool(kept_as_text))
+        specials.update(kept_as_text)
+        keys.update(unread(rows[index], entry) if usable else ())
         table["answer"].append(-1 if isinstance(source, Unusable) else len(source.answer.strip()))
         for key, digest in zip(("digest", "question"), _digests(source), strict=True):
             table[key].append(digest)
@@ -199,7 +212,8 @@ def make_chunk(maker: Maker, start: int, rows: list[Row]) -> Chunk:
         "labels": np.concatenate(labels) if labels else np.array([], np.int32),
     }
     columns = {key for row in rows for key in row}
-    return Chunk(flat, table, sketches([_said(source) for source in sources]), list(reasons), excerpts, columns)
+    alike = sketches([_said(source) for source in sources])
+    return Chunk(flat, table, alike, list(reasons), excerpts, columns, specials, keys)
 
 
 def excerpt(row: Row) -> str:
@@ -215,9 +229,7 @@ def _digests(source: Conversation | Plain | Unusable) -> tuple[int, int]:
     if isinstance(source, Plain):
         parts = [source.prompt, source.completion]
     else:
-        parts = [
-            f"{message['role']}\0{message['content']}\0{message.get('tool_calls', '')}" for message in source.messages
-        ]
+        parts = ["\0".join(str(message.get(key, "")) for key in DISTINCT) for message in source.messages]
         parts[0] = f"{source.tools or ''}\0{parts[0]}"
     question = hashlib.blake2b("\0\0".join(parts[:-1]).encode(errors="replace"), digest_size=8)
     whole = question.copy()
@@ -231,7 +243,8 @@ def _said(source: Conversation | Plain | Unusable) -> str:
         return ""
     if isinstance(source, Plain):
         return f"{source.prompt} {source.completion}"
-    return " ".join(message["content"] for message in source.messages if message["role"] != "system")
+    said = [message for message in source.messages if message["role"] != "system"]
+    return " ".join(message.get("reasoning_content", "") + message["content"] for message in said)
 
 
 def _add(outcome: Outcome, chunk: Chunk) -> None:
@@ -255,6 +268,9 @@ def _add(outcome: Outcome, chunk: Chunk) -> None:
     for reason in table["reason"]:
         if reason >= 0:
             outcome.dropped[reason] += 1
+    outcome.columns = sorted({*outcome.columns, *chunk.columns})
+    outcome.specials = dict(Counter(outcome.specials) + chunk.specials)
+    outcome.unread = dict((Counter(outcome.unread) + chunk.unread).most_common(MOST_KEYS))
     for text, number, beginning in chunk.excerpts:
         shown = outcome.excerpts[known[text]]
         if len(shown) < EXCERPTS:
