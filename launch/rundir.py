@@ -3,7 +3,7 @@
 runs/NAME/config.yaml      resolved configuration
           manifest.json    identity, hardware, versions, what was proven about the ranks, results
           metrics.jsonl    one line for each log step
-          evaluation.json  held-out answers before and after
+          evaluation.json  held-out answers before and after; evaluation-N.json: of the first N rows alone
           final/           adapter or model, with tokenizer
           merged/          base and adapter in one, from `tunewright merge`
           checkpoints/     checkpoint-N
@@ -74,6 +74,10 @@ class RunDir:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    def partial_evaluation(self, rows: int) -> Path:
+        """Where answers to the first `rows` held-out rows alone are kept, beside those to all of them."""
+        return self.path / f"evaluation-{rows}.json"
 
     @property
     def final(self) -> Path:
