@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from launch.errors import ConfigError, StorageError
+from launch.metrics import final_train_loss
 from launch.scores import CONFIDENCE, score_text, told_apart
 
 MISSING = "-"
@@ -243,8 +244,8 @@ def comparison_rows(runs: Sequence[Run]) -> list[Row]:
         ("tokens/s (non-padding)", lambda run: _count(lookup(run.manifest, "tokens_per_second"))),
         ("MFU", lambda run: _percent(lookup(run.manifest, "mfu"))),
         ("peak memory (largest rank)", lambda run: _bytes(lookup(run.manifest, "peak_memory_bytes"))),
-        ("final train loss", lambda run: _final_loss_cell(run, "train_loss", "loss")),
-        ("final eval loss", lambda run: _final_loss_cell(run, "eval_loss", "eval_loss")),
+        ("final train loss", _train_loss_cell),
+        ("final eval loss", _eval_loss_cell),
         ("held-out rows", _held_out_cell),
         ("exact match before", lambda run: _score_cell(run, "base")),
         ("exact match after", lambda run: _score_cell(run, "tuned")),
@@ -324,12 +325,21 @@ def _steps_cell(run: Run) -> str:
     return _count(logged[-1][0]) if logged else MISSING
 
 
-def _final_loss_cell(run: Run, manifest_key: str, metrics_key: str) -> str:
-    final = _loss(lookup(run.manifest, "final", manifest_key))
-    if final != MISSING:
-        return final
-    logged = series(run, metrics_key)
-    return _loss(logged[-1][1]) if logged else MISSING
+def _train_loss_cell(run: Run) -> str:
+    return _first_loss(lookup(run.manifest, "final", "train_loss"), final_train_loss(run.metrics), _last(run, "loss"))
+
+
+def _eval_loss_cell(run: Run) -> str:
+    return _first_loss(lookup(run.manifest, "final", "eval_loss"), _last(run, "eval_loss"))
+
+
+def _first_loss(*values: Any) -> str:
+    return next((text for value in values if (text := _loss(value)) != MISSING), MISSING)
+
+
+def _last(run: Run, key: str) -> float | None:
+    logged = series(run, key)
+    return logged[-1][1] if logged else None
 
 
 def _held_out_cell(run: Run) -> str:

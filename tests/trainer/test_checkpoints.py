@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
 from launch.compose import compose_config
-from tests.conftest import losses, manifest
+from tests.conftest import losses, manifest, read_metrics
 from trainer import attention
 from trainer.batches import FlatCollator
 from trainer.data.render import IGNORED
@@ -56,13 +56,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     """Also the formats are the same: PEFT reads adapters as float32, whatever the base is in."""
     overrides = [*quick(small_model), *METHODS[name], "data.eval_names=[]"]
     run = train_here(f"resumed-{name}", *overrides)
-    expected, saved = losses(run), results(run)
+    expected, saved, told = losses(run), results(run), manifest(run)
     assert len(set(expected)) == STEPS
     shutil.rmtree(run / "final")
     train_here(f"resumed-{name}", *overrides, checkpoint=run / "checkpoints" / f"checkpoint-{HALF}")
     whole, resumed = trainers
     assert resumed._initial_global_step == HALF
     assert losses(run) == expected
+    assert manifest(run)["final"] == told["final"]
+    assert manifest(run)["tokens_seen"] == told["tokens_seen"]
+    assert manifest(run)["wall_seconds"] > read_metrics(run)[HALF - 1]["wall_seconds"] > 0  # of both processes
     same(results(run), saved)
     for (key, before), after in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert (before.dtype, before.requires_grad) == (after.dtype, after.requires_grad), key
