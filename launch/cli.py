@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from datagen.cli import add_parser as add_datagen
 from launch import __version__
 from launch.errors import TunewrightError
+from launch.redaction import redact, typed_secrets
 from trainer.data.cli import add_parser as add_data
 from trainer.process import imports_that_stay
 
@@ -104,26 +106,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     # While it is imported, it reports optional kernels that nobody here asked for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     top = parser()
-    args, rest = top.parse_known_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args, rest = top.parse_known_args(given)
     if args.command is None:
         top.print_help()
         return 0
     unknown = [item for item in rest if item.startswith("-")]
     if unknown or (rest and not hasattr(args, "overrides")):
-        top.error(f"unrecognised arguments: {' '.join(unknown or rest)}")
+        top.error(redact(f"unrecognised arguments: {' '.join(unknown or rest)}", typed_secrets(given)))
     if hasattr(args, "overrides"):
         args.overrides += rest
     try:
         return int(args.run(args))
     except TunewrightError as error:
         if not error.shown:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            print(redact(f"{type(error).__name__}: {error}", typed_secrets(given)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0  # the reader of our output went away
+    except Exception:  # shown whole, and told apart from the user's mistakes
+        print(redact(traceback.format_exc(), typed_secrets(given)), file=sys.stderr)
+        return TunewrightError.exit_code
 
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:
@@ -204,7 +210,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(redact(text), flush=True)
 
 
 if __name__ == "__main__":

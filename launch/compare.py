@@ -26,6 +26,7 @@ import yaml
 
 from launch.errors import ConfigError, StorageError
 from launch.metrics import final_train_loss
+from launch.redaction import redact_tree
 from launch.scores import CONFIDENCE, score_text, told_apart
 
 MISSING = "-"
@@ -95,13 +96,14 @@ def load_run(path: Path) -> Run:
     if manifest is None:
         raise ConfigError(f"{path / 'manifest.json'} is not a readable JSON object")
     name = manifest.get("name")
+    manifest = redact_tree(manifest)  # of an earlier version it may hold secrets
     return Run(
         path=path,
         # resolve() so that "." still gives a name
         name=one_line(name) if isinstance(name, str) and name.strip() else one_line(path.resolve().name),
         manifest=manifest,
         metrics=tuple(_read_json_lines(path / "metrics.jsonl")),
-        config=_read_mapping(path / "config.yaml", yaml.safe_load) or {},
+        config=redact_tree(_read_mapping(path / "config.yaml", yaml.safe_load) or {}),
         evaluation=_read_evaluation(path),
     )
 

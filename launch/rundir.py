@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from launch.compose import flatten
 from launch.errors import ConfigError, StorageError
+from launch.redaction import redact_tree
 from launch.schema import Resume
 
 # Settings that say where and how to run, not what is trained: a run continues although they changed.
@@ -49,7 +50,6 @@ OPERATIONAL = {
     "cluster.num_processes",
     "cluster.threads_per_process",
 }
-SECRET = ("token", "secret", "password", "api_key")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class RunDir:
             raise StorageError(f"{self.manifest} is damaged: {error.msg} at line {error.lineno}.") from error
 
     def update_manifest(self, **values: Any) -> None:
-        write_json(self.manifest, {**self.read_manifest(), **values})
+        write_json(self.manifest, {**self.read_manifest(), **redact_tree(values)})
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest checkpoint that was written to its end as far as can be seen, or None."""
@@ -132,7 +132,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def identity(config: DictConfig) -> dict[str, Any]:
     """Return the settings that decide what a run trains, flat; two runs with the same ones are the same run."""
-    tree = OmegaConf.to_container(config, enum_to_str=True)
+    tree = redact_tree(OmegaConf.to_container(config, enum_to_str=True))
     return {key: value for key, value in flatten(tree) if key not in OPERATIONAL}
 
 
@@ -211,12 +211,8 @@ def prepare_folder(config: DictConfig, claimed: Claim) -> None:
 
 
 def redacted_yaml(config: DictConfig) -> str:
-    """Return the configuration as YAML, with the values of keys that name a secret removed."""
-    copy = config.copy()
-    for key, value in list(flatten(OmegaConf.to_container(copy))):
-        if isinstance(value, str) and value and any(word in key.rpartition(".")[2].lower() for word in SECRET):
-            OmegaConf.update(copy, key, "REMOVED")
-    return OmegaConf.to_yaml(copy)
+    """Return the configuration as YAML, with references to environment variables where it holds their secrets."""
+    return OmegaConf.to_yaml(OmegaConf.create(redact_tree(OmegaConf.to_container(config, enum_to_str=True))))
 
 
 def git_state() -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from launch.compose import choices, compose_config, load_config
 from launch.errors import ConfigError, TunewrightError
 from launch.hardware import find_devices
+from launch.redaction import redact, typed_secrets
 from launch.rundir import Claim, RunDir, claim, prepare_folder
 from launch.schema import Launcher, Resume
 from launch.train import check_all
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
         prepared = ensure_prepared(config, quiet=rank() > 0 or launched())
     except TunewrightError as error:
         if rank() == 0 and not error.shown:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            print(redact(f"{type(error).__name__}: {error}", typed_secrets(argv)), file=sys.stderr)
         return error.exit_code
     run = claimed.run
     state = None if launched() else _join_and_prepare(config, claimed)
@@ -94,7 +95,7 @@ def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
             f"`tunewright train`, or `accelerate launch --use_deepspeed` without --cpu, which turns DeepSpeed off."
         )
     if rank() == 0:
-        print("\n".join(settled), end="\n" if settled else "", flush=True)
+        print(redact("\n".join(settled)), end="\n" if settled else "", flush=True)
         return config, claim(config)
     run = RunDir(Path(config.output_root) / config.name)
     return config, Claim(run, None if config.resume is Resume.never else run.last_checkpoint())
