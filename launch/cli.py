@@ -28,8 +28,8 @@ examples:
   tunewright train --multirun method.r=4,16,64              one run for each value
   tunewright data check huanhuan data.cutoff_len=512        what is in the data: lengths, copies, dropped rows
   tunewright compare runs/demo/*
-  tunewright chat runs/demo/tiny-demo-lora-zero2
-  tunewright merge runs/demo/tiny-demo-lora-zero2           one model folder, without an adapter
+  tunewright chat runs/demo/zero2                           after `tunewright demo`
+  tunewright merge runs/demo/zero2                          one model folder, without an adapter
 
 exit codes: 0 done, 2 configuration, 3 data, 4 storage, 5 numeric, 6 peer or network, 70 a bug of ours, 75 preempted
 """
@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="held-out exact match of base and tuned model")
     evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     evaluate.add_argument("--examples", type=int, default=None, help="at most this many held-out rows")
+    _add_trust(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     chat = commands.add_parser("chat", help="ask the base and the tuned model the same questions")
@@ -83,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--prompt", action="append", help="ask this and stop; can be given several times")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-new-tokens", type=int, default=256)
+    _add_trust(chat)
     chat.set_defaults(run=_chat)
 
     merge = commands.add_parser("merge", help="put a run's adapter into its base model's weights, and check the result")
@@ -91,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/merged")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
     merge.add_argument("--max-shard", default="2GB", metavar="SIZE", help="largest weight file (default: 2GB)")
+    _add_trust(merge)
     merge.set_defaults(run=_merge)
 
     demo = commands.add_parser("demo", help="train the shipped task three ways, compare, and ask")
@@ -137,6 +140,10 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config-dir", type=Path, help="a folder with configuration groups of your own")
 
 
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--trust", action="store_true", help="open a run that somebody else made, run code it brings")
+
+
 def _train(args: argparse.Namespace) -> int:
     from launch.train import sweep_jobs, train
 
@@ -177,7 +184,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     with imports_that_stay():
         from trainer.evaluate import evaluate_runs
 
-    evaluate_runs(args.runs, args.examples, _say)
+    evaluate_runs(args.runs, args.examples, _say, trusted=args.trust)
     return 0
 
 
@@ -185,7 +192,7 @@ def _chat(args: argparse.Namespace) -> int:
     with imports_that_stay():
         from trainer.chat import chat
 
-    return chat(args.tuned, args.prompt, args.system, args.max_new_tokens)
+    return chat(args.tuned, args.prompt, args.system, args.max_new_tokens, trusted=args.trust)
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -198,6 +205,7 @@ def _merge(args: argparse.Namespace) -> int:
         out=args.out,
         overwrite=args.overwrite,
         max_shard=args.max_shard,
+        trusted=args.trust,
         say=_say,
     )
     return 0

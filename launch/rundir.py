@@ -28,6 +28,7 @@ from launch.compose import flatten
 from launch.errors import ConfigError, StorageError
 from launch.redaction import redact_tree
 from launch.schema import Resume
+from launch.trust import check_ours, sign
 
 # Settings that say where and how to run, not what is trained: a run continues although they changed.
 OPERATIONAL = {
@@ -35,6 +36,7 @@ OPERATIONAL = {
     "output_root",
     "resume",
     "overwrite",
+    "trust",
     "data.dir",
     "data.cache_dir",
     "data.workers",
@@ -187,6 +189,7 @@ def claim(config: DictConfig) -> Claim:
         )
     if manifest.get("status") == "done":
         return Claim(run, finished=True)
+    check_ours(run.config, manifest, trusted=config.trust, how="trust=true")
     return Claim(run, checkpoint=run.last_checkpoint())
 
 
@@ -206,6 +209,7 @@ def prepare_folder(config: DictConfig, claimed: Claim) -> None:
         run.update_manifest(
             name=config.name, status="running", identity=identity(config), config_digest=digest(config), git=git_state()
         )
+        run.update_manifest(signature=sign(run.config))
     except OSError as error:
         raise StorageError(f"Cannot write to the run folder {run.path}: {error.strerror}.") from error
 

@@ -329,6 +329,9 @@ class Config:
     output_root: str = option("runs", "folder that holds run folders")
     offline: bool = option(False, "never use the network: what is not on this machine already is an error")
     resume: Resume = option(Resume.never, "auto continues this run if it was begun; must fails when there is none")
+    trust: bool = option(
+        False, "continue a run that somebody else made, also where its checkpoint would run code that it brings"
+    )
     overwrite: bool = option(False, "throw away what the run folder holds and start anew")
 
 

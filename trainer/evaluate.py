@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.compose import load_config
 from launch.errors import ConfigError, DataError
 from launch.rundir import RunDir, write_json
 from launch.scores import score_text, wilson
 from trainer.data.cache import TokenCache
 from trainer.data.formats import Conversation, Plain, Unusable, to_conversation
 from trainer.data.render import Renderer
-from trainer.generate import Answerer, run_of, weights_of
+from trainer.generate import Answerer, open_run, weights_of
 from trainer.prepare import prepare
 
 BATCH = 16
@@ -60,24 +59,25 @@ class Asked:
         return cls(prompts, longest + SPARE_TOKENS, tuple(answerer.stops))
 
 
-def evaluate_runs(paths: list[Path], examples: int | None = None, say: Callable[[str], None] = print) -> None:
+def evaluate_runs(
+    paths: list[Path], examples: int | None = None, say: Callable[[str], None] = print, *, trusted: bool = False
+) -> None:
     """Write evaluation.json into each run: how often the base and the tuned model give the expected answer.
 
     With `examples` fewer than a run holds out, evaluation-N.json takes what the first N rows gave, and a result on all
     of them stays. Runs on the same base model share one copy of its weights, and its answers where they ask the same.
 
     Raises:
-        ConfigError: a folder is not a finished run.
+        ConfigError: a folder is not a finished run, or one that is not `trusted`, see `open_run`.
         DataError: a run holds out no rows.
     """
     if examples is not None and examples < 1:
         raise ConfigError(f"`--examples` is {examples}: write a whole number from 1, or leave it out for all rows.")
-    runs = [run_of(path) for path in paths]
-    configs = [load_config(run.config) for run in runs]
+    runs = [open_run(path, trusted=trusted) for path in paths]
     weights: Any = None
     loaded: tuple[Any, ...] = ()
     base_answers: dict[tuple[Any, ...], list[str]] = {}
-    for run, config in zip(runs, configs, strict=True):
+    for run, config in runs:
         prepared = prepare(config, lambda line: None)
         questions = held_out(prepared.cache, examples)
         wanted = weights_of(config, prepared.model_path)

@@ -11,8 +11,10 @@ import torch
 from omegaconf import DictConfig
 from peft import PeftModel
 
+from launch.compose import load_config
 from launch.errors import ConfigError
 from launch.rundir import RunDir
+from launch.trust import check_code, check_ours
 from trainer.checkpoints import learns_prompt
 from trainer.data.render import Renderer
 from trainer.models import load_model, load_tokenizer, quiet_libraries, stop_tokens, torch_dtype
@@ -35,6 +37,19 @@ def run_of(path: Path, *, checkpoints: bool = False) -> RunDir:
         instead = f", or name one of its checkpoints, for example {last}" if last and checkpoints else ""
         raise ConfigError(f"{path} has no result yet (status: {status}). Continue it with resume=auto{instead}.")
     return run
+
+
+def open_run(path: Path, *, trusted: bool, checkpoints: bool = False) -> tuple[RunDir, DictConfig]:
+    """Return the run folder at `path`, see `run_of`, with its configuration.
+
+    Raises:
+        ConfigError: there is no result; or it is somebody else's, or would run code, and is not `trusted`.
+    """
+    run = run_of(path, checkpoints=checkpoints)
+    check_ours(run.config, run.read_manifest(), trusted=trusted, how="--trust")
+    config = load_config(run.config)
+    check_code(config.model.trust_remote_code, config.model.path, trusted=trusted)
+    return run, config
 
 
 def device() -> torch.device:

@@ -27,7 +27,7 @@ from launch.metrics import final_train_loss, mean_train_loss, read_metrics
 from launch.rundir import RunDir
 from launch.schema import Launcher
 from trainer import attention
-from trainer.checkpoints import keep_pissa_start, save_as_plain_lora, starts_as_pissa
+from trainer.checkpoints import keep_pissa_start, plain_data_only, save_as_plain_lora, starts_as_pissa
 from trainer.compiled import compile_layers
 from trainer.data.cache import TokenCache, as_json
 from trainer.data.render import Renderer
@@ -132,7 +132,8 @@ def train(
         f"{str(dtype).removeprefix('torch.')} on {state.num_processes} x {device.type}: "
         f"{plan.describe()}"
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with plain_data_only(deepspeed=deepspeed is not None, trusted=config.trust):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_dataset is not None and not _evaluated_at(run, trainer.state.global_step):
         trainer.evaluate()
     trainer.save_model(str(run.final))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,19 +83,44 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
         assert torch.equal(found[key], tensor), key
 
 
+class Planted:
+    """What a pickle holds that makes a folder when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_resumed_ranks_continue_from_their_float32_masters(
-    strategy: str, train: Callable[..., Path], small_model: Path
+def test_resumed_ranks_continue_from_their_float32_masters_and_from_nothing_that_runs_code(
+    strategy: str, train: Callable[..., Path], tunewright: Callable[..., Any], small_model: Path, tmp_path: Path
 ) -> None:
+    """DeepSpeed by itself unpickles whatever lies there."""
     overrides = [*quick(small_model), f"strategy={strategy}", "model.dtype=bfloat16", "data.eval_names=[]"]
     run = train(f"masters-{strategy}", *overrides)
     expected, saved = losses(run), results(run)
-    for folder in (run / "final", run / "checkpoints" / f"checkpoint-{STEPS}"):
-        shutil.rmtree(folder)
-    (run / "manifest.json").write_text(json.dumps({**manifest(run), "status": "failed"}), encoding="utf-8")
+
+    def interrupted() -> None:
+        for folder in (run / "final", run / "checkpoints" / f"checkpoint-{STEPS}"):
+            shutil.rmtree(folder)
+        (run / "manifest.json").write_text(json.dumps({**manifest(run), "status": "failed"}), encoding="utf-8")
+
+    interrupted()
     train(f"masters-{strategy}", *overrides, "resume=auto")
     assert losses(run) == expected
     same(results(run), saved)
+
+    interrupted()
+    files = [*(run / "checkpoints").glob("*/global_step*/*_states.pt"), *(run / "checkpoints").glob("*/optimizer.pt")]
+    for file in files:
+        torch.save({"optimizer_state_dict": Planted(tmp_path / "canary")}, file)
+    done = tunewright("train", f"output_root={run.parent}", f"name={run.name}", *overrides, "resume=auto")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "names posix.mkdir, and reading it would run code that it brings. Write trust=true" in done.stdout
+    assert files
+    assert not (tmp_path / "canary").exists()
 
 
 def test_another_run_can_go_on_with_an_adapter(train_here: Callable[..., Path], small_model: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.cli import main
 from launch.compose import compose_config
 from launch.errors import ConfigError
 from launch.rundir import Claim, RunDir, prepare_folder
@@ -22,7 +24,7 @@ def finished(tmp_path: Path, small_model: Path) -> Callable[..., RunDir]:
     """A finished run that was not trained: a random adapter on the small model."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = [{"prompt": f"How much is {number} + 1?", "response": str(number + 1)} for number in range(ROWS)]
     (tmp_path / "sums.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -36,6 +38,7 @@ def finished(tmp_path: Path, small_model: Path) -> Callable[..., RunDir]:
         torch.manual_seed(1)
         adapter = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules="all-linear")
         get_peft_model(AutoModelForCausalLM.from_pretrained(small_model), adapter).save_pretrained(run.final)
+        AutoTokenizer.from_pretrained(small_model).save_pretrained(run.final)
         return run
 
     return make
@@ -93,3 +96,69 @@ def test_a_part_of_the_rows_leaves_the_result_on_all_of_them(finished: Callable[
 def test_no_rows_are_a_mistake(finished: Callable[..., RunDir]) -> None:
     with pytest.raises(ConfigError, match=r"`--examples` is 0"):
         evaluate_runs([finished("run").path], 0)
+
+
+CODE = """
+from pathlib import Path
+from transformers import Qwen2Config, Qwen2ForCausalLM
+Path({canary!r}).touch()
+
+
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+
+
+class OwnModel(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def with_code(tmp_path: Path, small_model: Path) -> tuple[Path, Path]:
+    """A model that brings Python code, and the file that the code makes when it is run."""
+    folder, canary = tmp_path / "brings_code", tmp_path / "canary"
+    shutil.copytree(small_model, folder)
+    (folder / "own.py").write_text(CODE.format(canary=str(canary)), encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "own", "architectures": ["OwnModel"], "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder, canary
+
+
+def ask(command: str, run: RunDir, *more: str) -> int:
+    return main(
+        [command, str(run.path), *(["--prompt", "Hi", "--max-new-tokens", "2"] if command == "chat" else []), *more]
+    )
+
+
+@pytest.mark.parametrize("command", ["evaluate", "chat", "merge"])
+def test_code_of_a_runs_model_is_run_when_the_command_says_so_each_time(
+    command: str,
+    with_code: tuple[Path, Path],
+    finished: Callable[..., RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also of a run of one's own: its configuration remembers that code was run once."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, canary = with_code
+    run = finished("code", f"model.path={folder}", "model.trust_remote_code=true")
+    assert ask(command, run) == 2
+    assert "brings Python code" in capsys.readouterr().err
+    assert not canary.exists()
+    assert ask(command, run, "--trust") == 0
+    assert canary.exists()
+
+
+def test_somebody_elses_run_is_opened_when_the_command_says_so(
+    finished: Callable[..., RunDir], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished("theirs")
+    run.update_manifest(signature="0" * 64)
+    for command in ("evaluate", "chat", "merge"):
+        assert ask(command, run) == 2
+        assert "was not made by you" in capsys.readouterr().err
+    assert ask("chat", run, "--trust") == 0
+    assert "tuned | " in capsys.readouterr().out
