@@ -26,7 +26,7 @@ examples:
   tunewright train strategy=zero2 model=qwen2_5_7b data=registry data.names=[huanhuan] train.learning_rate=1e-4
   tunewright train experiment=demo strategy=zero3 --dry-run
   tunewright train --multirun method.r=4,16,64              one run for each value
-  tunewright data check huanhuan data.cutoff_len=512        what is in the data: lengths, copies, dropped rows
+  tunewright data check demo data.cutoff_len=512            what is in the data: lengths, copies, dropped rows
   tunewright compare runs/demo/*
   tunewright chat runs/demo/zero2                           after `tunewright demo`
   tunewright merge runs/demo/zero2                          one model folder, without an adapter
