@@ -13,7 +13,6 @@ import os
 import secrets
 import stat
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +30,32 @@ def key_file() -> Path:
 def installation_key() -> bytes | None:
     """Return the key, made on first use, or None where none can be kept: then no folder counts as one's own."""
     file = key_file()
-    staging = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as written:
-                written.write(secrets.token_bytes(LENGTH))
-            with suppress(FileExistsError):  # another process was first: its key is the key
-                os.link(staging, file)
-            staging.unlink()
+            _make_key(file)
         found = file.stat()
         private = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
         key = file.read_bytes() if private else b""
     except OSError:  # a cache that cannot be written stops no training
         return None
     return key if len(key) == LENGTH else None
+
+
+def _make_key(file: Path) -> None:
+    """Make the key, whole from the first moment; where another process was first, its key is the key."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staging = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with os.fdopen(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as written:
+            written.write(secrets.token_bytes(LENGTH))
+        try:
+            os.link(staging, file)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(staging, file)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def sign(config_file: Path) -> str | None:
