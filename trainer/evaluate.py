@@ -84,14 +84,14 @@ def evaluate_runs(
         if wanted != loaded:
             weights = None  # before the next one is loaded: two may not fit
         answerer = Answerer(config, prepared.model_path, weights)
-        weights, loaded = answerer.model, wanted
         asked = Asked.of(questions, answerer)
         if (wanted, asked) not in base_answers:
             base_answers[wanted, asked] = _answers(answerer, asked, "base model", say)
         with answerer.tuned(run):
             tuned = _answers(answerer, asked, run.path.name, say)
+        weights, loaded = answerer.model, wanted
+        del answerer  # which would keep the weights while the next ones are loaded
         _write(run, questions, count_held_out(prepared.cache), base_answers[wanted, asked], tuned, say)
-        del answerer
 
 
 def count_held_out(cache: TokenCache) -> int:

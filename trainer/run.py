@@ -100,12 +100,7 @@ def train(
         console.say(f"Compiling the {layers} layers during the first step.")
     trainer.remove_callback(PrinterCallback)
     metrics = MetricsFile(run.metrics, trainer.meter, started)
-    callbacks = [
-        StepTimer(trainer.meter),
-        metrics,
-        Progress(console),
-        Proof(config, run, trainer),
-    ]
+    callbacks = [StepTimer(trainer.meter), metrics, Progress(console), Proof(config, run, trainer)]
     if state.is_main_process:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
     if config.train.gradient_checkpointing == "auto":
@@ -364,7 +359,7 @@ def _finish(run: RunDir, trainer: TunewrightTrainer, seconds: float, memory: flo
         tokens_seen=int(tokens),
         tokens_per_second=tokens / step_seconds if step_seconds else None,
         mfu=sum(mfu) / step_seconds if mfu and step_seconds else None,
-        peak_memory_bytes=int(max(memory, *(line["peak_memory_bytes"] for line in trained))),
+        peak_memory_bytes=int(max([memory, *(line["peak_memory_bytes"] for line in trained)])),
         final=final,
     )
 
