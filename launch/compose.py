@@ -96,7 +96,23 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
     except InterpolationResolutionError as error:
         raise ConfigError(f"A value refers to a setting that is not there: {_first_line(error)}.") from error
     _refuse_secrets(config)
+    _check_trust(config, parsed)
     return config
+
+
+def _check_trust(config: DictConfig, overrides: list[Override]) -> None:
+    """What runs code of others is typed each time: a file of settings may come from anywhere."""
+    typed = {item.key_or_group for item in overrides}
+    for item in overrides:
+        if isinstance(value := item.value(), dict):
+            typed |= {f"{item.key_or_group}.{key}" for key in value}
+    for key, on in (("model.trust_remote_code", config.model.trust_remote_code), ("trust", config.trust)):
+        if on and key not in typed:
+            origin, _ = _origin(key, overrides, None)
+            raise ConfigError(
+                f"`{key}` is true ({origin}): code that comes with a model or checkpoint would be run here. Write "
+                f"{key}=true on the command line if that is what you want; in a file of settings it does not count."
+            )
 
 
 def _refuse_secrets(config: DictConfig) -> None:

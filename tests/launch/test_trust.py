@@ -86,3 +86,15 @@ def test_code_of_a_model_is_asked_for_each_time() -> None:
     check_code(True, "org/name", trusted=True)
     with pytest.raises(ConfigError, match=r"\(org/name\) brings Python code.* Write --trust with each command"):
         check_code(True, "org/name", trusted=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [("model: {trust_remote_code: true}", "model.trust_remote_code"), ("trust: true", "trust")]
+)
+def test_a_file_of_settings_does_not_trust_for_the_user(text: str, key: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "theirs.yaml").write_text(f"# @package _global_\n{text}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"`{key}` is true"):
+        compose_config(["experiment=theirs"], tmp_path)
+    assert compose_config(["experiment=theirs", f"{key}=true"], tmp_path)
+    assert compose_config(["model={trust_remote_code: true}"]).model.trust_remote_code
