@@ -317,7 +317,7 @@ def test_never_the_whole_model_in_memory(
         [sys.executable, "-c", MEASURE, run.run.path, run.base, out], capture_output=True, text=True, check=True
     )
     assert sum(file.stat().st_size for file in out.glob("*.safetensors")) > 100e6
-    assert 1e6 < int(done.stdout) * 1024 < size / 3
+    assert 1e6 < int(done.stdout.split()[-1]) * 1024 < size / 3  # a busy machine prints how far it is, too
 
 
 def test_a_zero_adapter_is_refused(made: Callable[..., Made]) -> None:
