@@ -23,7 +23,7 @@ def wilson(right: int, rows: int, confidence: float = CONFIDENCE) -> tuple[float
     share, spread = right / rows, z * z / rows
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / rows + spread / (4 * rows))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (centre - half if right else 0.0), (centre + half if right < rows else 1.0)
 
 
 def score_text(right: int, rows: int) -> str:

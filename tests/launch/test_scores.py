@@ -20,6 +20,11 @@ def test_wilsons_interval_is_the_published_one(right: int, rows: int, expected: 
     assert wilson(right, rows) == pytest.approx(expected, abs=5e-5)
 
 
+def test_an_interval_ends_at_none_and_at_all() -> None:
+    assert wilson(0, 80)[0] == 0
+    assert wilson(80, 80)[1] == 1
+
+
 def test_an_interval_of_no_rows_is_an_error() -> None:
     with pytest.raises(ValueError, match="rows"):
         wilson(0, 0)
