@@ -39,8 +39,9 @@ def demo(root: Path, say: Callable[[str], None] = print) -> int:
     """
     started = time.monotonic()
     seconds = {name: taken for name in WAYS if (taken := _finished_in(RunDir(root / name)))}
+    evaluated = all(RunDir(root / name).evaluation.is_file() for name in WAYS)
     for number, (name, stage) in enumerate(WAYS.items(), 1):
-        say(f"\n[{number}/{len(WAYS) + 1}] {stage.title}{time_left(seconds)}")
+        say(f"\n[{number}/{len(WAYS) + 1}] {stage.title}{time_left(seconds, evaluated=evaluated)}")
         begun = time.monotonic()
         code = train(
             ["experiment=demo", *stage.overrides, f"name={name}", f"output_root={root}", "resume=auto"], say=say
@@ -69,12 +70,13 @@ def _finished_in(run: RunDir) -> float | None:
     return manifest.get("wall_seconds") if manifest.get("status") == "done" else None
 
 
-def time_left(seconds: Mapping[str, float]) -> str:
+def time_left(seconds: Mapping[str, float], *, evaluated: bool = False) -> str:
     """Return what to say of the time left, from the seconds that parts took on this machine; nothing before one did."""
-    if not seconds:
+    waiting = [stage for name, stage in WAYS.items() if name not in seconds] + ([] if evaluated else [EVALUATE])
+    if not seconds or not waiting:
         return ""
     pace = sum(seconds.values()) / sum(WAYS[name].share for name in seconds)
-    left = sum(stage.share for name, stage in WAYS.items() if name not in seconds) + EVALUATE.share
+    left = sum(stage.share for stage in waiting)
     return f" (about {pace * left / 60:.1f} min left for the whole demo, at the pace so far)"
 
 

@@ -95,6 +95,7 @@ def test_the_time_left_is_told_from_what_was_measured_here() -> None:
     assert "about 2.8 min left" in fast
     assert "about 27.5 min left" in slow
     assert "about 0.7 min left" in time_left({"zero2": 90, "zero3": 190, "qlora": 100})  # the answers are left
+    assert time_left({"zero2": 90, "zero3": 190, "qlora": 100}, evaluated=True) == ""
 
 
 def test_a_second_demo_trains_and_asks_nothing_again(demo: tuple[Path, Result], tunewright: Callable[..., Any]) -> None:
