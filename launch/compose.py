@@ -24,6 +24,7 @@ from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, Omega
 
 from launch import schema
 from launch.errors import ConfigError, closest, did_you_mean
+from launch.redaction import hide_credentials, name_variables, redact
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs" / "hydra"
 DEEPSPEED_DIR = CONFIG_DIR.parent / "deepspeed"
@@ -94,22 +95,58 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
         OmegaConf.resolve(config)
     except InterpolationResolutionError as error:
         raise ConfigError(f"A value refers to a setting that is not there: {_first_line(error)}.") from error
+    _refuse_secrets(config)
+    _check_trust(config, parsed)
     return config
+
+
+def _check_trust(config: DictConfig, overrides: list[Override]) -> None:
+    """What runs code of others is typed each time: a file of settings may come from anywhere."""
+    typed = {item.key_or_group for item in overrides}
+    for item in overrides:
+        if isinstance(value := item.value(), dict):
+            typed |= {f"{item.key_or_group}.{key}" for key in value}
+    for key, on in (("model.trust_remote_code", config.model.trust_remote_code), ("trust", config.trust)):
+        if on and key not in typed:
+            origin, _ = _origin(key, overrides, None)
+            raise ConfigError(
+                f"`{key}` is true ({origin}): code that comes with a model or checkpoint would be run here. Write "
+                f"{key}=true on the command line if that is what you want; in a file of settings it does not count."
+            )
+
+
+def _refuse_secrets(config: DictConfig) -> None:
+    """Refuse a secret as such in a setting: config.yaml could not both be read by the ranks and be shown to others."""
+    for key, value in flatten(OmegaConf.to_container(config)):
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and hide_credentials(text := name_variables(text)) != text:
+                raise ConfigError(
+                    f"`{key}` holds a password or key, {hide_credentials(text)!r}, and settings are written down. Put "
+                    f"it into an environment variable, for example MY_TOKEN, and write ${{oc.env:MY_TOKEN}} in its "
+                    f"place."
+                )
+    if redact(config.name) != config.name:
+        raise ConfigError("`name` holds the value of a secret variable, and a folder's name is seen by everyone.")
 
 
 def load_config(source: Path | TextIO) -> DictConfig:
     """Read a resolved configuration, a run's config.yaml for example, and give it its types back.
 
+    Secrets are references to environment variables in it, and take their values here.
+
     Raises:
-        ConfigError: no such file, or it does not fit this version's settings.
+        ConfigError: no such file, it does not fit this version's settings, or it refers to a variable that is not set.
     """
     try:
         raw = OmegaConf.load(source)
         config = OmegaConf.merge(OmegaConf.structured(schema.Config), raw)
         assert isinstance(config, DictConfig)
         config.method = OmegaConf.merge(OmegaConf.structured(schema.METHODS[config.method.name]), config.method)
+        OmegaConf.resolve(config)
     except FileNotFoundError as error:
         raise ConfigError(f"There is no run configuration at {source}.") from error
+    except InterpolationResolutionError as error:
+        raise ConfigError(f"{source} refers to what is not set here: {_first_line(error)}.") from error
     except (OmegaConfBaseException, yaml.YAMLError, KeyError) as error:
         raise ConfigError(f"{source} does not fit this version's settings: {_first_line(error)}") from error
     return config

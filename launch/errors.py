@@ -8,12 +8,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from launch.redaction import redact
+
 
 class TunewrightError(Exception):
-    """A failure that the user can act on; its text is shown without a traceback."""
+    """A failure that the user can act on; its text is shown without a traceback, and without secrets."""
 
     exit_code = 70
     shown = False  # True when another process has shown the reason already
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class ConfigError(TunewrightError):

@@ -337,6 +337,9 @@ class Config:
     output_root: str = option("runs", "folder that holds run folders")
     offline: bool = option(False, "never use the network: what is not on this machine already is an error")
     resume: Resume = option(Resume.never, "auto continues this run if it was begun; must fails when there is none")
+    trust: bool = option(
+        False, "continue a run that somebody else made, also where its checkpoint would run code that it brings"
+    )
     overwrite: bool = option(False, "move what the run made before to OUTPUT_ROOT/.trash and start anew")
 
 

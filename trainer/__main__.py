@@ -19,6 +19,7 @@ from launch.batching import batch_plan
 from launch.compose import choices, compose_config, load_config
 from launch.errors import ConfigError, PeerError, TunewrightError
 from launch.hardware import find_devices
+from launch.redaction import redact, typed_secrets
 from launch.rundir import Claim, RunDir, check_inputs, claim, prepare_folder, run_dir, sole_user
 from launch.schema import Launcher
 from launch.train import check_all
@@ -60,7 +61,8 @@ def main(argv: list[str]) -> int:
     except TunewrightError as error:
         # One rank of a machine says it for all, but each knows for itself whom it waits for.
         if not error.shown and (_speaks() or isinstance(error, PeerError)):
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            told = redact(f"{type(error).__name__}: {error}", typed_secrets(argv))
+            print(told, file=sys.stderr, flush=True)
         return error.exit_code
     run = claimed.run
     if claimed.finished:
@@ -135,7 +137,7 @@ def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
         )
     claimed = claim(config) if rank() == 0 else Claim(run_dir(config))
     for text in (*settled, *claimed.remarks):
-        _say(text)
+        _say(redact(text))
     return config, claimed
 
 

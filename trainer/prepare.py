@@ -23,6 +23,7 @@ from launch.compose import load_config
 from launch.errors import TunewrightError
 from launch.hardware import find_devices
 from launch.legality import world_size
+from launch.redaction import redact
 from launch.rundir import write_json
 from launch.schema import Source
 from trainer import tiny
@@ -108,7 +109,7 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False, preparation: Pre
     found = find_prepared(config)
     if found and (quiet or _remarks_file(config, found.cache).is_file()):
         if not quiet:
-            print("\n".join(_known(config, found.cache)), flush=True)
+            print(redact("\n".join(_known(config, found.cache))), flush=True)
         return found
     exit_code = (preparation or Preparation()).finish(config, quiet=quiet)
     if exit_code:
@@ -165,10 +166,10 @@ def main() -> int:
         if not told:
             return 0  # whoever began this ended without an order
         config = load_config(io.StringIO(told))
-        prepared = prepare(config, lambda line: print(line, flush=True))
+        prepared = prepare(config, lambda line: print(redact(line), flush=True))
         report = _report(config, prepared)
         keep_remarks(config, prepared.cache, report)
-        print(report_text(report), flush=True)
+        print(redact(report_text(report)), flush=True)
     except TunewrightError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

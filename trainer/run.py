@@ -23,10 +23,11 @@ from trl import SFTConfig
 from launch.batching import BatchPlan, batch_plan
 from launch.errors import ConfigError, StorageError
 from launch.legality import zero_stage
+from launch.metrics import final_train_loss, mean_train_loss, read_metrics
 from launch.rundir import RunDir
 from launch.schema import Launcher
 from trainer import attention
-from trainer.checkpoints import keep_pissa_start, save_as_plain_lora, starts_as_pissa
+from trainer.checkpoints import keep_pissa_start, plain_data_only, save_as_plain_lora, starts_as_pissa
 from trainer.compiled import compile_layers
 from trainer.data.cache import TokenCache, as_json
 from trainer.data.render import Renderer
@@ -38,6 +39,7 @@ from trainer.recomputation import FitRecomputation
 from trainer.sft import MetricsFile, StepTimer, TunewrightTrainer
 from trainer.telemetry import hardware, over_ranks, peak_memory
 
+SHARE_BELOW_ONE = math.nextafter(1.0, 0.0)  # transformers reads 1.0 of all steps as one step, and this as all of them
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "trl", "datasets", "bitsandbytes", "hydra-core")
 
 
@@ -97,7 +99,8 @@ def train(
         layers = compile_layers(trainer.model)
         console.say(f"Compiling the {layers} layers during the first step.")
     trainer.remove_callback(PrinterCallback)
-    callbacks = [StepTimer(trainer.meter), MetricsFile(run.metrics), Progress(console), Proof(config, run, trainer)]
+    metrics = MetricsFile(run.metrics, trainer.meter, started)
+    callbacks = [StepTimer(trainer.meter), metrics, Progress(console), Proof(config, run, trainer)]
     if state.is_main_process:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
     if config.train.gradient_checkpointing == "auto":
@@ -124,18 +127,18 @@ def train(
         f"{str(dtype).removeprefix('torch.')} on {state.num_processes} x {device.type}: "
         f"{plan.describe()}"
     )
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with plain_data_only(deepspeed=deepspeed is not None, trusted=config.trust):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_dataset is not None and not _evaluated_at(run, trainer.state.global_step):
         trainer.evaluate()
     trainer.save_model(str(run.final))
     if pissa and state.is_main_process:
         save_as_plain_lora(trainer.accelerator.unwrap_model(trainer.model), run.path, run.final)
     state.wait_for_everyone()
-    seconds = time.perf_counter() - started
     memory = max(row[0] for row in over_ranks([peak_memory(device)], device))
     if state.is_main_process:
         verify_saved(run.final)
-        _finish(run, trainer, result.metrics["train_loss"], seconds, memory)
+        _finish(run, trainer, metrics.wall_seconds(), memory)
     console.say(f"Saved to {run.final}")
 
 
@@ -183,7 +186,7 @@ def _arguments(
         max_steps=train.max_steps or -1,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.scheduler,
-        warmup_steps=train.warmup_ratio,
+        warmup_steps=min(train.warmup_ratio, SHARE_BELOW_ONE),
         optim=train.optimizer,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
@@ -294,10 +297,6 @@ class Progress(TrainerCallback):
         if self.first is None:
             self.first = (state.global_step, time.monotonic())
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last steps are reported whatever `logging_steps` is
-
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "eval_loss" in logs:
             self.console.say(f"  step {state.global_step}/{state.max_steps}  eval loss {logs['eval_loss']:.4f}")
@@ -338,13 +337,12 @@ def verify_saved(folder: Path) -> None:
 def _evaluated_at(run: RunDir, step: int) -> bool:
     if not run.metrics.is_file():
         return False
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(run.metrics)
     return any(line["step"] == step and "eval_loss" in line for line in lines)
 
 
-def _finish(run: RunDir, trainer: TunewrightTrainer, mean_loss: float, seconds: float, memory: float) -> None:
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+def _finish(run: RunDir, trainer: TunewrightTrainer, seconds: float, memory: float) -> None:
+    lines = read_metrics(run.metrics)
     evals = [line["eval_loss"] for line in lines if "eval_loss" in line]
     kept = trainer.state.best_metric if trainer.args.load_best_model_at_end else evals[-1] if evals else None
     trained = [line for line in lines if "step_seconds" in line]
@@ -352,8 +350,8 @@ def _finish(run: RunDir, trainer: TunewrightTrainer, mean_loss: float, seconds: 
     tokens = sum(line["step_tokens"] for line in trained)
     mfu = [line["mfu"] * line["step_seconds"] for line in trained if "mfu" in line]
     final = {
-        "train_loss": losses[-1] if losses else None,
-        "mean_train_loss": mean_loss,
+        "train_loss": final_train_loss(lines),
+        "mean_train_loss": mean_train_loss(lines),
         "eval_loss": kept,
     }
     _write_hyperparameters(run, final)
@@ -366,7 +364,7 @@ def _finish(run: RunDir, trainer: TunewrightTrainer, mean_loss: float, seconds: 
         tokens_seen=int(tokens),
         tokens_per_second=tokens / step_seconds if step_seconds else None,
         mfu=sum(mfu) / step_seconds if mfu and step_seconds else None,
-        peak_memory_bytes=int(memory),
+        peak_memory_bytes=int(max([memory, *(line["peak_memory_bytes"] for line in trained)])),
         final=final,
     )
 
