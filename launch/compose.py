@@ -23,10 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
 from launch import schema
+from launch.deepspeed import follow_file
 from launch.errors import ConfigError, closest, did_you_mean
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs" / "hydra"
-DEEPSPEED_DIR = CONFIG_DIR.parent / "deepspeed"
 TEMPLATE_DIR = CONFIG_DIR.parent / "templates"
 
 
@@ -90,6 +90,8 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
     _check_missing(config)
     if not config.data.names:
         raise ConfigError("`data.names` is empty: name at least one dataset, for example data.names=[demo].")
+    if config.strategy.launcher is schema.Launcher.deepspeed:
+        follow_file(config)  # before the run is named after its strategy
     try:
         OmegaConf.resolve(config)
     except InterpolationResolutionError as error:

@@ -57,9 +57,9 @@ EXIT_CODES = {
 }
 
 
-def closest(name: str, choices: Iterable[str]) -> str | None:
+def closest(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str | None:
     """Return the choice most similar to `name`, or None when nothing is similar."""
-    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 

@@ -5,7 +5,6 @@ Every check looks at the configuration and the devices alone, so that all of the
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -16,7 +15,7 @@ from omegaconf import DictConfig
 
 from launch.batching import BatchPlan, batch_plan
 from launch.cells import PARTITIONED, STRATEGIES, Cell, verdict
-from launch.compose import DEEPSPEED_DIR
+from launch.deepspeed import check_deepspeed, deepspeed_file
 from launch.errors import ConfigError, did_you_mean
 from launch.hardware import Devices
 from launch.schema import PROMPT_LEARNING, Launcher, LoraInit, Mix
@@ -51,17 +50,28 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
         ConfigError: with the reason and the alternative.
     """
     ranks = world_size(config, devices)
+    _check_strategy(config, devices, ranks)
     ruling = verdict(cell_of(config, devices))
     if ruling.outcome == "refused":
-        raise ConfigError(ruling.reason)
+        raise ConfigError(ruling.reason + _whose_strategy(config))
     _check_method(config)
-    _check_strategy(config, devices, ranks)
     _check_checkpointing(config)
     _check_compile(config, devices)
     _check_numbers(config)
     _check_data(config)
     _check_flat_rows(config)
-    return batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
+    plan = batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
+    if config.strategy.launcher is Launcher.deepspeed:
+        check_deepspeed(config, plan, devices.gpu)
+    return plan
+
+
+def _whose_strategy(config: DictConfig) -> str:
+    """Say which file makes the strategy that a refusal speaks of, where it is not the shipped one."""
+    if config.strategy.launcher is not Launcher.deepspeed:
+        return ""
+    file = deepspeed_file(config)
+    return "" if file.shipped else f" ({file.path} makes it {file.strategy}.)"
 
 
 def _check_flat_rows(config: DictConfig) -> None:
@@ -107,11 +117,9 @@ def cell_of(config: DictConfig, devices: Devices) -> Cell:
 
 
 def _known_strategy(config: DictConfig) -> str:
-    """Return the strategy, or for one of the user's own the shipped one with the same ZeRO stage."""
-    strategy = config.strategy
-    if strategy.name in STRATEGIES or strategy.launcher is not Launcher.deepspeed:
-        return str(strategy.name)
-    return f"zero{zero_stage(config)}"
+    """Return the shipped strategy that runs: its DeepSpeed JSON decides, whatever the strategy is called."""
+    launcher = config.strategy.launcher
+    return deepspeed_file(config).strategy if launcher is Launcher.deepspeed else str(launcher.value)
 
 
 def longest_row(config: DictConfig) -> int:
@@ -201,8 +209,16 @@ def _check_strategy(config: DictConfig, devices: Devices, ranks: int) -> None:
             f"`cluster.num_processes` is {ranks}, but {devices.count} GPUs are visible. Write {devices.count} or less, "
             f"or check CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES and ROCR_VISIBLE_DEVICES."
         )
-    if strategy.launcher is Launcher.deepspeed:
-        deepspeed_file(config)
+    if strategy.launcher is not Launcher.deepspeed and strategy.deepspeed is not None:
+        raise ConfigError(
+            f"`strategy.deepspeed` is '{strategy.deepspeed}', and `strategy={strategy.name}` starts no DeepSpeed: use "
+            f"strategy=zero2, or leave strategy.deepspeed out."
+        )
+    if strategy.name in STRATEGIES and strategy.name != _known_strategy(config):
+        raise ConfigError(
+            f"`strategy.name` is '{strategy.name}', and `strategy.launcher={strategy.launcher.value}` starts another: "
+            f"write strategy={_known_strategy(config)}, or a name of your own."
+        )
 
 
 def _check_checkpointing(config: DictConfig) -> None:
@@ -238,30 +254,6 @@ def _check_compile(config: DictConfig, devices: Devices) -> None:
             "`train.compile` needs Python's header files, and this Python has none: install them (python3-dev), or "
             "leave train.compile out."
         )
-
-
-def deepspeed_file(config: DictConfig) -> str:
-    """Return the path of the strategy's DeepSpeed JSON."""
-    name = config.strategy.deepspeed
-    if name is None:
-        raise ConfigError(
-            "`strategy.launcher=deepspeed` needs `strategy.deepspeed`: a name in configs/deepspeed or a path."
-        )
-    shipped = DEEPSPEED_DIR / f"{name}.json"
-    path = shipped if shipped.is_file() else Path(name)
-    if not path.is_file():
-        names = sorted(file.stem for file in DEEPSPEED_DIR.glob("*.json"))
-        raise ConfigError(
-            f"`strategy.deepspeed` is '{name}': no such file, and not one of {', '.join(names)}."
-            f"{did_you_mean(name, names)}"
-        )
-    return str(path)
-
-
-def zero_stage(config: DictConfig) -> int:
-    """Return the ZeRO stage of the strategy's DeepSpeed JSON."""
-    settings = json.loads(Path(deepspeed_file(config)).read_text(encoding="utf-8"))
-    return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def _check_numbers(config: DictConfig) -> None:

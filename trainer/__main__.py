@@ -6,7 +6,6 @@ accelerate launch ... -m trainer strategy=zero2 train.epochs=1   the same settin
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from launch.compose import choices, compose_config, load_config
+from launch.compose import compose_config, load_config
+from launch.deepspeed import deepspeed_path, read
 from launch.errors import ConfigError, TunewrightError
 from launch.hardware import find_devices
 from launch.rundir import Claim, RunDir, claim, prepare_folder
@@ -104,12 +104,13 @@ def _strategy_of_environment(argv: list[str]) -> list[str]:
     if any(item.startswith("strategy=") for item in argv):
         return []
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        file = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""))
-        if file.stem in choices("strategy"):
-            return [f"strategy={file.stem}"]
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        if file:
+            quoted = file.replace("\\", "\\\\").replace("'", "\\'")
+            return [f"strategy={read(deepspeed_path(file)).strategy}", f"strategy.deepspeed='{quoted}'"]
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        if file.is_file():
-            stage = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+        if stage not in ("1", "2", "3"):
+            raise ConfigError(f"`zero_stage` of the accelerate configuration is {stage}: write 1, 2 or 3.")
         return [f"strategy=zero{stage}"]
     return ["strategy=ddp" if world_size() > 1 else "strategy=single"]
 

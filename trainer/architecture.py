@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from launch.architecture import Architecture, plain
 from launch.compose import load_config
@@ -23,6 +21,7 @@ from launch.errors import ConfigError, StorageError, TunewrightError
 from launch.rundir import write_json
 from launch.schema import Source
 from trainer import hub, tiny
+from trainer.aside import ask
 from trainer.models import cache_folder, find_model, quiet_libraries
 from trainer.process import imports_that_stay, leave
 
@@ -79,7 +78,7 @@ def ensure_architecture(config: DictConfig) -> Architecture:
     found = find_architecture(config)
     if found:
         return found
-    _run("describe", config)
+    ask("trainer.architecture", "describe", config)
     found = find_architecture(config)
     if found is None:
         raise StorageError(f"The configuration of '{config.model.path}' vanished while it was read.")
@@ -88,7 +87,7 @@ def ensure_architecture(config: DictConfig) -> Architecture:
 
 def ensure_counts(config: DictConfig) -> tuple[int, int]:
     """Return (trainable, total) parameters that the configuration will train, counted on the meta device."""
-    trainable, total = json.loads(_run("count", config).splitlines()[-1])
+    trainable, total = json.loads(ask("trainer.architecture", "count", config).splitlines()[-1])
     return int(trainable), int(total)
 
 
@@ -103,29 +102,6 @@ def _file(config: DictConfig, numbers: dict[str, Any]) -> Path:
 def _wants_ia3(config: DictConfig) -> bool:
     """Whether to look up IA3's modules: PEFT, which knows them, takes a second or two to import."""
     return bool(config.method.name == "ia3")
-
-
-class _Failed(TunewrightError):
-    """The process said why on standard error."""
-
-    shown = True
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("the model's configuration could not be used, see above")
-        self.exit_code = exit_code
-
-
-def _run(task: str, config: DictConfig) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer.architecture", task],
-        input=OmegaConf.to_yaml(config),
-        encoding="utf-8",
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-    )
-    if done.returncode:
-        raise _Failed(done.returncode)
-    return done.stdout
 
 
 def hf_config(config: DictConfig, numbers: dict[str, Any]) -> PreTrainedConfig:
