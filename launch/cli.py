@@ -7,11 +7,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datagen.cli import add_parser as add_datagen
 from launch import __version__
-from launch.errors import TunewrightError
+from launch.errors import TunewrightError, did_you_mean
 from trainer.data.cli import add_parser as add_data
 from trainer.process import imports_that_stay
 
@@ -38,9 +38,19 @@ Settings are Hydra overrides: GROUP=CHOICE picks a file of configs/hydra, key=va
 """
 
 
+class ExactParser(argparse.ArgumentParser):
+    """Takes options by their whole names, and so do its subcommands.
+
+    argparse would take `--config my.yaml` for `--config-dir my.yaml`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser of every subcommand."""
-    top = argparse.ArgumentParser(
+    top: argparse.ArgumentParser = ExactParser(
         prog="tunewright",
         description="Fine-tune language models: one configuration, one GPU or a cluster.",
         epilog=EPILOG,
@@ -110,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     unknown = [item for item in rest if item.startswith("-")]
     if unknown or (rest and not hasattr(args, "overrides")):
-        top.error(f"unrecognised arguments: {' '.join(unknown or rest)}")
+        meant = did_you_mean(unknown[0].partition("=")[0], _options(top)) if unknown else ""
+        top.error(f"unrecognised arguments: {' '.join(unknown or rest)}{meant and '.'}{meant}")
     if hasattr(args, "overrides"):
         args.overrides += rest
     try:
@@ -124,6 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0  # the reader of our output went away
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the options of a parser and its subcommands."""
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found = found.union(*map(_options, action.choices.values()))
+    return found
 
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:

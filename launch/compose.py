@@ -48,6 +48,24 @@ def choices(group: str, config_dir: Path = CONFIG_DIR) -> list[str]:
     return sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
 
 
+def check_extra_dir(extra_dir: Path | None) -> None:
+    """Raise ConfigError where `--config-dir` is no folder, or holds a choice that Hydra would never read."""
+    if extra_dir is None:
+        return
+    if not extra_dir.is_dir():
+        found = "a file" if extra_dir.is_file() else "not there"
+        raise ConfigError(
+            f"`--config-dir` is {extra_dir}, which is {found}: write a folder with groups of your own, for example "
+            f"{extra_dir.with_suffix('')}/train/mine.yaml, and choose from it with train=mine."
+        )
+    for group in schema.GROUPS:
+        for name in sorted({*choices(group, extra_dir)} & {*choices(group)}):
+            raise ConfigError(
+                f"{extra_dir / group / name}.yaml has the name of a shipped choice, which `{group}={name}` means: give "
+                f"it another name."
+            )
+
+
 def expand_sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
     """Yield one list of overrides for each point of a sweep: `a=1,2 b=x` gives `a=1 b=x` and `a=2 b=x`."""
     axes = []
@@ -70,6 +88,7 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
     Raises:
         ConfigError: unknown key or choice, wrong type, missing value or bad syntax.
     """
+    check_extra_dir(extra_dir)
     parsed = _parse_overrides(overrides)
     for item in parsed:
         if item.is_sweep_override():

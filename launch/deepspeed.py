@@ -49,8 +49,8 @@ TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     **dict.fromkeys(FLAGS, (bool, "true or false")),
 }
 # Where transformers, the trainer or DeepSpeed's own models put something in place of "auto".
-MAY_BE_AUTO = (*SECTIONS, "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-MAY_BE_AUTO += ("gradient_clipping",)
+MAY_BE_AUTO = {*SECTIONS, "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
+MAY_BE_AUTO |= {"gradient_clipping"}
 SIMILAR = 0.85  # of a key that DeepSpeed does not know to one that it does: a slip of the pen
 
 

@@ -18,10 +18,11 @@ from launch.cells import PARTITIONED, STRATEGIES, Cell, verdict
 from launch.deepspeed import check_deepspeed, deepspeed_file
 from launch.errors import ConfigError, did_you_mean
 from launch.hardware import Devices
-from launch.schema import PROMPT_LEARNING, Launcher, LoraInit, Mix
+from launch.schema import PROMPT_LEARNING, Launcher, LoraInit, Mix, Source
 from launch.templates import template_file
 
 CPU_RANKS = 2
+EMBEDDED = "tiny"  # the model that is built here
 SHORTEST = 16  # tokens of a row: with fewer no question has an answer
 # transformers' names that need no settings or packages beyond ours; kept here to be checked without importing it.
 SCHEDULERS = (
@@ -58,6 +59,7 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
     _check_checkpointing(config)
     _check_compile(config, devices)
     _check_numbers(config)
+    _check_model(config)
     _check_data(config)
     _check_flat_rows(config)
     plan = batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
@@ -312,6 +314,25 @@ def _check_best(config: DictConfig) -> None:
         )
 
 
+def _check_model(config: DictConfig) -> None:
+    model = config.model
+    if model.source is Source.embedded and model.path != EMBEDDED:
+        raise ConfigError(
+            f"`model.path` is '{model.path}', and `model.source=embedded` builds {EMBEDDED} on this machine: write "
+            f"model=folder model.path=... for a folder, with model.source=hub for a model of the Hub."
+        )
+    if model.revision is not None and model.source in (Source.embedded, Source.folder):
+        raise ConfigError(
+            f"`model.revision` is '{model.revision}', and `model.source={model.source.value}` has no revisions: leave "
+            f"it out."
+        )
+    if model.template:
+        template_file(model.template)
+    for key, example in (("template_kwargs", "{enable_thinking: false}"), ("architecture", "{model_type: qwen2}")):
+        if not isinstance(model[key], (DictConfig, type(None))):
+            raise ConfigError(f"`model.{key}` is {model[key]!r}: write a mapping such as {example}.")
+
+
 def _check_data(config: DictConfig) -> None:
     data, train = config.data, config.train
     if data.cutoff_len < SHORTEST:
@@ -334,13 +355,6 @@ def _check_data(config: DictConfig) -> None:
         raise ConfigError(
             f"`data.weights` is {list(data.weights)}: write one positive number for each of the {len(data.names)} "
             f"datasets of `data.names`."
-        )
-    if config.model.template:
-        template_file(config.model.template)
-    if not isinstance(config.model.template_kwargs, (DictConfig, type(None))):
-        raise ConfigError(
-            f"`model.template_kwargs` is {config.model.template_kwargs!r}: write a mapping such as "
-            f"{{enable_thinking: false}}."
         )
     if not data.streaming:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import schema
+from launch.cli import main, parser
 from launch.compose import CONFIG_DIR, choices, compose_config, expand_sweep, load_config
 from launch.describe import choices_text, keys_text
 from launch.errors import ConfigError
@@ -80,6 +82,51 @@ def test_a_folder_of_the_users_own_adds_choices(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "mine.yaml").write_text("learning_rate: 5e-4\n", encoding="utf-8")
     assert compose_config(["train=mine"], extra_dir=tmp_path).train.learning_rate == 5e-4
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "--dry-run"], ["config"], ["config", "train.epochs=1"], ["data", "check"]]
+)
+def test_a_folder_of_choices_that_is_none_is_refused(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "my.yaml"
+    file.touch()
+    for given, said in ((tmp_path / "nowhere", "is not there"), (file, "is a file")):
+        assert main([*command, "--config-dir", str(given)]) == 2
+        assert f"`--config-dir` is {given}, which {said}" in capsys.readouterr().err
+
+
+def test_a_choice_that_has_the_name_of_a_shipped_one_is_refused(tmp_path: Path) -> None:
+    """Hydra would read the shipped one."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "default.yaml").write_text("learning_rate: 5e-4\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"train/default.yaml has the name of a shipped choice"):
+        compose_config([], tmp_path)
+
+
+def test_no_parser_takes_an_abbreviated_option(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+
+    def look(one: argparse.ArgumentParser) -> None:
+        seen.append(one.prog)
+        assert not one.allow_abbrev, one.prog
+        for action in one._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for inner in action.choices.values():
+                    look(inner)
+
+    look(parser())
+    assert {"tunewright train", "tunewright data check", "tunewright datagen", "tunewright merge"} <= set(seen)
+    for command in (
+        ["train", "--config", "my.yaml", "--dry-run"],
+        ["data", "check", "--js"],
+        ["merge", "run", "--over"],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(command)
+        assert caught.value.code == 2
+        assert "unrecognised arguments: --" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
