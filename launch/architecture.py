@@ -36,6 +36,7 @@ class Architecture:
     modules: dict[str, str]  # every named module -> "linear", "embedding", or "" for blocks and what holds no matrix
     head: str
     embedding: str
+    vocabulary: int  # rows of the input embedding: the token ids that it takes are below
     layers: str  # the list of decoder layers, for example "model.layers"
     num_layers: int
     tied: bool  # head and input embedding are one weight

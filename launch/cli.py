@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,6 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0  # the reader of our output went away
+    except Exception:  # shown whole, and told apart from the user's mistakes
+        traceback.print_exc()
+        return TunewrightError.exit_code
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:

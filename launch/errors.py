@@ -52,6 +52,11 @@ class Preempted(TunewrightError):
     exit_code = 75
 
 
+def code_of(returncode: int) -> int:
+    """Return our exit code for that of a Python process of ours: 1 is its own for an exception that nobody expected."""
+    return TunewrightError.exit_code if returncode == 1 else returncode
+
+
 EXIT_CODES = {
     cls.__name__: cls.exit_code for cls in (ConfigError, DataError, StorageError, NumericError, PeerError, Preempted)
 }

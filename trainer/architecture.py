@@ -28,7 +28,7 @@ from trainer.process import imports_that_stay, leave
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FORMAT = 5  # of the kept files
+FORMAT = 6  # of the kept files
 
 
 def model_numbers(config: DictConfig) -> dict[str, Any]:
@@ -190,6 +190,7 @@ def describe(model: PreTrainedModel, *, ia3: bool = True) -> Architecture:
         modules={name: kind(module) for name, module in model.named_modules() if name},
         head=names[head],
         embedding=names[embedding],
+        vocabulary=embedding.weight.shape[0],
         layers=names[layers],
         num_layers=len(layers),
         tied=bool(model.config.get_text_config().tie_word_embeddings),

@@ -8,7 +8,7 @@ import sys
 
 from omegaconf import DictConfig, OmegaConf
 
-from launch.errors import TunewrightError
+from launch.errors import TunewrightError, code_of
 
 
 class AsideFailed(TunewrightError):
@@ -18,7 +18,7 @@ class AsideFailed(TunewrightError):
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("the configuration could not be used, see above")
-        self.exit_code = exit_code
+        self.exit_code = code_of(exit_code)
 
 
 def ask(module: str, task: str, config: DictConfig) -> str:

@@ -30,6 +30,11 @@ class Question:
     source: Conversation | Plain
 
     @property
+    def asks(self) -> bool:
+        """Whether there is anything before the answer: plain text may be all answer."""
+        return bool(self.source.prompt.strip() if isinstance(self.source, Plain) else self.source.question)
+
+    @property
     def text(self) -> str:
         """What the user says last."""
         if isinstance(self.source, Plain):
@@ -53,7 +58,7 @@ def evaluate_runs(paths: list[Path], examples: int | None = None, say: Callable[
 
     Raises:
         ConfigError: a folder is not a finished run.
-        DataError: a run holds out no rows.
+        DataError: a run holds out no rows, or none that asks anything.
     """
     runs = [run_of(path) for path in paths]
     configs = [load_config(run.config) for run in runs]
@@ -77,19 +82,28 @@ def held_out(cache: TokenCache, examples: int | None) -> list[Question]:
     """Return the evaluation rows of a configuration as questions.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or none has a question: of plain text there is nothing to answer.
     """
     questions: list[Question] = []
+    rows = 0
     for cached, chosen in cache.chosen("eval"):
         wanted = set(cached.part.rows[chosen].tolist())
         for number, row in enumerate(cached.rows if wanted else ()):
             if number in wanted:
                 try:
-                    questions.append(Question(to_conversation(row, cached.rows.entry)))
+                    question = Question(to_conversation(row, cached.rows.entry))
                 except Unusable as error:  # its tokens are in the cache, so it was usable
                     raise DataError(f"{cached.name}, row {number} has changed: {error}.") from error
+                rows += 1
+                if question.asks:
+                    questions.append(question)
             if len(questions) == examples:
                 return questions
+    if rows and not questions:
+        raise DataError(
+            "The held-out rows of this run are plain text without a question: there is no answer to compare. "
+            "`tunewright compare` shows their loss."
+        )
     if not questions:
         raise DataError("The run holds out no rows: set `data.eval_names`, `data.eval_split` or `data.eval_size`.")
     return questions

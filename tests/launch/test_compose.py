@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,8 @@ from launch.errors import ConfigError
 from launch.hardware import Devices
 from launch.legality import OPTIMIZERS, SCHEDULERS, check
 from launch.rundir import redacted_yaml
+from trainer.aside import AsideFailed
+from trainer.prepare import PrepareFailed
 
 CPU = Devices("cpu", 0, 2)
 EIGHT_GPUS = Devices("cuda", 8, 64)
@@ -103,6 +106,17 @@ def test_a_choice_that_has_the_name_of_a_shipped_one_is_refused(tmp_path: Path) 
     (tmp_path / "train" / "default.yaml").write_text("learning_rate: 5e-4\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"train/default.yaml has the name of a shipped choice"):
         compose_config([], tmp_path)
+
+
+def test_what_nobody_expected_is_a_bug_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def broken(args: argparse.Namespace) -> int:
+        raise KeyError("nobody expected this")
+
+    monkeypatch.setattr("launch.cli._config", broken)
+    assert main(["config"]) == 70
+    assert "nobody expected this" in capsys.readouterr().err
+    assert AsideFailed(1).exit_code == PrepareFailed(1).exit_code == 70
+    assert AsideFailed(3).exit_code == 3
 
 
 def test_no_parser_takes_an_abbreviated_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,8 @@ from launch.settle import UNPAGED, adapter_folder, settle
 
 CPU, GPU = Devices("cpu", 0, 2), Devices("cuda", 1, 8)
 BLOOM = "BloomForCausalLM has ALiBi"
-PLAIN = Architecture("llama", {}, "lm_head", "embed_tokens", "model.layers", 2, False, None, None, None)
-ALIBI = Architecture("bloom", {}, "lm_head", "word_embeddings", "transformer.h", 2, True, BLOOM, None, None)
+PLAIN = Architecture("llama", {}, "lm_head", "embed_tokens", 512, "model.layers", 2, False, None, None, None)
+ALIBI = Architecture("bloom", {}, "lm_head", "word_embeddings", 512, "transformer.h", 2, True, BLOOM, None, None)
 
 
 def settled(*overrides: str, architecture: Architecture = PLAIN, devices: Devices = CPU) -> tuple[Any, list[str]]:
