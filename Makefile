@@ -52,7 +52,7 @@ demo: setup  ## train the shipped task with ZeRO-2, ZeRO-3 and QLoRA, compare th
 test: lint  ## lint, then the tests that CI runs: on CPU, without network
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
 
-test-slow: setup  ## the cells of the legality table that `make test` leaves out, about four minutes
+test-slow: setup  ## the rest of the legality table, and two steps with every setting at its extremes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu: setup  ## the tests that need a GPU

@@ -33,6 +33,7 @@ SHORTEST = 16  # tokens of a row: with fewer no question has an answer
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
 )  # fmt: skip
+POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends
 OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "adamw_bnb_8bit",
     "ademamix", "ademamix_8bit", "lion_32bit", "lion_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
@@ -265,6 +266,11 @@ def _check_names(config: DictConfig) -> None:
     ):
         if value not in names:
             raise ConfigError(f"`{key}` is '{value}'.{did_you_mean(value, names)} Choices: {', '.join(names)}.")
+    if train.scheduler == "polynomial" and train.learning_rate <= POLYNOMIAL_END:
+        raise ConfigError(
+            f"`train.learning_rate` is {train.learning_rate:g}, and `train.scheduler=polynomial` falls to "
+            f"{POLYNOMIAL_END:g}: write a higher rate, or train.scheduler=linear."
+        )
 
 
 def needs_held_out(config: DictConfig) -> str | None:
@@ -317,6 +323,8 @@ def _check_model(config: DictConfig) -> None:
 
 def _check_data(config: DictConfig) -> None:
     data, train = config.data, config.train
+    if not data.cache_dir.strip():
+        raise ConfigError("`data.cache_dir` is empty: write a folder, for example ~/.cache/tunewright.")
     if data.cutoff_len < SHORTEST:
         raise ConfigError(f"`data.cutoff_len` is {data.cutoff_len}: write a number of tokens from {SHORTEST}.")
     if data.train_on_prompt and data.mask_history:

@@ -54,7 +54,6 @@ RANGES: dict[str, Range] = {
     "train.timeout_minutes": Range(0, 1_000_000, above=True),
     "train.neftune_alpha": MODERATE_POSITIVE,
     "train.early_stopping": POSITIVE,
-    "train.gradient_accumulation_steps": Range(1, 65_536),
     "data.max_samples": POSITIVE,
     "data.eval_size": Range(0, hint=": a share below 1 or a number of rows"),
     "data.max_dropped": SHARE,

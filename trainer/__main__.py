@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from launch.batching import BatchPlan
 from launch.compose import compose_config, load_config
 from launch.deepspeed import deepspeed_path, read
 from launch.errors import ConfigError, TunewrightError
 from launch.hardware import find_devices
 from launch.rundir import Claim, RunDir, claim, prepare_folder
-from launch.schema import Launcher, Resume
+from launch.schema import Dtype, Launcher, Resume
 from launch.train import check_all
 from trainer.prepare import ensure_prepared
 from trainer.process import (
@@ -87,7 +88,8 @@ def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
     """Compose from the command line; the strategy is what the launcher around this process started."""
     overrides = [*_strategy_of_environment(argv), *argv, f"cluster.num_processes={world_size()}"]
     config = compose_config(overrides)
-    _, settled = check_all(config, find_devices())
+    plan, settled = check_all(config, find_devices())
+    settled += overruled(config, plan)
     if config.strategy.launcher is Launcher.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         raise ConfigError(
             f"`strategy={config.strategy.name}` is not what runs: this process was started without DeepSpeed. Use "
@@ -98,6 +100,20 @@ def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
         return config, claim(config)
     run = RunDir(Path(config.output_root) / config.name)
     return config, Claim(run, None if config.resume is Resume.never else run.last_checkpoint())
+
+
+def overruled(config: DictConfig, plan: BatchPlan) -> list[str]:
+    """Say which values of an accelerate configuration of the user's own do not count, and what does."""
+    told = []
+    for name, found, setting in (
+        ("mixed_precision", "bf16" if config.model.dtype is Dtype.bfloat16 else "no", "model.dtype"),
+        ("gradient_accumulation_steps", str(plan.accumulation), "train.gradient_accumulation_steps"),
+        ("gradient_clipping", str(config.train.max_grad_norm), "train.max_grad_norm"),
+    ):
+        value = os.environ.get(f"ACCELERATE_{name.upper()}")
+        if value not in (None, "no", "none", "1", "auto", found):
+            told.append(f"accelerate's {name}={value} does not count: {setting} decides.")
+    return told
 
 
 def _strategy_of_environment(argv: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ from launch.hardware import find_devices
 from launch.legality import needs_held_out, world_size
 from launch.rundir import write_json
 from launch.schema import Source
-from trainer import tiny
+from trainer import hub, tiny
 from trainer.architecture import ensure_architecture, find_architecture
 from trainer.data.cache import TokenCache, build_cache, describe, find_cache, open_rows, thread_count, wants_processes
 from trainer.data.render import Renderer
@@ -54,6 +54,7 @@ def find_prepared(config: DictConfig) -> Prepared | None:
 
     Raises:
         DataError: the registry or a data file cannot be used.
+        StorageError: a weight file is damaged.
     """
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the Hub's package, which reads it then
@@ -62,6 +63,7 @@ def find_prepared(config: DictConfig) -> Prepared | None:
         # The tokens' names depend on the tokenizer, but what is wrong with the data should be told now.
         open_rows(config)
         return None
+    hub.check_weights(model_path)
     cache = find_cache(config, model_path)
     if cache is None:
         return None

@@ -17,7 +17,7 @@ from launch.hardware import Devices
 from launch.legality import check
 from launch.settle import settle
 from tests.conftest import manifest, read_metrics
-from trainer.__main__ import _strategy_of_environment
+from trainer.__main__ import _strategy_of_environment, overruled
 from trainer.deepspeed_check import ensure_accepted, for_trainer, unknown_keys
 
 CPU, GPU = Devices("cpu", 0, 2), Devices("cuda", 2, 8)
@@ -262,6 +262,21 @@ def test_under_accelerate_a_file_is_judged_by_what_it_says_and_not_by_its_name(
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
     with pytest.raises(ConfigError, match="write 1, 2 or 3"):
         _strategy_of_environment([])
+
+
+def test_what_an_accelerate_configuration_says_in_vain_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_config(["train.micro_batch_size=4", "train.global_batch_size=16", "train.max_grad_norm=0.5"])
+    plan = check(config, CPU)
+    for name, value in (
+        ("MIXED_PRECISION", "fp16"),
+        ("GRADIENT_ACCUMULATION_STEPS", "8"),
+        ("GRADIENT_CLIPPING", "0.5"),
+    ):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert overruled(config, plan) == [
+        "accelerate's mixed_precision=fp16 does not count: model.dtype decides.",
+        "accelerate's gradient_accumulation_steps=8 does not count: train.gradient_accumulation_steps decides.",
+    ]
 
 
 def test_a_run_is_what_its_file_makes_and_follows_the_schedule_of_its_settings(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launch.compose import compose_config
-from launch.errors import ConfigError, DataError
+from launch.errors import ConfigError, DataError, StorageError
 from trainer.data.select import held_out_rows
 from trainer.evaluate import held_out
 from trainer.models import load_tokenizer
@@ -91,3 +91,24 @@ def test_plain_text_asks_nothing_that_could_be_evaluated(small_model: Path, tmp_
     cache = prepare(config, lambda line: None).cache
     with pytest.raises(DataError, match="plain text without a question"):
         held_out(cache, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run `git lfs pull` there"),
+        (None, "bytes where its tensors need"),
+        (b"\x05\x00\x00\x00\x00\x00\x00\x00{}   not", "is damaged|bytes where"),
+        (b"", "is damaged"),
+    ],
+)
+def test_damaged_weights_are_told_before_anything_starts(
+    content: bytes | None, said: str, small_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(StorageError, match=said):
+        find_prepared(compose_config(overrides(folder, write(tmp_path, "yes"))))
+    find_prepared(compose_config(overrides(small_model, write(tmp_path, "yes"))))
