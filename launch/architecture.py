@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 
 from launch.errors import ConfigError, closest
+from launch.weights import shapes
 
 # Names that different architectures give to the same thing; people carry them from one model to another.
 ROLES = (
@@ -34,6 +35,7 @@ class Architecture:
 
     model_type: str
     modules: dict[str, str]  # every named module -> "linear", "embedding", or "" for blocks and what holds no matrix
+    sizes: dict[str, list[int]]  # linear module -> [outputs, inputs]
     head: str
     embedding: str
     vocabulary: int  # rows of the input embedding: the token ids that it takes are below
@@ -43,6 +45,7 @@ class Architecture:
     padding_free_problem: str | None  # why rows cannot lie end to end, if so
     positions: int | None  # entries of a learnt position table: no row can be longer
     ia3: list[list[str]] | None  # (target_modules, feedforward_modules) that PEFT knows for it
+    recomputes: bool  # whether it can give its activations up and compute them again
 
     @classmethod
     def read(cls, path: Path) -> Architecture | None:
@@ -77,10 +80,17 @@ def check_modules(config: DictConfig, architecture: Architecture) -> None:
     method = config.method
     if method.name in ("lora", "qlora"):
         _check_lora(method, architecture)
+        if method.adapter:
+            _check_adapter(Path(method.adapter), architecture)
     elif method.name == "ia3":
         _check_ia3(method, architecture)
     elif method.name == "freeze":
         _check_freeze(method, architecture)
+    if config.train.gradient_checkpointing and not architecture.recomputes:
+        raise ConfigError(
+            f"`train.gradient_checkpointing` is {config.train.gradient_checkpointing}, which transformers cannot do for "
+            f"{architecture.model_type}: leave it out."
+        )
     if architecture.positions is not None and config.data.cutoff_len > architecture.positions:
         raise ConfigError(
             f"`data.cutoff_len` is {config.data.cutoff_len}, but {config.model.name} has learnt "
@@ -112,6 +122,28 @@ def _check_lora(method: Any, architecture: Architecture) -> None:
                 f"`method.modules_to_save` has '{name}', but the head of this model is its input embedding "
                 f"({architecture.embedding}), one weight for both: a copy of one of them would part them. Leave it "
                 f"out, or use method=freeze method.extra_modules=[{architecture.embedding.rpartition('.')[2]}]."
+            )
+
+
+def _check_adapter(folder: Path, architecture: Architecture) -> None:
+    """Compare the matrices of an adapter that training goes on with and the ones that they are for."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            return  # pickled: nothing here reads it
+        raise ConfigError(f"`method.adapter` is {folder}, which holds no weights: there is no {file.name}.")
+    for name, shape in shapes(file).items():
+        for ending, side in ((".lora_A.weight", 1), (".lora_B.weight", 0)):
+            module = name.removeprefix("base_model.model.").removesuffix(ending)
+            if not name.endswith(ending) or architecture.sizes.get(module, [None, None])[side] == shape[side]:
+                continue
+            wanted = architecture.sizes.get(module)
+            found = (
+                f"where {module} has {' x '.join(map(str, wanted))}" if wanted else "and the model has no such module"
+            )
+            raise ConfigError(
+                f"`method.adapter` is {folder}, an adapter for another model: its {name} has "
+                f"{' x '.join(map(str, shape))}, {found}."
             )
 
 

@@ -192,6 +192,10 @@ def _check_prompt(config: DictConfig) -> None:
             f"virtual tokens count, and {longest_row(config)} are left to a row. Write data.cutoff_len="
             f"{method.virtual_tokens + 256} or fewer virtual tokens."
         )
+    if method.name == "prompt_tuning" and method.init_text is not None and not method.init_text.strip():
+        raise ConfigError(
+            "`method.init_text` is empty: write the text that the prompt begins as, or null for a random one."
+        )
     if method.name == "prefix_tuning" and config.train.gradient_checkpointing:
         raise ConfigError(
             "`train.gradient_checkpointing` recomputes layers without the keys and values that `method=prefix_tuning` "

@@ -28,7 +28,7 @@ from trainer.process import imports_that_stay, leave
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FORMAT = 6  # of the kept files
+FORMAT = 7  # of the kept files
 
 
 def model_numbers(config: DictConfig) -> dict[str, Any]:
@@ -181,6 +181,10 @@ def describe(model: PreTrainedModel, *, ia3: bool = True) -> Architecture:
             return "linear"
         return "embedding" if isinstance(module, nn.Embedding) else ""
 
+    def sizes(module: nn.Module) -> list[int]:
+        rows, columns = module.weight.shape
+        return [columns, rows] if isinstance(module, Conv1D) else [rows, columns]
+
     names = {module: name for name, module in model.named_modules()}
     embedding, head, layers = model.get_input_embeddings(), model.get_output_embeddings(), decoder_layers(model)
     model_type, tables = model.config.model_type, [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -188,6 +192,7 @@ def describe(model: PreTrainedModel, *, ia3: bool = True) -> Architecture:
     return Architecture(
         model_type=model_type,
         modules={name: kind(module) for name, module in model.named_modules() if name},
+        sizes={name: sizes(module) for name, module in model.named_modules() if kind(module) == "linear"},
         head=names[head],
         embedding=names[embedding],
         vocabulary=embedding.weight.shape[0],
@@ -197,6 +202,7 @@ def describe(model: PreTrainedModel, *, ia3: bool = True) -> Architecture:
         padding_free_problem=padding_free_problem(model.config, type(model)),
         positions=min(learnt) if learnt and _learns_positions(model.config) else None,
         ia3=_ia3_modules(model_type) if ia3 else None,
+        recomputes=bool(model.supports_gradient_checkpointing),
     )
 
 

@@ -117,33 +117,6 @@ def fetch_modelscope(model: ModelConfig, *, offline: bool = False, weights: bool
         ) from error
 
 
-def check_weights(folder: Path) -> None:
-    """Compare the size of each weight file with what its own first bytes say, without reading the weights.
-
-    Raises:
-        StorageError: a download that was interrupted, or a file that stands for another one.
-    """
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            first = opened.read(8)
-            if first == b"version ":
-                raise StorageError(
-                    f"{file} is not the weights but Git LFS's note about them: run `git lfs pull` there."
-                )
-            length = int.from_bytes(first, "little")
-            header = opened.read(length) if length < size else b""
-        try:
-            ends = [value["data_offsets"][1] for key, value in json.loads(header).items() if key != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StorageError(
-                f"{file} is damaged: it does not begin as a safetensors file. Fetch it again."
-            ) from error
-        whole = 8 + length + max(ends, default=0)
-        if size != whole:
-            raise StorageError(f"{file} has {size:,} bytes where its tensors need {whole:,}: fetch it again.")
-
-
 def has_weights(folder: Path) -> bool:
     """Tell whether a model folder holds all of its weight files."""
     for index in folder.glob("*.index.json"):

@@ -26,7 +26,8 @@ from launch.hardware import find_devices
 from launch.legality import needs_held_out, world_size
 from launch.rundir import write_json
 from launch.schema import Source
-from trainer import hub, tiny
+from launch.weights import shapes
+from trainer import tiny
 from trainer.architecture import ensure_architecture, find_architecture
 from trainer.data.cache import TokenCache, build_cache, describe, find_cache, open_rows, thread_count, wants_processes
 from trainer.data.render import Renderer
@@ -63,7 +64,8 @@ def find_prepared(config: DictConfig) -> Prepared | None:
         # The tokens' names depend on the tokenizer, but what is wrong with the data should be told now.
         open_rows(config)
         return None
-    hub.check_weights(model_path)
+    for file in sorted(model_path.glob("*.safetensors")):
+        shapes(file)
     cache = find_cache(config, model_path)
     if cache is None:
         return None

@@ -102,7 +102,9 @@ def test_legality_and_substitutes_follow_the_file(write: Callable[..., Path]) ->
 def _plain() -> Any:
     from launch.architecture import Architecture
 
-    return Architecture("llama", {}, "lm_head", "embed_tokens", 512, "model.layers", 2, False, None, None, None)
+    return Architecture(
+        "llama", {}, {}, "lm_head", "embed_tokens", 512, "model.layers", 2, False, None, None, None, True
+    )
 
 
 def test_a_file_without_deepspeed_and_a_name_without_its_launcher_are_refused(write: Callable[..., Path]) -> None:
