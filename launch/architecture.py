@@ -88,8 +88,8 @@ def check_modules(config: DictConfig, architecture: Architecture) -> None:
         _check_freeze(method, architecture)
     if config.train.gradient_checkpointing and not architecture.recomputes:
         raise ConfigError(
-            f"`train.gradient_checkpointing` is {config.train.gradient_checkpointing}, which transformers cannot do for "
-            f"{architecture.model_type}: leave it out."
+            f"`train.gradient_checkpointing` is {config.train.gradient_checkpointing}, which transformers cannot do "
+            f"for {architecture.model_type}: leave it out."
         )
     if architecture.positions is not None and config.data.cutoff_len > architecture.positions:
         raise ConfigError(

@@ -175,6 +175,22 @@ PAIRS = [("lora", *pair) for pair in mentions("lora")]
 PAIRS += [(m, *p) for m in schema.METHODS for p in mentions(m) if m != "lora" and "method." in "".join(p)]
 
 
+# Values just inside their ranges, several at a time: the walk below trains every one alone, and takes minutes.
+ON_THE_EDGE: list[tuple[str, dict[str, Any]]] = [
+    ("lora", {"data.eval_names": [], "data.eval_size": 1.0, "train.eval_steps": 1, "train.keep_best": True}),
+    (
+        "lora",
+        {"data.eval_names": [], "train.learning_rate": 1e-300, "train.warmup_ratio": 0.0, "train.seed": 2**32 - 1},
+    ),
+    ("lora", {"train.scheduler": "polynomial", "train.learning_rate": 1.1e-7, "train.max_grad_norm": 0.0}),
+    ("lora", {"data.max_samples": 1, "train.global_batch_size": 7, "train.micro_batch_size": HUGE}),
+    ("lora", {"method.r": 1, "method.dropout": 0.99, "method.loraplus_ratio": 1.0, "method.modules_to_save": ["norm"]}),
+    ("freeze", {"method.layers": 0, "method.extra_modules": ["norm"]}),
+    ("p_tuning", {"method.virtual_tokens": 1, "method.hidden_size": 1}),
+    ("ia3", {"method.target_modules": ["k_proj", "down_proj"], "method.feedforward_modules": []}),
+]
+
+
 def alone(method: str, key: str) -> Iterator[dict[str, Any]]:
     for value in extremes(kinds(method)[key]):
         yield {key: value}
@@ -206,6 +222,13 @@ def test_settings_that_are_spoken_of_together_are_refused_or_pass_the_checks(
     names: tuple[str, str, str], base: Callable[[str], DictConfig]
 ) -> None:
     assert not fails(outcome(base(names[0]), changes, train=False) for changes in together(*names))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"), ON_THE_EDGE, ids=[f"{m}-{'-'.join(changes)}" for m, changes in ON_THE_EDGE]
+)
+def test_settings_on_the_edge_train(method: str, changes: dict[str, Any], base: Callable[[str], DictConfig]) -> None:
+    assert outcome(base(method), changes, train=True) == "works"
 
 
 @pytest.mark.slow
