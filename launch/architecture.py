@@ -99,10 +99,12 @@ def check_modules(config: DictConfig, architecture: Architecture) -> None:
 
 
 def _check_lora(method: Any, architecture: Architecture) -> None:
+    adapted: dict[str, str] = {}  # module -> the name in target_modules that means it
     if not isinstance(method.target_modules, str):
         # LoRA adapts embeddings too; the head is left to modules_to_save.
         for name in method.target_modules:
             found = _must_match("method.target_modules", name, architecture, ("linear", "embedding"))
+            adapted |= dict.fromkeys(found, name)
             if architecture.head in found and not architecture.tied:
                 raise ConfigError(
                     f"`method.target_modules` has '{name}', the output head {architecture.head}: the fused loss "
@@ -117,6 +119,12 @@ def _check_lora(method: Any, architecture: Architecture) -> None:
                 )
     for name in method.modules_to_save:
         found = _must_match("method.modules_to_save", name, architecture, ("linear", "embedding", ""))
+        both = [other for module, other in adapted.items() if any(f"{module}.".startswith(f"{one}.") for one in found)]
+        if both:
+            raise ConfigError(
+                f"`method.modules_to_save` has '{name}', which trains whole what `method.target_modules` adapts with "
+                f"'{both[0]}': leave one of them out."
+            )
         if architecture.tied and {architecture.head, architecture.embedding} & set(found):
             raise ConfigError(
                 f"`method.modules_to_save` has '{name}', but the head of this model is its input embedding "

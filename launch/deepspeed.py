@@ -223,7 +223,7 @@ def _refused(file: DeepSpeedFile) -> Iterator[str]:
             yield f"`{section}.type` is {_json(kind)}, and `train.{section}` decides. Leave `{section}` out."
 
 
-def decided(config: DictConfig, plan: BatchPlan, gpu: bool) -> dict[str, tuple[Any, str]]:
+def _decided(config: DictConfig, plan: BatchPlan, gpu: bool) -> dict[str, tuple[Any, str]]:
     """Return {key of the file: (what it is in this run, the setting that decides it)}."""
     train = config.train
     dtype = config.model.dtype
@@ -246,7 +246,7 @@ def decided(config: DictConfig, plan: BatchPlan, gpu: bool) -> dict[str, tuple[A
 
 
 def _differing(file: DeepSpeedFile, config: DictConfig, plan: BatchPlan, gpu: bool) -> Iterator[str]:
-    known = decided(config, plan, gpu)
+    known = _decided(config, plan, gpu)
     inner = [f"{section}.params.{key}" for section in USUAL for key in file.get(f"{section}.params") or {}]
     for key in dict.fromkeys([*known, *inner]):
         said = file.get(key)

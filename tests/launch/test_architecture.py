@@ -132,6 +132,8 @@ def test_what_is_kept_is_what_was_found(name: str, architecture: Describe, tmp_p
         ("qwen2_tied", "method.modules_to_save=[embed_tokens]", "would part them"),
         ("llama", "method.modules_to_save=[wte]", "`method.modules_to_save` has 'wte'"),
         ("llama", "method.modules_to_save=[wte]", "Did you mean embed_tokens?"),
+        ("llama", "method.modules_to_save=[q_proj] method.target_modules=[q_proj,v_proj]", "leave one of them out"),
+        ("llama", "method.modules_to_save=[mlp] method.target_modules=[v_proj,up_proj]", "adapts with 'up_proj'"),
         ("llama", "method=freeze method.layers=3", "the model has 2 layers: write a number from -2 to 2"),
         ("llama", "method=freeze method.layers=-3", "the model has 2 layers"),
         ("llama", "method=freeze method.modules=[lm_head]", "outside the layers: name it in method.extra_modules"),

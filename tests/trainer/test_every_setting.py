@@ -39,7 +39,8 @@ SAMPLES: dict[str, list[Any]] = {
     "data.names": [["demo"], ["demo", "demo_eval"], ["demo", "demo"]],
     "data.eval_names": [[], ["demo_eval"], ["demo"]],
     "data.weights": [[], [0.5], [2.0], [0.5, 2.0]],
-    "train.optimizer": list(OPTIMIZERS),
+    "train.gradient_checkpointing": [False, True, "auto"],
+    "train.optimizer": [*OPTIMIZERS[:1], "adamw_8bit", "sgd"],  # test_training_options.py trains with each of them
     "train.scheduler": list(SCHEDULERS),
     "method.modules_to_save": [[], ["lm_head"], ["embed_tokens"], ["norm"], ["q_proj"]],
     "method.target_modules": ["all-linear", "auto", ["q_proj"], ["lm_head"], ["embed_tokens"], ["k_proj", "down_proj"]],
@@ -192,7 +193,7 @@ ON_THE_EDGE: list[tuple[str, dict[str, Any]]] = [
 
 
 def alone(method: str, key: str) -> Iterator[dict[str, Any]]:
-    for value in extremes(kinds(method)[key]):
+    for value in [*extremes(kinds(method)[key]), *SAMPLES.get(key, [])]:
         yield {key: value}
 
 
