@@ -105,21 +105,16 @@ def _check_lora(method: Any, architecture: Architecture) -> None:
         for name in method.target_modules:
             found = _must_match("method.target_modules", name, architecture, ("linear", "embedding"))
             adapted |= dict.fromkeys(found, name)
-            if architecture.head in found and not architecture.tied:
-                raise ConfigError(
-                    f"`method.target_modules` has '{name}', the output head {architecture.head}: the fused loss "
-                    f"multiplies by the head's own weight and would pass an adapter by. Leave it out, or train the "
-                    f"whole head with method.modules_to_save=[{architecture.head.rpartition('.')[2]}]."
-                )
-            if architecture.tied and {architecture.head, architecture.embedding} & set(found):
-                raise ConfigError(
-                    f"`method.target_modules` has '{name}', but the head of this model is its input embedding "
-                    f"({architecture.embedding}), one weight for both: an adapter on one of them would not reach the "
-                    f"other. Leave it out."
-                )
+            _refuse_head(name, found, architecture, instead="method.modules_to_save")
     for name in method.modules_to_save:
         found = _must_match("method.modules_to_save", name, architecture, ("linear", "embedding", ""))
-        both = [other for module, other in adapted.items() if any(f"{module}.".startswith(f"{one}.") for one in found)]
+        both = [other for module, other in adapted.items() if _inside(module, found)]
+        matrices = [module for module in architecture.sizes if module != architecture.head]
+        if method.name == "qlora" and any(_inside(module, found) for module in matrices):
+            raise ConfigError(
+                f"`method.modules_to_save` has '{name}', whose weights `method=qlora` quantises to {method.bits} bits: "
+                f"they cannot be trained whole. Leave it out, or use method=lora."
+            )
         if both:
             raise ConfigError(
                 f"`method.modules_to_save` has '{name}', which trains whole what `method.target_modules` adapts with "
@@ -131,6 +126,27 @@ def _check_lora(method: Any, architecture: Architecture) -> None:
                 f"({architecture.embedding}), one weight for both: a copy of one of them would part them. Leave it "
                 f"out, or use method=freeze method.extra_modules=[{architecture.embedding.rpartition('.')[2]}]."
             )
+
+
+def _inside(module: str, found: list[str]) -> bool:
+    """Whether a module is one of those found, or in one of them."""
+    return any(f"{module}.".startswith(f"{outer}.") for outer in found)
+
+
+def _refuse_head(name: str, found: list[str], architecture: Architecture, instead: str) -> None:
+    """Refuse to adapt the output head, which the loss multiplies by without asking its module."""
+    if architecture.head in found and not architecture.tied:
+        raise ConfigError(
+            f"`method.target_modules` has '{name}', the output head {architecture.head}: the fused loss multiplies by "
+            f"the head's own weight and would pass an adapter by. Leave it out, or train the whole head with "
+            f"{instead}=[{architecture.head.rpartition('.')[2]}]."
+        )
+    if architecture.tied and {architecture.head, architecture.embedding} & set(found):
+        raise ConfigError(
+            f"`method.target_modules` has '{name}', but the head of this model is its input embedding "
+            f"({architecture.embedding}), one weight for both: an adapter on one of them would not reach the other. "
+            f"Leave it out."
+        )
 
 
 def _check_adapter(folder: Path, architecture: Architecture) -> None:
@@ -166,7 +182,8 @@ def _check_ia3(method: Any, architecture: Architecture) -> None:
             )
         return
     for name in method.target_modules:
-        _must_match("method.target_modules", name, architecture, ("linear",))
+        found = _must_match("method.target_modules", name, architecture, ("linear",))
+        _refuse_head(name, found, architecture, instead="method=freeze method.extra_modules")
     for name in method.feedforward_modules:
         if name not in method.target_modules:
             raise ConfigError(
@@ -188,7 +205,12 @@ def _check_freeze(method: Any, architecture: Architecture) -> None:
                 f"`method.modules` has '{name}', which is outside the layers: name it in method.extra_modules."
             )
     for name in method.extra_modules:
-        _must_match("method.extra_modules", name, architecture, kinds)
+        found = _must_match("method.extra_modules", name, architecture, kinds)
+        if all(module.startswith(f"{architecture.layers}.") for module in found):
+            raise ConfigError(
+                f"`method.extra_modules` has '{name}', which is inside the layers: name it in method.modules, with "
+                f"method.layers."
+            )
 
 
 def _must_match(key: str, name: str, architecture: Architecture, kinds: Iterable[str]) -> list[str]:
