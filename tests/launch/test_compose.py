@@ -241,6 +241,14 @@ def test_configuration_errors_do_not_wait_for_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CONFIG_DIR.parents[1], capture_output=True)
 
 
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_another_model_than_an_experiments_is_that_model(name: str) -> None:
+    """An experiment chooses a model by its choice alone: a path of its own would stay when another one is chosen."""
+    needs = NEEDS.get(f"experiment={name}", [])
+    other = compose_config([f"experiment={name}", "model=qwen2_5_0_5b", *needs])
+    assert other.model.path == "Qwen/Qwen2.5-0.5B-Instruct"
+
+
 def test_a_sweep_is_every_combination() -> None:
     points = list(expand_sweep(["method.r=4,8", "strategy=ddp,zero2", "data.names=[demo]"]))
     assert points[0] == ["method.r=4", "strategy=ddp", "data.names=[demo]"]
