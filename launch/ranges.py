@@ -27,14 +27,18 @@ class Range:
         return low and high and math.isfinite(value)
 
     def wanted(self) -> str:
-        low = f"{'above' if self.above else 'from'} {self.least:,g}"
-        high = f" {'to below' if self.below else 'to'} {self.most:,}" if math.isfinite(self.most) else ""
+        low = f"{'above' if self.above else 'from'} {_shown(self.least)}"
+        high = f" {'to below' if self.below else 'to'} {_shown(self.most)}" if math.isfinite(self.most) else ""
         return f"write a number {low}{high}{self.hint}"
 
 
+def _shown(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+
+
 POSITIVE = Range(0, above=True)
-MODERATE = Range(0, 1e9)  # what float32 can still multiply
-MODERATE_POSITIVE = Range(0, 1e9, above=True)
+MODERATE = Range(0, 1e30)  # what float32 still holds
+MODERATE_POSITIVE = Range(0, 1e30, above=True)
 # What is counted on a machine: rows, processes, threads. More of them than this is a slip, and would never begin.
 COUNT = Range(1, 4096)
 SHARE = Range(0, 1)
@@ -45,7 +49,7 @@ RANGES: dict[str, Range] = {
     "train.max_steps": POSITIVE,
     "train.warmup_ratio": SHARE,
     "train.weight_decay": MODERATE,
-    "train.max_grad_norm": Range(0, 1e9, hint="; 0 turns clipping off"),
+    "train.max_grad_norm": Range(0, 1e30, hint="; 0 turns clipping off"),
     "train.seed": Range(0, 2**32 - 1),
     "train.logging_steps": POSITIVE,
     "train.eval_steps": POSITIVE,
@@ -62,9 +66,11 @@ RANGES: dict[str, Range] = {
     "cluster.threads_per_process": COUNT,
     "cluster.num_processes": COUNT,
     "method.r": WIDTH,
-    "method.alpha": Range(0, 1e9, above=True, hint=", for example 2 x r: with a scale of 0 nothing is learnt"),
+    "method.alpha": Range(
+        0, 1_000_000_000, above=True, hint=", for example 2 x r: with a scale of 0 nothing is learnt"
+    ),
     "method.dropout": Range(0, 1, below=True),
-    "method.loraplus_ratio": Range(1, 1e9, hint=", for example 16"),
+    "method.loraplus_ratio": Range(1, 1_000_000, hint=", for example 16"),
     "method.virtual_tokens": WIDTH,
     "method.hidden_size": WIDTH,
 }
