@@ -8,11 +8,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datagen.cli import add_parser as add_datagen
 from launch import __version__
-from launch.errors import TunewrightError
+from launch.errors import TunewrightError, did_you_mean
 from launch.redaction import redact, typed_secrets
 from trainer.data.cli import add_parser as add_data
 from trainer.process import imports_that_stay
@@ -40,9 +40,19 @@ Settings are Hydra overrides: GROUP=CHOICE picks a file of configs/hydra, key=va
 """
 
 
+class ExactParser(argparse.ArgumentParser):
+    """Takes options by their whole names, and so do its subcommands.
+
+    argparse would take `--config my.yaml` for `--config-dir my.yaml`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser of every subcommand."""
-    top = argparse.ArgumentParser(
+    top: argparse.ArgumentParser = ExactParser(
         prog="tunewright",
         description="Fine-tune language models: one configuration, one GPU or a cluster.",
         epilog=EPILOG,
@@ -116,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     unknown = [item for item in rest if item.startswith("-")]
     if unknown or (rest and not hasattr(args, "overrides")):
-        top.error(redact(f"unrecognised arguments: {' '.join(unknown or rest)}", typed_secrets(given)))
+        meant = did_you_mean(unknown[0].partition("=")[0], _options(top)) if unknown else ""
+        told = f"unrecognised arguments: {' '.join(unknown or rest)}{meant and '.'}{meant}"
+        top.error(redact(told, typed_secrets(given)))
     if hasattr(args, "overrides"):
         args.overrides += rest
     try:
@@ -140,6 +152,15 @@ def _folder(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("the folder's name is empty (an unset variable?)")
     return Path(text)
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the options of a parser and its subcommands."""
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found = found.union(*map(_options, action.choices.values()))
+    return found
 
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:

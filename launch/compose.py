@@ -23,11 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
 from launch import schema
+from launch.deepspeed import follow_file
 from launch.errors import ConfigError, closest, did_you_mean
 from launch.redaction import hide_credentials, name_variables, redact
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs" / "hydra"
-DEEPSPEED_DIR = CONFIG_DIR.parent / "deepspeed"
 TEMPLATE_DIR = CONFIG_DIR.parent / "templates"
 
 
@@ -47,6 +47,24 @@ OmegaConf.register_new_resolver("short", lambda name: PurePath(name.rpartition("
 def choices(group: str, config_dir: Path = CONFIG_DIR) -> list[str]:
     """Return the names that can be chosen in a group, sorted."""
     return sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
+
+
+def check_extra_dir(extra_dir: Path | None) -> None:
+    """Raise ConfigError where `--config-dir` is no folder, or holds a choice that Hydra would never read."""
+    if extra_dir is None:
+        return
+    if not extra_dir.is_dir():
+        found = "a file" if extra_dir.is_file() else "not there"
+        raise ConfigError(
+            f"`--config-dir` is {extra_dir}, which is {found}: write a folder with groups of your own, for example "
+            f"{extra_dir.with_suffix('')}/train/mine.yaml, and choose from it with train=mine."
+        )
+    for group in schema.GROUPS:
+        for name in sorted({*choices(group, extra_dir)} & {*choices(group)}):
+            raise ConfigError(
+                f"{extra_dir / group / name}.yaml has the name of a shipped choice, which `{group}={name}` means: give "
+                f"it another name."
+            )
 
 
 def expand_sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
@@ -71,6 +89,7 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
     Raises:
         ConfigError: unknown key or choice, wrong type, missing value or bad syntax.
     """
+    check_extra_dir(extra_dir)
     parsed = _parse_overrides(overrides)
     for item in parsed:
         if item.is_sweep_override():
@@ -91,6 +110,8 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
     _check_missing(config)
     if not config.data.names:
         raise ConfigError("`data.names` is empty: name at least one dataset, for example data.names=[demo].")
+    if config.strategy.launcher is schema.Launcher.deepspeed:
+        follow_file(config)  # before the run is named after its strategy
     try:
         OmegaConf.resolve(config)
     except InterpolationResolutionError as error:

@@ -124,7 +124,9 @@ class ModelConfig:
     # Any, because OmegaConf lets no key into a mapping that was empty.
     template_kwargs: Any = option(None, "variables for the chat template, for example {enable_thinking: false}")
     architecture: Any = option(
-        None, "the few numbers of its config.json that give its shape: for --dry-run where the model is not at hand"
+        None,
+        "the few numbers of its config.json that give its shape: for --dry-run where the model is not at hand; `of` "
+        "lists the paths that they are for",
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainer.data.turns import Message
 from trainer.generate import Answerer, open_run
+from trainer.inputs import check_base
 from trainer.prepare import prepare
 
 HELP = "Empty line or Ctrl-D ends, /reset forgets the conversation."
@@ -18,6 +19,7 @@ def chat(
     """Answer the given prompts and stop, or ask for questions on the terminal."""
     run, config = open_run(path, trusted=trusted, checkpoints=True)
     model_path = prepare(config, lambda line: None).model_path
+    check_base(run, model_path)
     base, tuned = Answerer(config, model_path), Answerer(config, model_path)
     with tuned.tuned(run):
         if prompts:

@@ -16,6 +16,7 @@ from trainer.data.formats import Conversation, Plain, to_conversation
 from trainer.data.render import Renderer
 from trainer.data.turns import Unusable
 from trainer.generate import Answerer, open_run, weights_of
+from trainer.inputs import check_base, other_held_out
 from trainer.prepare import prepare
 
 BATCH = 16
@@ -27,6 +28,11 @@ class Question:
     """A held-out row: what the model is asked, and the answer that is expected."""
 
     source: Conversation | Plain
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is anything before the answer: plain text may be all answer."""
+        return bool(self.source.prompt.strip() if isinstance(self.source, Plain) else self.source.question)
 
     @property
     def text(self) -> str:
@@ -69,8 +75,9 @@ def evaluate_runs(
     of them stays. Runs on the same base model share one copy of its weights, and its answers where they ask the same.
 
     Raises:
-        ConfigError: a folder is not a finished run, or one that is not `trusted`, see `open_run`.
-        DataError: a run holds out no rows.
+        ConfigError: a folder is not a finished run, or one that is not `trusted`, see `open_run`; or its base model is
+            another one now.
+        DataError: a run holds out no rows, or none that asks anything.
     """
     if examples is not None and examples < 1:
         raise ConfigError(f"`--examples` is {examples}: write a whole number from 1, or leave it out for all rows.")
@@ -80,6 +87,9 @@ def evaluate_runs(
     base_answers: dict[tuple[Any, ...], list[str]] = {}
     for run, config in runs:
         prepared = prepare(config, lambda line: None)
+        check_base(run, prepared.model_path)
+        if remark := other_held_out(run, config, prepared):
+            say(remark)
         questions = held_out(prepared.cache, examples)
         wanted = weights_of(config, prepared.model_path)
         if wanted != loaded:
@@ -104,19 +114,28 @@ def held_out(cache: TokenCache, examples: int | None) -> list[Question]:
     """Return the evaluation rows of a configuration as questions, or the first `examples` of them.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or none has a question: of plain text there is nothing to answer.
     """
     questions: list[Question] = []
+    rows = 0
     for cached, chosen in cache.chosen("eval"):
         wanted = set(cached.part.rows[chosen].tolist())
         for number, row in enumerate(cached.rows if wanted else ()):
             if number in wanted:
                 try:
-                    questions.append(Question(to_conversation(row, cached.rows.entry)))
+                    question = Question(to_conversation(row, cached.rows.entry))
                 except Unusable as error:  # its tokens are in the cache, so it was usable
                     raise DataError(f"{cached.name}, row {number} has changed: {error}.") from error
+                rows += 1
+                if question.asks:
+                    questions.append(question)
             if len(questions) == examples:
                 return questions
+    if rows and not questions:
+        raise DataError(
+            "The held-out rows of this run are plain text without a question: there is no answer to compare. "
+            "`tunewright compare` shows their loss."
+        )
     if not questions:
         raise DataError("The run holds out no rows: set `data.eval_names`, `data.eval_split` or `data.eval_size`.")
     return questions

@@ -64,7 +64,7 @@ def device() -> torch.device:
 def weights_of(config: DictConfig, model_path: Path) -> tuple[Any, ...]:
     """Return what decides the base model's weights: runs that agree in it can share one copy."""
     model, method = config.model, config.method
-    common = model_path, model.dtype, model.trust_remote_code
+    common = model_path, model.dtype, model.trust_remote_code, model.random_weights
     if method.name != "qlora":
         return common
     return (*common, method.bits, method.quant_type, method.double_quant, method.compute_dtype)
@@ -110,7 +110,9 @@ class Answerer:
                 prompt = adapted.active_peft_config.is_prompt_learning  # which leaves the base as it is
                 self.model = base if prompt else adapted.unload()
             return
-        self.model = load_model(run.final, self.config.model, self.dtype).to(device()).eval()
+        saved = self.config.model.copy()
+        saved.random_weights = False  # those were the ones that it began with
+        self.model = load_model(run.final, saved, self.dtype).to(device()).eval()
         try:
             yield
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -21,8 +20,8 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from launch.batching import BatchPlan, batch_plan
+from launch.deepspeed import deepspeed_file
 from launch.errors import ConfigError, StorageError
-from launch.legality import zero_stage
 from launch.metrics import final_train_loss, mean_train_loss, read_metrics
 from launch.rundir import RunDir
 from launch.schema import Launcher
@@ -32,6 +31,7 @@ from trainer.compiled import compile_layers
 from trainer.data.cache import TokenCache, as_json
 from trainer.data.render import Renderer
 from trainer.data.stream import TokenStream
+from trainer.deepspeed_check import for_trainer
 from trainer.methods import adapt, parameter_counts
 from trainer.models import load_model, load_tokenizer, stop_tokens, torch_dtype
 from trainer.process import Console, launched
@@ -67,7 +67,7 @@ def train(
     args = _arguments(config, run, plan, device, deepspeed)
     if deepspeed is not None:
         # Trainer fills this from `args.bf16`, which would add autocast on top and is refused on a CPU.
-        args.hf_deepspeed_config.config["bf16"] = {"enabled": dtype is torch.bfloat16}
+        args.hf_deepspeed_config.config["bf16"]["enabled"] = dtype is torch.bfloat16
         args.hf_deepspeed_config._dtype = dtype
 
     tokenizer = load_tokenizer(model_path, config.model)
@@ -153,25 +153,10 @@ def _deepspeed_config(config: DictConfig) -> dict[str, Any] | None:
         return None
     from accelerate.utils import DeepSpeedPlugin
 
-    settings = copy.deepcopy(DeepSpeedPlugin().deepspeed_config)
+    settings = DeepSpeedPlugin().deepspeed_config
     # The fields of an accelerate YAML are in `settings` now. accelerate would refuse them beside settings of ours.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    # accelerate's own fields, and what the trainer has to decide: the batch is the plan's.
-    for key in (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    ):
-        settings[key] = "auto"
-    for key in ("fp16", "amp"):
-        settings.pop(key, None)
-    settings["bf16"] = {"enabled": "auto"}
-    # Optimisers of transformers' names are not on DeepSpeed's list of tested ones.
-    settings["zero_allow_untested_optimizer"] = True
-    if "offload_optimizer" in settings.get("zero_optimization", {}):
-        settings["zero_force_ds_cpu_optimizer"] = False
-    return settings
+    return for_trainer(settings)
 
 
 def _arguments(
@@ -272,7 +257,7 @@ def check_facts(facts: dict[str, Any], config: DictConfig) -> None:
     if launcher is Launcher.ddp:
         expected["type"] = "MULTI_CPU" if facts["device"] == "cpu" else "MULTI_GPU"
     if launcher is Launcher.deepspeed:
-        expected |= {"engine": "DeepSpeedEngine", "zero_stage": zero_stage(config)}
+        expected |= {"engine": "DeepSpeedEngine", "zero_stage": deepspeed_file(config).stage}
     if config.cluster.num_processes is not None:
         expected["world_size"] = config.cluster.num_processes
     wrong = {key: (value, facts[key]) for key, value in expected.items() if facts[key] != value}
