@@ -221,7 +221,10 @@ def join(backend_wanted: str | None, timeout_minutes: float, say: Callable[[str]
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             _skip_shared_memory_kernel()
             return PartialState(backend="gloo", **options)
-        return PartialState(cpu=True, backend="gloo" if world_size() > 1 else None, **options)
+        state = PartialState(cpu=True, backend="gloo" if world_size() > 1 else None, **options)
+        # Ranks would have "cpu:0" and "cpu:1", which transformers 5.17 cannot load its own checkpoints to.
+        state.device = torch.device("cpu")
+        return state
     finally:
         del store
 
