@@ -14,7 +14,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FIGURES = "<!-- figures of one machine -->"
-NUMBER = re.compile(r"\d[\d,.:]*\d|\d")
+NUMBER = re.compile(r"\b[0-9a-f]{16}\b|\d[\d,.:]*\d|\d")  # digests too
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from datagen.settings import keys as datagen_keys
 from datagen.settings import load_settings
 from launch.cli import parser
 from launch.compose import choices, compose_config, expand_sweep
+from launch.demo import WAYS
 from launch.errors import EXIT_CODES, ConfigError
 from launch.identity import ADJUSTABLE, CALLED, OPERATIONAL
 from launch.schema import GROUPS, METHODS, Config, help_of
@@ -312,10 +315,42 @@ def test_the_readme_lists_every_choice_document_and_exit_code() -> None:
     assert {line.partition("/")[0] for line in text.splitlines() if re.match(r"[a-z]+/ ", line)} == rooms
 
 
+def helps() -> list[str]:
+    """The descriptions and epilogues of every command of ours."""
+    found, waiting = [], [parser()]
+    for command in waiting:
+        found += [command.description or "", command.epilog or ""]
+        for action in command._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                waiting += action.choices.values()
+    return found
+
+
+def test_help_shows_commands_that_parse_and_compose() -> None:
+    lines = [line.strip() for text in helps() for line in text.splitlines() if line.startswith("  tunewright ")]
+    shown = [re.split(r" {2,}", line)[0] for line in lines]
+    assert len(shown) > 8
+    told = failures(("--help", command, problem_of_command(command)) for command in shown)
+    assert not told, told
+
+
+def test_runs_of_the_demo_that_are_named_are_runs_that_it_makes() -> None:
+    texts = [*helps(), MAKEFILE, *(command.text for command in COMMANDS), *(span.text for span in SPANS)]
+    named = {name for text in texts for name in re.findall(r"runs/demo/([\w-]+)", text)}
+    assert named
+    assert named <= set(WAYS)
+
+
 def test_data_md_lists_every_template() -> None:
     text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
     listed = text.split("model.template=chatml ")[1].split(",")[0].split()
     assert listed == sorted(path.stem for path in (REPOSITORY / "configs" / "templates").glob("*.jinja"))
+
+
+def test_architecture_md_follows_the_first_row() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    shown = json.loads(re.search(r'^    (\{"instruction".*?\})\n\n', text, flags=re.DOTALL | re.MULTILINE)[1])  # type: ignore[index]
+    assert shown == json.loads((REPOSITORY / "data" / "demo.json").read_text(encoding="utf-8"))[0]
 
 
 def test_runs_md_lists_what_may_change() -> None:
@@ -374,8 +409,8 @@ def test_what_is_printed_is_held_to_what_is_shown() -> None:
 
 WRONG = """\
 trainer/no_such.py, no_such.py, no_such.json, train.no_such, data.mix=no_such, strategy=zero9, method.no_such,
-resum=auto, make no-such, make zero2 NO_SUCH=1, tunewright no_such, tunewright train --no-such, --no-such, NO_SUCH_VARIABLE,
-no_such_name, process.no_such, nosuchpackage.thing, data add --no-such"""
+resum=auto, make no-such, make zero2 NO_SUCH=1, tunewright no_such, tunewright train --no-such, --no-such,
+NO_SUCH_VARIABLE, no_such_name, process.no_such, nosuchpackage.thing, data add --no-such"""
 
 
 @pytest.mark.parametrize("text", re.split(r",\s+", WRONG))
