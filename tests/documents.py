@@ -42,6 +42,12 @@ class Command:
     def where(self) -> str:
         return f"{self.document}:{self.line}"
 
+    @property
+    def error(self) -> str | None:
+        """The class of the error with which it ends, by what the document shows."""
+        found = re.search(r"^(\w+Error): ", self.printed or "", flags=re.MULTILINE)
+        return found[1] if found else None
+
 
 @dataclass(frozen=True)
 class Span:
