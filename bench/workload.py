@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.batching import BatchPlan
-from trainer.tiny import CORPUS, tiny_folder
+from trainer.tiny import CORPUS, tiny_folder, train_tokenizer
 
 # The tokenizer is the embedded model's, of 4,096 entries. The model's vocabulary is larger, so that the head weighs
 # what it does in a real model of this size.
@@ -112,18 +112,13 @@ class Workload:
 def build_model(cache: Path, shape: dict[str, Any], *, weights: bool = True) -> Path:
     """Write the model once, in bfloat16, with the embedded model's tokenizer; return its folder."""
     import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    tokenizer_folder = tiny_folder(cache)
-    if not (tokenizer_folder / "tokenizer.json").is_file():
-        from trainer.tiny import build_tiny
-
-        build_tiny(cache)
     width = f"{shape['num_hidden_layers']}x{shape['hidden_size']}x{shape['intermediate_size']}x{shape['vocab_size']}"
-    folder = cache / "bench" / f"{tokenizer_folder.name}-{width}{'' if weights else '-drawn'}"
+    folder = cache / "bench" / f"{tiny_folder(cache).name}-{width}{'' if weights else '-drawn'}"
     if (folder / "config.json").is_file():
         return folder
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = train_tokenizer()
     tokenizer.model_max_length = CUTOFF
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = Qwen2Config(**shape, **ends)

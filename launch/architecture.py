@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 
 from launch.errors import ConfigError, closest
+from launch.weights import shapes
 
 # Names that different architectures give to the same thing; people carry them from one model to another.
 ROLES = (
@@ -34,14 +35,17 @@ class Architecture:
 
     model_type: str
     modules: dict[str, str]  # every named module -> "linear", "embedding", or "" for blocks and what holds no matrix
+    sizes: dict[str, list[int]]  # linear module -> [outputs, inputs]
     head: str
     embedding: str
+    vocabulary: int  # rows of the input embedding: the token ids that it takes are below
     layers: str  # the list of decoder layers, for example "model.layers"
     num_layers: int
     tied: bool  # head and input embedding are one weight
     padding_free_problem: str | None  # why rows cannot lie end to end, if so
     positions: int | None  # entries of a learnt position table: no row can be longer
     ia3: list[list[str]] | None  # (target_modules, feedforward_modules) that PEFT knows for it
+    recomputes: bool  # whether it can give its activations up and compute them again
 
     @classmethod
     def read(cls, path: Path) -> Architecture | None:
@@ -76,10 +80,17 @@ def check_modules(config: DictConfig, architecture: Architecture) -> None:
     method = config.method
     if method.name in ("lora", "qlora"):
         _check_lora(method, architecture)
+        if method.adapter:
+            _check_adapter(Path(method.adapter), architecture)
     elif method.name == "ia3":
         _check_ia3(method, architecture)
     elif method.name == "freeze":
         _check_freeze(method, architecture)
+    if config.train.gradient_checkpointing and not architecture.recomputes:
+        raise ConfigError(
+            f"`train.gradient_checkpointing` is {config.train.gradient_checkpointing}, which transformers cannot do "
+            f"for {architecture.model_type}: leave it out."
+        )
     if architecture.positions is not None and config.data.cutoff_len > architecture.positions:
         raise ConfigError(
             f"`data.cutoff_len` is {config.data.cutoff_len}, but {config.model.name} has learnt "
@@ -88,29 +99,75 @@ def check_modules(config: DictConfig, architecture: Architecture) -> None:
 
 
 def _check_lora(method: Any, architecture: Architecture) -> None:
+    adapted: dict[str, str] = {}  # module -> the name in target_modules that means it
     if not isinstance(method.target_modules, str):
         # LoRA adapts embeddings too; the head is left to modules_to_save.
         for name in method.target_modules:
             found = _must_match("method.target_modules", name, architecture, ("linear", "embedding"))
-            if architecture.head in found and not architecture.tied:
-                raise ConfigError(
-                    f"`method.target_modules` has '{name}', the output head {architecture.head}: the fused loss "
-                    f"multiplies by the head's own weight and would pass an adapter by. Leave it out, or train the "
-                    f"whole head with method.modules_to_save=[{architecture.head.rpartition('.')[2]}]."
-                )
-            if architecture.tied and {architecture.head, architecture.embedding} & set(found):
-                raise ConfigError(
-                    f"`method.target_modules` has '{name}', but the head of this model is its input embedding "
-                    f"({architecture.embedding}), one weight for both: an adapter on one of them would not reach the "
-                    f"other. Leave it out."
-                )
+            adapted |= dict.fromkeys(found, name)
+            _refuse_head(name, found, architecture, instead="method.modules_to_save")
     for name in method.modules_to_save:
         found = _must_match("method.modules_to_save", name, architecture, ("linear", "embedding", ""))
+        both = [other for module, other in adapted.items() if _inside(module, found)]
+        matrices = [module for module in architecture.sizes if module != architecture.head]
+        if method.name == "qlora" and any(_inside(module, found) for module in matrices):
+            raise ConfigError(
+                f"`method.modules_to_save` has '{name}', whose weights `method=qlora` quantises to {method.bits} bits: "
+                f"they cannot be trained whole. Leave it out, or use method=lora."
+            )
+        if both:
+            raise ConfigError(
+                f"`method.modules_to_save` has '{name}', which trains whole what `method.target_modules` adapts with "
+                f"'{both[0]}': leave one of them out."
+            )
         if architecture.tied and {architecture.head, architecture.embedding} & set(found):
             raise ConfigError(
                 f"`method.modules_to_save` has '{name}', but the head of this model is its input embedding "
                 f"({architecture.embedding}), one weight for both: a copy of one of them would part them. Leave it "
                 f"out, or use method=freeze method.extra_modules=[{architecture.embedding.rpartition('.')[2]}]."
+            )
+
+
+def _inside(module: str, found: list[str]) -> bool:
+    """Whether a module is one of those found, or in one of them."""
+    return any(f"{module}.".startswith(f"{outer}.") for outer in found)
+
+
+def _refuse_head(name: str, found: list[str], architecture: Architecture, instead: str) -> None:
+    """Refuse to adapt the output head, which the loss multiplies by without asking its module."""
+    if architecture.head in found and not architecture.tied:
+        raise ConfigError(
+            f"`method.target_modules` has '{name}', the output head {architecture.head}: the fused loss multiplies by "
+            f"the head's own weight and would pass an adapter by. Leave it out, or train the whole head with "
+            f"{instead}=[{architecture.head.rpartition('.')[2]}]."
+        )
+    if architecture.tied and {architecture.head, architecture.embedding} & set(found):
+        raise ConfigError(
+            f"`method.target_modules` has '{name}', but the head of this model is its input embedding "
+            f"({architecture.embedding}), one weight for both: an adapter on one of them would not reach the other. "
+            f"Leave it out."
+        )
+
+
+def _check_adapter(folder: Path, architecture: Architecture) -> None:
+    """Compare the matrices of an adapter that training goes on with and the ones that they are for."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            return  # pickled: nothing here reads it
+        raise ConfigError(f"`method.adapter` is {folder}, which holds no weights: there is no {file.name}.")
+    for name, shape in shapes(file).items():
+        for ending, side in ((".lora_A.weight", 1), (".lora_B.weight", 0)):
+            module = name.removeprefix("base_model.model.").removesuffix(ending)
+            if not name.endswith(ending) or architecture.sizes.get(module, [None, None])[side] == shape[side]:
+                continue
+            wanted = architecture.sizes.get(module)
+            found = (
+                f"where {module} has {' x '.join(map(str, wanted))}" if wanted else "and the model has no such module"
+            )
+            raise ConfigError(
+                f"`method.adapter` is {folder}, an adapter for another model: its {name} has "
+                f"{' x '.join(map(str, shape))}, {found}."
             )
 
 
@@ -125,7 +182,8 @@ def _check_ia3(method: Any, architecture: Architecture) -> None:
             )
         return
     for name in method.target_modules:
-        _must_match("method.target_modules", name, architecture, ("linear",))
+        found = _must_match("method.target_modules", name, architecture, ("linear",))
+        _refuse_head(name, found, architecture, instead="method=freeze method.extra_modules")
     for name in method.feedforward_modules:
         if name not in method.target_modules:
             raise ConfigError(
@@ -147,7 +205,12 @@ def _check_freeze(method: Any, architecture: Architecture) -> None:
                 f"`method.modules` has '{name}', which is outside the layers: name it in method.extra_modules."
             )
     for name in method.extra_modules:
-        _must_match("method.extra_modules", name, architecture, kinds)
+        found = _must_match("method.extra_modules", name, architecture, kinds)
+        if all(module.startswith(f"{architecture.layers}.") for module in found):
+            raise ConfigError(
+                f"`method.extra_modules` has '{name}', which is inside the layers: name it in method.modules, with "
+                f"method.layers."
+            )
 
 
 def _must_match(key: str, name: str, architecture: Architecture, kinds: Iterable[str]) -> list[str]:

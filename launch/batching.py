@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 from launch.errors import ConfigError
 from launch.schema import DataConfig, TrainConfig
 
+MOST_MICRO_BATCHES = 65_536  # of a rank in a step
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -90,10 +92,10 @@ def batch_plan(
         said = " and ".join(f"`train.{key}` is {value}" for key, value in given.items())
         raise ConfigError(f"{said}: set one and write the other as null.")
     if train.tokens_per_batch is not None:
-        return _token_plan(train.tokens_per_batch, world_size, micro, cutoff_len)
+        return _doable(_token_plan(train.tokens_per_batch, world_size, micro, cutoff_len))
     unit = "pack" if packing else "row"
     if accumulation is not None:
-        return BatchPlan(micro * accumulation * world_size, world_size, micro, accumulation, unit=unit)
+        return _doable(BatchPlan(micro * accumulation * world_size, world_size, micro, accumulation, unit=unit))
     if total is None:
         raise ConfigError(
             "Set `train.global_batch_size`, `train.gradient_accumulation_steps` or `train.tokens_per_batch`: "
@@ -106,7 +108,17 @@ def batch_plan(
             f"Write {world_size} or more."
         )
     per_rank = math.ceil(total / world_size)
-    return BatchPlan(total, world_size, min(micro, total), math.ceil(per_rank / micro), unit=unit)
+    return _doable(BatchPlan(total, world_size, min(micro, total), math.ceil(per_rank / micro), unit=unit))
+
+
+def _doable(plan: BatchPlan) -> BatchPlan:
+    if plan.accumulation > MOST_MICRO_BATCHES:
+        raise ConfigError(
+            f"{plan.describe()}: more than {MOST_MICRO_BATCHES:,} micro-batches, the first step would not end. Lower "
+            f"train.global_batch_size, train.gradient_accumulation_steps or train.tokens_per_batch, or raise "
+            f"train.micro_batch_size."
+        )
+    return plan
 
 
 def _token_plan(tokens: int, world_size: int, micro: int, cutoff_len: int) -> BatchPlan:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datagen.cli import add_parser as add_datagen
 from launch import __version__
-from launch.errors import TunewrightError
+from launch.errors import TunewrightError, did_you_mean
+from launch.redaction import redact, typed_secrets
 from trainer.data.cli import add_parser as add_data
 from trainer.process import imports_that_stay
 
@@ -24,10 +26,10 @@ examples:
   tunewright train strategy=zero2 model=qwen2_5_7b data=registry data.names=[huanhuan] train.learning_rate=1e-4
   tunewright train experiment=demo strategy=zero3 --dry-run
   tunewright train --multirun method.r=4,16,64              one run for each value
-  tunewright data check huanhuan data.cutoff_len=512        what is in the data: lengths, copies, dropped rows
+  tunewright data check demo data.cutoff_len=512            what is in the data: lengths, copies, dropped rows
   tunewright compare runs/demo/*
-  tunewright chat runs/demo/tiny-demo-lora-zero2
-  tunewright merge runs/demo/tiny-demo-lora-zero2           one model folder, without an adapter
+  tunewright chat runs/demo/zero2                           after `tunewright demo`
+  tunewright merge runs/demo/zero2                          one model folder, without an adapter
 
 exit codes: 0 done, 2 configuration, 3 data, 4 storage, 5 numeric, 6 peer or network, 70 a bug of ours, 75 preempted
 """
@@ -38,9 +40,19 @@ Settings are Hydra overrides: GROUP=CHOICE picks a file of configs/hydra, key=va
 """
 
 
+class ExactParser(argparse.ArgumentParser):
+    """Takes options by their whole names, and so do its subcommands.
+
+    argparse would take `--config my.yaml` for `--config-dir my.yaml`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser of every subcommand."""
-    top = argparse.ArgumentParser(
+    top: argparse.ArgumentParser = ExactParser(
         prog="tunewright",
         description="Fine-tune language models: one configuration, one GPU or a cluster.",
         epilog=EPILOG,
@@ -74,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="held-out exact match of base and tuned model")
     evaluate.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     evaluate.add_argument("--examples", type=int, default=None, help="at most this many held-out rows")
+    _add_trust(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     chat = commands.add_parser("chat", help="ask the base and the tuned model the same questions")
@@ -81,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--prompt", action="append", help="ask this and stop; can be given several times")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-new-tokens", type=int, default=256)
+    _add_trust(chat)
     chat.set_defaults(run=_chat)
 
     merge = commands.add_parser("merge", help="put a run's adapter into its base model's weights, and check the result")
@@ -89,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", type=_folder, metavar="FOLDER", help="default: RUN/merged")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
     merge.add_argument("--max-shard", default="2GB", metavar="SIZE", help="largest weight file (default: 2GB)")
+    _add_trust(merge)
     merge.set_defaults(run=_merge)
 
     demo = commands.add_parser("demo", help="train the shipped task three ways, compare, and ask")
@@ -104,26 +119,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     # While it is imported, it reports optional kernels that nobody here asked for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     top = parser()
-    args, rest = top.parse_known_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args, rest = top.parse_known_args(given)
     if args.command is None:
         top.print_help()
         return 0
     unknown = [item for item in rest if item.startswith("-")]
     if unknown or (rest and not hasattr(args, "overrides")):
-        top.error(f"unrecognised arguments: {' '.join(unknown or rest)}")
+        meant = did_you_mean(unknown[0].partition("=")[0], _options(top)) if unknown else ""
+        told = f"unrecognised arguments: {' '.join(unknown or rest)}{meant and '.'}{meant}"
+        top.error(redact(told, typed_secrets(given)))
     if hasattr(args, "overrides"):
         args.overrides += rest
     try:
         return int(args.run(args))
     except TunewrightError as error:
         if not error.shown:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            print(redact(f"{type(error).__name__}: {error}", typed_secrets(given)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0  # the reader of our output went away
+    except Exception:  # shown whole, and told apart from the user's mistakes
+        print(redact(traceback.format_exc(), typed_secrets(given)), file=sys.stderr)
+        return TunewrightError.exit_code
 
 
 def _folder(text: str) -> Path:
@@ -133,9 +154,22 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the options of a parser and its subcommands."""
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found = found.union(*map(_options, action.choices.values()))
+    return found
+
+
 def _add_overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
     command.add_argument("--config-dir", type=Path, help="a folder with configuration groups of your own")
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--trust", action="store_true", help="open a run that somebody else made, run code it brings")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -178,7 +212,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     with imports_that_stay():
         from trainer.evaluate import evaluate_runs
 
-    evaluate_runs(args.runs, args.examples, _say)
+    evaluate_runs(args.runs, args.examples, _say, trusted=args.trust)
     return 0
 
 
@@ -186,7 +220,7 @@ def _chat(args: argparse.Namespace) -> int:
     with imports_that_stay():
         from trainer.chat import chat
 
-    return chat(args.tuned, args.prompt, args.system, args.max_new_tokens)
+    return chat(args.tuned, args.prompt, args.system, args.max_new_tokens, trusted=args.trust)
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -199,6 +233,7 @@ def _merge(args: argparse.Namespace) -> int:
         out=args.out,
         overwrite=args.overwrite,
         max_shard=args.max_shard,
+        trusted=args.trust,
         say=_say,
     )
     return 0
@@ -211,7 +246,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(redact(text), flush=True)
 
 
 if __name__ == "__main__":

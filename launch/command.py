@@ -14,8 +14,8 @@ import yaml
 from omegaconf import DictConfig
 
 from launch.batching import BatchPlan
+from launch.deepspeed import deepspeed_file
 from launch.hardware import Devices
-from launch.legality import deepspeed_file
 from launch.rundir import RunDir
 from launch.schema import Launcher
 from trainer.process import rank_variables
@@ -54,7 +54,7 @@ def accelerate_config(config: DictConfig, ranks: int, devices: Devices) -> dict[
         "rdzv_backend": "static",
     }
     if launcher is Launcher.deepspeed:
-        settings["deepspeed_config"] = {"deepspeed_config_file": deepspeed_file(config)}
+        settings["deepspeed_config"] = {"deepspeed_config_file": str(deepspeed_file(config).path)}
     return settings
 
 

@@ -1,8 +1,9 @@
 """Compare finished (or crashed) fine-tuning runs from the files they left behind.
 
 A run folder holds ``manifest.json``, ``metrics.jsonl``, ``config.yaml`` and, when held-out
-answers were generated, ``evaluation.json``.  Only the manifest is required: a run that died early
-is exactly the one somebody wants to look at, so anything else that is missing shows as ``-``.
+answers were generated, ``evaluation.json`` (``evaluation-N.json`` for the first N rows alone).
+Only the manifest is required: a run that died early is exactly the one somebody wants to look at,
+so anything else that is missing shows as ``-``.
 
 This module reads runs and renders text; :mod:`launch.report` draws the PNG and the HTML page.
 """
@@ -24,6 +25,9 @@ from typing import Any
 import yaml
 
 from launch.errors import ConfigError, StorageError
+from launch.metrics import final_train_loss
+from launch.redaction import redact_tree
+from launch.scores import CONFIDENCE, score_text, told_apart
 
 MISSING = "-"
 CORRECT_MARK = "✓"
@@ -92,15 +96,28 @@ def load_run(path: Path) -> Run:
     if manifest is None:
         raise ConfigError(f"{path / 'manifest.json'} is not a readable JSON object")
     name = manifest.get("name")
+    manifest = redact_tree(manifest)  # of an earlier version it may hold secrets
     return Run(
         path=path,
         # resolve() so that "." still gives a name
         name=one_line(name) if isinstance(name, str) and name.strip() else one_line(path.resolve().name),
         manifest=manifest,
         metrics=tuple(_read_json_lines(path / "metrics.jsonl")),
-        config=_read_mapping(path / "config.yaml", yaml.safe_load) or {},
-        evaluation=_read_mapping(path / "evaluation.json", json.loads) or {},
+        config=redact_tree(_read_mapping(path / "config.yaml", yaml.safe_load) or {}),
+        evaluation=_read_evaluation(path),
     )
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    """Return the answers to all held-out rows, or where there are none those to the most of them."""
+    numbered = [(int(file.stem.partition("-")[2]), file) for file in path.glob("evaluation-*.json") if _numbered(file)]
+    files = [path / "evaluation.json", *(file for _, file in sorted(numbered, reverse=True))]
+    found = (_read_mapping(file, json.loads) for file in files)
+    return next((evaluation for evaluation in found if evaluation), {})
+
+
+def _numbered(file: Path) -> bool:
+    return file.stem.partition("-")[2].isdecimal()
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
@@ -229,10 +246,11 @@ def comparison_rows(runs: Sequence[Run]) -> list[Row]:
         ("tokens/s (non-padding)", lambda run: _count(lookup(run.manifest, "tokens_per_second"))),
         ("MFU", lambda run: _percent(lookup(run.manifest, "mfu"))),
         ("peak memory (largest rank)", lambda run: _bytes(lookup(run.manifest, "peak_memory_bytes"))),
-        ("final train loss", lambda run: _final_loss_cell(run, "train_loss", "loss")),
-        ("final eval loss", lambda run: _final_loss_cell(run, "eval_loss", "eval_loss")),
-        ("exact match before", lambda run: _percent(lookup(run.evaluation, "base", "exact_match"))),
-        ("exact match after", lambda run: _percent(lookup(run.evaluation, "tuned", "exact_match"))),
+        ("final train loss", _train_loss_cell),
+        ("final eval loss", _eval_loss_cell),
+        ("held-out rows", _held_out_cell),
+        ("exact match before", lambda run: _score_cell(run, "base")),
+        ("exact match after", lambda run: _score_cell(run, "tuned")),
         ("device", _device_cell),
     ]
     return [(label, [cell(run) for run in runs]) for label, cell in figures]
@@ -309,12 +327,34 @@ def _steps_cell(run: Run) -> str:
     return _count(logged[-1][0]) if logged else MISSING
 
 
-def _final_loss_cell(run: Run, manifest_key: str, metrics_key: str) -> str:
-    final = _loss(lookup(run.manifest, "final", manifest_key))
-    if final != MISSING:
-        return final
-    logged = series(run, metrics_key)
-    return _loss(logged[-1][1]) if logged else MISSING
+def _train_loss_cell(run: Run) -> str:
+    return _first_loss(lookup(run.manifest, "final", "train_loss"), final_train_loss(run.metrics), _last(run, "loss"))
+
+
+def _eval_loss_cell(run: Run) -> str:
+    return _first_loss(lookup(run.manifest, "final", "eval_loss"), _last(run, "eval_loss"))
+
+
+def _first_loss(*values: Any) -> str:
+    return next((text for value in values if (text := _loss(value)) != MISSING), MISSING)
+
+
+def _last(run: Run, key: str) -> float | None:
+    logged = series(run, key)
+    return logged[-1][1] if logged else None
+
+
+def _held_out_cell(run: Run) -> str:
+    rows, available = _count(run.evaluation.get("examples")), _count(run.evaluation.get("held_out"))
+    return rows if available in (MISSING, rows) else f"first {rows} of {available}"
+
+
+def _score_cell(run: Run, key: str) -> str:
+    """Return the share of right answers with the interval that so many rows leave it."""
+    share, rows = as_number(lookup(run.evaluation, key, "exact_match")), as_number(run.evaluation.get("examples"))
+    if share is None or not rows or rows < 1 or not 0 <= share <= 1:
+        return _percent(share)
+    return score_text(round(share * rows), round(rows))
 
 
 def _device_cell(run: Run) -> str:
@@ -405,6 +445,46 @@ def held_out_answers(runs: Sequence[Run], limit: int) -> HeldOutAnswers:
     labelled = [(label, answered) for label, answered in zip(run_labels(runs), rows, strict=True) if answered]
     tuned = [_answer_column(label, answered, "tuned") for label, answered in labelled]
     return HeldOutAnswers(questions, tuple(_base_columns(labelled, questions) + tuned), len(counts))
+
+
+def score_notes(runs: Sequence[Run]) -> list[str]:
+    """Say what the shares of right answers of several runs do not say by themselves, one sentence each."""
+    asked = [(label, rows) for label, run in zip(run_labels(runs), runs, strict=True) if (rows := _right_answers(run))]
+    if len(asked) < 2:
+        return []
+    shared = set.intersection(*(set(rows) for _, rows in asked))
+    notes = []
+    if any(set(rows) != shared for _, rows in asked):
+        counts = ", ".join(f"{label} {len(rows)}" for label, rows in asked)
+        notes.append(f"The runs were not asked the same held-out rows ({counts}): their shares do not compare.")
+        if not shared:
+            return notes
+        on_shared = (f"{label} {score_text(sum(rows[row] for row in shared), len(shared))}" for label, rows in asked)
+        notes.append(f"On the {len(shared)} rows that all were asked, exact match after: {', '.join(on_shared)}.")
+    ranked = sorted(asked, key=lambda one: -sum(one[1][row] for row in shared))
+    best, best_rows = ranked[0]
+    alike = [
+        label for label, rows in ranked[1:] if not told_apart([(best_rows[row], rows[row]) for row in sorted(shared)])
+    ]
+    if alike:
+        names = f"{', '.join(alike[:6])}{' and others' if len(alike) > 6 else ''}"
+        notes.append(
+            f"{len(shared)} rows do not tell {names} from the best, {best} (McNemar's exact test, {CONFIDENCE:.0%})."
+        )
+    return notes
+
+
+def _right_answers(run: Run) -> dict[tuple[str, str, int], bool]:
+    """Return whether the tuned model answered each held-out row right; the number tells rows that are alike apart."""
+    found = run.evaluation.get("rows")
+    right: dict[tuple[str, str, int], bool] = {}
+    times: dict[tuple[str, str], int] = {}
+    for row in found if isinstance(found, list) else []:
+        if isinstance(row, Mapping) and "prompt" in row and row.get("tuned") is not None:
+            question = str(row["prompt"]), str(row.get("expected", ""))
+            times[question] = times.get(question, 0) + 1
+            right[question[0], question[1], times[question]] = is_correct(str(row["tuned"]), question[1])
+    return right
 
 
 def _evaluation_rows(run: Run) -> dict[tuple[str, str], Mapping[str, Any]]:
@@ -574,9 +654,11 @@ def marked_answer(column: AnswerColumn, question: tuple[str, str]) -> str:
 
 def text_report(runs: Sequence[Run]) -> str:
     """Return the whole comparison as plain text: table, differing settings, a few answers."""
+    notes = "\n".join(score_notes(runs))
     return "\n\n".join(
         [
             render_table(runs),
+            *([notes] if notes else []),
             "Settings that differ\n" + _differences_text(runs),
             _answers_text(runs),
         ]
@@ -589,6 +671,7 @@ def markdown_report(runs: Sequence[Run], image: str) -> str:
     parts = [
         "# Comparison of fine-tuning runs",
         render_markdown(runs),
+        *map(_markdown_cell, score_notes(runs)),
         "## Loss curves",
         f"![Train and eval loss of every run]({image})",
         "## Settings that differ",

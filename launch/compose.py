@@ -23,10 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
 from launch import schema
+from launch.deepspeed import follow_file
 from launch.errors import ConfigError, closest, did_you_mean
+from launch.redaction import hide_credentials, name_variables, redact
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs" / "hydra"
-DEEPSPEED_DIR = CONFIG_DIR.parent / "deepspeed"
 TEMPLATE_DIR = CONFIG_DIR.parent / "templates"
 
 
@@ -46,6 +47,24 @@ OmegaConf.register_new_resolver("short", lambda name: PurePath(name.rpartition("
 def choices(group: str, config_dir: Path = CONFIG_DIR) -> list[str]:
     """Return the names that can be chosen in a group, sorted."""
     return sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
+
+
+def check_extra_dir(extra_dir: Path | None) -> None:
+    """Raise ConfigError where `--config-dir` is no folder, or holds a choice that Hydra would never read."""
+    if extra_dir is None:
+        return
+    if not extra_dir.is_dir():
+        found = "a file" if extra_dir.is_file() else "not there"
+        raise ConfigError(
+            f"`--config-dir` is {extra_dir}, which is {found}: write a folder with groups of your own, for example "
+            f"{extra_dir.with_suffix('')}/train/mine.yaml, and choose from it with train=mine."
+        )
+    for group in schema.GROUPS:
+        for name in sorted({*choices(group, extra_dir)} & {*choices(group)}):
+            raise ConfigError(
+                f"{extra_dir / group / name}.yaml has the name of a shipped choice, which `{group}={name}` means: give "
+                f"it another name."
+            )
 
 
 def expand_sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
@@ -70,6 +89,7 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
     Raises:
         ConfigError: unknown key or choice, wrong type, missing value or bad syntax.
     """
+    check_extra_dir(extra_dir)
     parsed = _parse_overrides(overrides)
     for item in parsed:
         if item.is_sweep_override():
@@ -90,26 +110,64 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
     _check_missing(config)
     if not config.data.names:
         raise ConfigError("`data.names` is empty: name at least one dataset, for example data.names=[demo].")
+    if config.strategy.launcher is schema.Launcher.deepspeed:
+        follow_file(config)  # before the run is named after its strategy
     try:
         OmegaConf.resolve(config)
     except InterpolationResolutionError as error:
         raise ConfigError(f"A value refers to a setting that is not there: {_first_line(error)}.") from error
+    _refuse_secrets(config)
+    _check_trust(config, parsed)
     return config
+
+
+def _check_trust(config: DictConfig, overrides: list[Override]) -> None:
+    """What runs code of others is typed each time: a file of settings may come from anywhere."""
+    typed = {item.key_or_group for item in overrides}
+    for item in overrides:
+        if isinstance(value := item.value(), dict):
+            typed |= {f"{item.key_or_group}.{key}" for key in value}
+    for key, on in (("model.trust_remote_code", config.model.trust_remote_code), ("trust", config.trust)):
+        if on and key not in typed:
+            origin, _ = _origin(key, overrides, None)
+            raise ConfigError(
+                f"`{key}` is true ({origin}): code that comes with a model or checkpoint would be run here. Write "
+                f"{key}=true on the command line if that is what you want; in a file of settings it does not count."
+            )
+
+
+def _refuse_secrets(config: DictConfig) -> None:
+    """Refuse a secret as such in a setting: config.yaml could not both be read by the ranks and be shown to others."""
+    for key, value in flatten(OmegaConf.to_container(config)):
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and hide_credentials(text := name_variables(text)) != text:
+                raise ConfigError(
+                    f"`{key}` holds a password or key, {hide_credentials(text)!r}, and settings are written down. Put "
+                    f"it into an environment variable, for example MY_TOKEN, and write ${{oc.env:MY_TOKEN}} in its "
+                    f"place."
+                )
+    if redact(config.name) != config.name:
+        raise ConfigError("`name` holds the value of a secret variable, and a folder's name is seen by everyone.")
 
 
 def load_config(source: Path | TextIO) -> DictConfig:
     """Read a resolved configuration, a run's config.yaml for example, and give it its types back.
 
+    Secrets are references to environment variables in it, and take their values here.
+
     Raises:
-        ConfigError: no such file, or it does not fit this version's settings.
+        ConfigError: no such file, it does not fit this version's settings, or it refers to a variable that is not set.
     """
     try:
         raw = OmegaConf.load(source)
         config = OmegaConf.merge(OmegaConf.structured(schema.Config), raw)
         assert isinstance(config, DictConfig)
         config.method = OmegaConf.merge(OmegaConf.structured(schema.METHODS[config.method.name]), config.method)
+        OmegaConf.resolve(config)
     except FileNotFoundError as error:
         raise ConfigError(f"There is no run configuration at {source}.") from error
+    except InterpolationResolutionError as error:
+        raise ConfigError(f"{source} refers to what is not set here: {_first_line(error)}.") from error
     except (OmegaConfBaseException, yaml.YAMLError, KeyError) as error:
         raise ConfigError(f"{source} does not fit this version's settings: {_first_line(error)}") from error
     return config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from launch.train import train
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the demo; `seconds` is what it took on two CPU cores, from which the time left is estimated."""
+    """One part of the demo; `share` is how long it takes beside the others, in no unit of time."""
 
     title: str
-    seconds: float
+    share: float
     overrides: tuple[str, ...] = ()
 
 
@@ -41,14 +41,17 @@ def demo(root: Path, say: Callable[[str], None] = print) -> int:
     """
     check_name(root.name, "--root")
     started = time.monotonic()
+    seconds = {name: taken for name in WAYS if (taken := _finished_in(RunDir(root / name)))}
+    evaluated = all(RunDir(root / name).evaluation.is_file() for name in WAYS)
     for number, (name, stage) in enumerate(WAYS.items(), 1):
-        left = sum(other.seconds for other in list(WAYS.values())[number - 1 :]) + EVALUATE.seconds
-        say(f"\n[{number}/{len(WAYS) + 1}] {stage.title} (about {left / 60:.1f} min left for the whole demo)")
+        say(f"\n[{number}/{len(WAYS) + 1}] {stage.title}{time_left(seconds, evaluated=evaluated)}")
+        begun = time.monotonic()
         code = train(
             ["experiment=demo", *stage.overrides, f"name={name}", f"output_root={root}", "resume=auto"], say=say
         )
         if code:
             return code
+        seconds.setdefault(name, time.monotonic() - begun)
     say(f"\n[{len(WAYS) + 1}/{len(WAYS) + 1}] {EVALUATE.title}")
     paths = [root / name for name in WAYS]
     missing = [path for path in paths if not RunDir(path).evaluation.is_file()]
@@ -62,6 +65,22 @@ def demo(root: Path, say: Callable[[str], None] = print) -> int:
     _require_improvement(paths)
     say(f"\nThe demo took {time.monotonic() - started:.0f} s. Next: `make tensorboard`, `make chat RUN={paths[0]}`.")
     return 0
+
+
+def _finished_in(run: RunDir) -> float | None:
+    """Return the seconds that a run took which is there already, or None."""
+    manifest = run.read_manifest()
+    return manifest.get("wall_seconds") if manifest.get("status") == "done" else None
+
+
+def time_left(seconds: Mapping[str, float], *, evaluated: bool = False) -> str:
+    """Return what to say of the time left, from the seconds that parts took on this machine; nothing before one did."""
+    waiting = [stage for name, stage in WAYS.items() if name not in seconds] + ([] if evaluated else [EVALUATE])
+    if not seconds or not waiting:
+        return ""
+    pace = sum(seconds.values()) / sum(WAYS[name].share for name in seconds)
+    left = sum(stage.share for stage in waiting)
+    return f" (about {pace * left / 60:.1f} min left for the whole demo, at the pace so far)"
 
 
 def _require_improvement(paths: list[Path]) -> None:

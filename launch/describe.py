@@ -8,11 +8,16 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from launch import schema
-from launch.compose import CONFIG_DIR, choices
+from launch.compose import CONFIG_DIR, check_extra_dir, choices
 
 
 def choices_text(extra_dir: Path | None = None) -> str:
-    """Return the groups with their choices, and each choice's first comment line."""
+    """Return the groups with their choices, and each choice's first comment line.
+
+    Raises:
+        ConfigError: see `check_extra_dir`.
+    """
+    check_extra_dir(extra_dir)
     lines = []
     for group in schema.GROUPS:
         lines.append(f"{group}=")

@@ -8,12 +8,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from launch.redaction import redact
+
 
 class TunewrightError(Exception):
-    """A failure that the user can act on; its text is shown without a traceback."""
+    """A failure that the user can act on; its text is shown without a traceback, and without secrets."""
 
     exit_code = 70
     shown = False  # True when another process has shown the reason already
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class ConfigError(TunewrightError):
@@ -52,14 +57,19 @@ class Preempted(TunewrightError):
     exit_code = 75
 
 
+def code_of(returncode: int) -> int:
+    """Return our exit code for that of a Python process of ours: 1 is its own for an exception that nobody expected."""
+    return TunewrightError.exit_code if returncode == 1 else returncode
+
+
 EXIT_CODES = {
     cls.__name__: cls.exit_code for cls in (ConfigError, DataError, StorageError, NumericError, PeerError, Preempted)
 }
 
 
-def closest(name: str, choices: Iterable[str]) -> str | None:
+def closest(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str | None:
     """Return the choice most similar to `name`, or None when nothing is similar."""
-    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 

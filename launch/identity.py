@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from launch.compose import flatten
+from launch.redaction import redact_tree
 from launch.schema import METHODS, Config
 
 # What may change when a run continues, in three kinds. Everything else decides what is trained, and is compared.
@@ -19,6 +20,7 @@ OPERATIONAL = {
     "output_root",
     "resume",
     "overwrite",
+    "trust",
     "data.dir",
     "data.cache_dir",
     "data.workers",
@@ -48,7 +50,7 @@ CALLED = {"model.name", "model.source", "model.revision"}
 
 def identity(config: DictConfig) -> dict[str, Any]:
     """Return the settings that decide what a run trains, flat; two runs with the same ones are the same run."""
-    tree = OmegaConf.to_container(config, enum_to_str=True)
+    tree = redact_tree(OmegaConf.to_container(config, enum_to_str=True))
     return {key: value for key, value in flatten(tree) if key not in OPERATIONAL}
 
 

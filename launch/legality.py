@@ -5,29 +5,35 @@ Every check looks at the configuration and the devices alone, so that all of the
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 import shutil
 import sysconfig
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from launch.batching import BatchPlan, batch_plan
 from launch.cells import PARTITIONED, STRATEGIES, Cell, verdict
-from launch.compose import DEEPSPEED_DIR
+from launch.deepspeed import check_deepspeed, deepspeed_file
 from launch.errors import ConfigError, did_you_mean
 from launch.hardware import Devices
-from launch.schema import PROMPT_LEARNING, Launcher, LoraInit, Mix
+from launch.ranges import check_ranges
+from launch.schema import PROMPT_LEARNING, Launcher, LoraInit, Mix, Source
 from launch.templates import template_file
 
 CPU_RANKS = 2
+MOST_COPIES = 10_000  # of a row in an epoch
+EMBEDDED = "tiny"  # the model that is built here
+HUB_ID = r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w([\w.-]{0,94}\w)?"  # of a model
 SHORTEST = 16  # tokens of a row: with fewer no question has an answer
 # transformers' names that need no settings or packages beyond ours; kept here to be checked without importing it.
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
 )  # fmt: skip
+POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends
 OPTIMIZERS = (
     "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "adamw_bnb_8bit",
     "ademamix", "ademamix_8bit", "lion_32bit", "lion_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
@@ -50,18 +56,32 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
     Raises:
         ConfigError: with the reason and the alternative.
     """
+    check_ranges(config)
     ranks = world_size(config, devices)
+    _check_strategy(config, devices, ranks)
     ruling = verdict(cell_of(config, devices))
     if ruling.outcome == "refused":
-        raise ConfigError(ruling.reason)
+        raise ConfigError(ruling.reason + _whose_strategy(config))
     _check_method(config)
-    _check_strategy(config, devices, ranks)
     _check_checkpointing(config)
     _check_compile(config, devices)
-    _check_numbers(config)
+    _check_names(config)
+    _check_held_out(config)
+    _check_model(config)
     _check_data(config)
     _check_flat_rows(config)
-    return batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
+    plan = batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
+    if config.strategy.launcher is Launcher.deepspeed:
+        check_deepspeed(config, plan, devices.gpu)
+    return plan
+
+
+def _whose_strategy(config: DictConfig) -> str:
+    """Say which file makes the strategy that a refusal speaks of, where it is not the shipped one."""
+    if config.strategy.launcher is not Launcher.deepspeed:
+        return ""
+    file = deepspeed_file(config)
+    return "" if file.shipped else f" ({file.path} makes it {file.strategy}.)"
 
 
 def _check_flat_rows(config: DictConfig) -> None:
@@ -107,11 +127,9 @@ def cell_of(config: DictConfig, devices: Devices) -> Cell:
 
 
 def _known_strategy(config: DictConfig) -> str:
-    """Return the strategy, or for one of the user's own the shipped one with the same ZeRO stage."""
-    strategy = config.strategy
-    if strategy.name in STRATEGIES or strategy.launcher is not Launcher.deepspeed:
-        return str(strategy.name)
-    return f"zero{zero_stage(config)}"
+    """Return the shipped strategy that runs: its DeepSpeed JSON decides, whatever the strategy is called."""
+    launcher = config.strategy.launcher
+    return deepspeed_file(config).strategy if launcher is Launcher.deepspeed else str(launcher.value)
 
 
 def longest_row(config: DictConfig) -> int:
@@ -126,7 +144,7 @@ def _check_method(config: DictConfig) -> None:
     if method.name == "qlora" and method.bits not in (4, 8):
         raise ConfigError(f"`method.bits` is {method.bits}: write 4 or 8.")
     if method.name == "ia3":
-        if isinstance(method.target_modules, str) and method.target_modules != "auto":
+        if method.target_modules != "auto" and not (_are_names(method.target_modules) and method.target_modules):
             raise ConfigError(
                 f"`method.target_modules` is '{method.target_modules}': write auto or a list such as "
                 f"[k_proj,v_proj,down_proj]."
@@ -142,17 +160,13 @@ def _check_method(config: DictConfig) -> None:
         _check_prompt(config)
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, ListConfig) and all(isinstance(name, str) and name for name in value)
+
+
 def _check_lora(method: DictConfig) -> None:
-    if method.r < 1:
-        raise ConfigError(f"`method.r` is {method.r}: the rank is a whole number from 1.")
-    if not 0 <= method.dropout < 1:
-        raise ConfigError(f"`method.dropout` is {method.dropout}: write a share from 0 to below 1.")
-    if method.alpha <= 0:
-        raise ConfigError(f"`method.alpha` is {method.alpha}: with a scale of 0 nothing is learnt. Write 2 x r.")
-    if method.loraplus_ratio is not None and method.loraplus_ratio < 1:
-        raise ConfigError(f"`method.loraplus_ratio` is {method.loraplus_ratio}: write a number from 1, for example 16.")
     targets = method.target_modules
-    if isinstance(targets, str) and targets != "all-linear":
+    if targets != "all-linear" and not _are_names(targets):
         raise ConfigError(
             f"`method.target_modules` is '{targets}': write all-linear or a list such as [q_proj,v_proj]."
         )
@@ -172,13 +186,15 @@ def _check_lora(method: DictConfig) -> None:
 
 def _check_prompt(config: DictConfig) -> None:
     method = config.method
-    if method.virtual_tokens < 1:
-        raise ConfigError(f"`method.virtual_tokens` is {method.virtual_tokens}: write a whole number from 1.")
     if longest_row(config) < SHORTEST:
         raise ConfigError(
             f"`method.virtual_tokens` is {method.virtual_tokens} and `data.cutoff_len` {config.data.cutoff_len}: the "
             f"virtual tokens count, and {longest_row(config)} are left to a row. Write data.cutoff_len="
             f"{method.virtual_tokens + 256} or fewer virtual tokens."
+        )
+    if method.name == "prompt_tuning" and method.init_text is not None and not method.init_text.strip():
+        raise ConfigError(
+            "`method.init_text` is empty: write the text that the prompt begins as, or null for a random one."
         )
     if method.name == "prefix_tuning" and config.train.gradient_checkpointing:
         raise ConfigError(
@@ -189,8 +205,6 @@ def _check_prompt(config: DictConfig) -> None:
 
 def _check_strategy(config: DictConfig, devices: Devices, ranks: int) -> None:
     strategy = config.strategy
-    if ranks < 1:
-        raise ConfigError(f"`cluster.num_processes` is {ranks}: write a whole number from 1.")
     if strategy.launcher is Launcher.single and ranks != 1:
         raise ConfigError(
             f"`strategy=single` runs one process, but `cluster.num_processes` is {ranks}. Use strategy=ddp or "
@@ -201,8 +215,16 @@ def _check_strategy(config: DictConfig, devices: Devices, ranks: int) -> None:
             f"`cluster.num_processes` is {ranks}, but {devices.count} GPUs are visible. Write {devices.count} or less, "
             f"or check CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES and ROCR_VISIBLE_DEVICES."
         )
-    if strategy.launcher is Launcher.deepspeed:
-        deepspeed_file(config)
+    if strategy.launcher is not Launcher.deepspeed and strategy.deepspeed is not None:
+        raise ConfigError(
+            f"`strategy.deepspeed` is '{strategy.deepspeed}', and `strategy={strategy.name}` starts no DeepSpeed: use "
+            f"strategy=zero2, or leave strategy.deepspeed out."
+        )
+    if strategy.name in STRATEGIES and strategy.name != _known_strategy(config):
+        raise ConfigError(
+            f"`strategy.name` is '{strategy.name}', and `strategy.launcher={strategy.launcher.value}` starts another: "
+            f"write strategy={_known_strategy(config)}, or a name of your own."
+        )
 
 
 def _check_checkpointing(config: DictConfig) -> None:
@@ -240,78 +262,37 @@ def _check_compile(config: DictConfig, devices: Devices) -> None:
         )
 
 
-def deepspeed_file(config: DictConfig) -> str:
-    """Return the path of the strategy's DeepSpeed JSON."""
-    name = config.strategy.deepspeed
-    if name is None:
-        raise ConfigError(
-            "`strategy.launcher=deepspeed` needs `strategy.deepspeed`: a name in configs/deepspeed or a path."
-        )
-    shipped = DEEPSPEED_DIR / f"{name}.json"
-    path = shipped if shipped.is_file() else Path(name)
-    if not path.is_file():
-        names = sorted(file.stem for file in DEEPSPEED_DIR.glob("*.json"))
-        raise ConfigError(
-            f"`strategy.deepspeed` is '{name}': no such file, and not one of {', '.join(names)}."
-            f"{did_you_mean(name, names)}"
-        )
-    return str(path)
-
-
-def zero_stage(config: DictConfig) -> int:
-    """Return the ZeRO stage of the strategy's DeepSpeed JSON."""
-    settings = json.loads(Path(deepspeed_file(config)).read_text(encoding="utf-8"))
-    return int(settings.get("zero_optimization", {}).get("stage", 0))
-
-
-def _check_numbers(config: DictConfig) -> None:
-    train, data = config.train, config.data
-    positive = {
-        "train.learning_rate": train.learning_rate,
-        "train.epochs": train.epochs,
-        "train.max_steps": train.max_steps,
-        "train.logging_steps": train.logging_steps,
-        "train.eval_steps": train.eval_steps,
-        "train.save_steps": train.save_steps,
-        "train.save_total_limit": train.save_total_limit,
-        "train.timeout_minutes": train.timeout_minutes,
-        "train.neftune_alpha": train.neftune_alpha,
-        "train.early_stopping": train.early_stopping,
-        "data.max_samples": data.max_samples,
-        "data.workers": data.workers,
-        "data.shuffle_buffer": data.shuffle_buffer,
-        "cluster.threads_per_process": config.cluster.threads_per_process,
-    }
-    for key, value in positive.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"`{key}` is {value}: write a number above 0.")
+def _check_names(config: DictConfig) -> None:
+    train = config.train
     for key, value, names in (
         ("train.scheduler", train.scheduler, SCHEDULERS),
         ("train.optimizer", train.optimizer, OPTIMIZERS),
     ):
         if value not in names:
             raise ConfigError(f"`{key}` is '{value}'.{did_you_mean(value, names)} Choices: {', '.join(names)}.")
-    if not 0 <= train.warmup_ratio <= 1:
-        raise ConfigError(f"`train.warmup_ratio` is {train.warmup_ratio}: write a share from 0 to 1.")
-    if train.weight_decay < 0:
-        raise ConfigError(f"`train.weight_decay` is {train.weight_decay}: write a number from 0.")
-    _check_best(config)
-    if train.max_grad_norm < 0:
-        raise ConfigError(f"`train.max_grad_norm` is {train.max_grad_norm}: write 0 to turn clipping off.")
+    if train.scheduler == "polynomial" and train.learning_rate <= POLYNOMIAL_END:
+        raise ConfigError(
+            f"`train.learning_rate` is {train.learning_rate:g}, and `train.scheduler=polynomial` falls to "
+            f"{POLYNOMIAL_END:g}: write a higher rate, or train.scheduler=linear."
+        )
 
 
-def _check_best(config: DictConfig) -> None:
+def needs_held_out(config: DictConfig) -> str | None:
+    """Return a setting that looks at held-out rows, or None."""
+    wanted = {key: config.train[key] for key in ("keep_best", "early_stopping", "eval_steps")}
+    return next((f"train.{key}" for key, value in wanted.items() if value), None)
+
+
+def _check_held_out(config: DictConfig) -> None:
     train, data = config.train, config.data
-    for key, wanted in (("keep_best", train.keep_best), ("early_stopping", train.early_stopping)):
-        if not wanted:
-            continue
-        if not (data.eval_names or data.eval_split or data.eval_size):
-            raise ConfigError(
-                f"`train.{key}` looks at the eval loss, and nothing is held out: set data.eval_size, data.eval_names "
-                f"or "
-                f"data.eval_split."
-            )
-        if train.eval_steps is None:
+    key = needs_held_out(config)
+    if key and not (data.eval_names or data.eval_split or data.eval_size):
+        raise ConfigError(
+            f"`{key}` looks at the eval loss, and nothing is held out: set data.eval_size, data.eval_names or "
+            f"data.eval_split, or write {key}={'false' if train[key.rpartition('.')[2]] is True else 'null'}."
+        )
+    for key, on in (("keep_best", train.keep_best), ("early_stopping", train.early_stopping)):
+        if on and train.eval_steps is None:
             raise ConfigError(f"`train.{key}` compares evaluations: set train.eval_steps.")
     if train.keep_best and train.save_steps and train.save_steps != train.eval_steps:
         raise ConfigError(
@@ -320,14 +301,36 @@ def _check_best(config: DictConfig) -> None:
         )
 
 
+def _check_model(config: DictConfig) -> None:
+    model = config.model
+    if model.source is Source.embedded and model.path != EMBEDDED:
+        raise ConfigError(
+            f"`model.path` is '{model.path}', and `model.source=embedded` builds {EMBEDDED} on this machine: write "
+            f"model=folder model.path=... for a folder, with model.source=hub for a model of the Hub."
+        )
+    if model.revision is not None and model.source in (Source.embedded, Source.folder):
+        raise ConfigError(
+            f"`model.revision` is '{model.revision}', and `model.source={model.source.value}` has no revisions: leave "
+            f"it out."
+        )
+    if model.template:
+        template_file(model.template)
+    if model.source in (Source.hub, Source.modelscope) and not re.fullmatch(HUB_ID, model.path):
+        raise ConfigError(
+            f"`model.path` is '{model.path}', which is no name on a hub (ORG/NAME): for a folder write model=folder "
+            f"model.path=..., or model.source=folder."
+        )
+    for key, example in (("template_kwargs", "{enable_thinking: false}"), ("architecture", "{model_type: qwen2}")):
+        if not isinstance(model[key], (DictConfig, type(None))):
+            raise ConfigError(f"`model.{key}` is {model[key]!r}: write a mapping such as {example}.")
+
+
 def _check_data(config: DictConfig) -> None:
     data, train = config.data, config.train
+    if not data.cache_dir.strip():
+        raise ConfigError("`data.cache_dir` is empty: write a folder, for example ~/.cache/tunewright.")
     if data.cutoff_len < SHORTEST:
         raise ConfigError(f"`data.cutoff_len` is {data.cutoff_len}: write a number of tokens from {SHORTEST}.")
-    if data.eval_size < 0:
-        raise ConfigError(f"`data.eval_size` is {data.eval_size}: write a share below 1 or a number of rows.")
-    if not 0 <= data.max_dropped <= 1:
-        raise ConfigError(f"`data.max_dropped` is {data.max_dropped}: write a share from 0 to 1.")
     if data.train_on_prompt and data.mask_history:
         raise ConfigError(
             "`data.train_on_prompt` and `data.mask_history` are both true: one learns every token, the other only the "
@@ -338,17 +341,12 @@ def _check_data(config: DictConfig) -> None:
         raise ConfigError(
             f"{' and '.join(f'`data.{key}`' for key in held)} each say what is held out: keep one of them."
         )
-    if data.weights and (len(data.weights) != len(data.names) or min(data.weights) <= 0):
+    most = MOST_COPIES if data.mix is Mix.concat else math.inf
+    right = all(0 < weight <= most and math.isfinite(weight) for weight in data.weights)
+    if data.weights and not (right and len(data.weights) == len(data.names)):
         raise ConfigError(
             f"`data.weights` is {list(data.weights)}: write one positive number for each of the {len(data.names)} "
-            f"datasets of `data.names`."
-        )
-    if config.model.template:
-        template_file(config.model.template)
-    if not isinstance(config.model.template_kwargs, (DictConfig, type(None))):
-        raise ConfigError(
-            f"`model.template_kwargs` is {config.model.template_kwargs!r}: write a mapping such as "
-            f"{{enable_thinking: false}}."
+            f"datasets of `data.names`" + (f", at most {most:,} with data.mix=concat." if most < math.inf else ".")
         )
     if not data.streaming:
         return

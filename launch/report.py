@@ -33,6 +33,7 @@ from launch.compare import (
     is_correct,
     lookup,
     run_labels,
+    score_notes,
     series,
     write_atomically,
 )
@@ -343,7 +344,7 @@ def comparison_html(runs: Sequence[Run], path: Path, *, curves: bytes | None = N
     names = ", ".join(run_labels(runs))
     curves_note = "Solid lines: train loss. Dashed lines with markers: eval loss."
     sections = [
-        _section("Comparison", "", _table("run", runs, comparison_rows(runs))),
+        _section("Comparison", " ".join(score_notes(runs)), _table("run", runs, comparison_rows(runs))),
         _section("Loss curves", curves_note, _image(curves)),
         _differences_section(runs),
         _answers_section(runs),

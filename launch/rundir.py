@@ -3,7 +3,7 @@
 runs/NAME/config.yaml      resolved configuration
           manifest.json    identity, hardware, versions, what was proven about the ranks, results
           metrics.jsonl    one line for each log step
-          evaluation.json  held-out answers before and after
+          evaluation.json  held-out answers before and after; evaluation-N.json: of the first N rows alone
           final/           adapter or model, with tokenizer
           merged/          base and adapter in one, from `tunewright merge`
           checkpoints/     checkpoint-N
@@ -30,18 +30,18 @@ from typing import Any
 from filelock import Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from launch.compose import flatten
 from launch.errors import ConfigError, StorageError
 from launch.folders import LOCK, check_name, is_locked, locked, set_aside
 from launch.identity import differing_settings, digest, identity, table
+from launch.redaction import redact_tree
 from launch.schema import Resume
+from launch.trust import check_ours, sign
 
 # What a run makes in its folder. Nothing else in it is ever moved.
 RESULTS = ("final", "merged", "evaluation*.json")
 RECORDS = ("metrics.jsonl", "checkpoints", "tensorboard", "pissa_start", "merged-checkpoint-*", *RESULTS)
 LOGS = "logs"
 FILES = (*RECORDS, LOGS, "config.yaml", "accelerate.yaml", "manifest.json")
-SECRET = ("token", "secret", "password", "api_key")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ class RunDir:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    def partial_evaluation(self, rows: int) -> Path:
+        """Where answers to the first `rows` held-out rows alone are kept, beside those to all of them."""
+        return self.path / f"evaluation-{rows}.json"
 
     @property
     def final(self) -> Path:
@@ -102,7 +106,7 @@ class RunDir:
         return found
 
     def update_manifest(self, **values: Any) -> None:
-        write_json(self.manifest, {**self.read_manifest(), **values})
+        write_json(self.manifest, {**self.read_manifest(), **redact_tree(values)})
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest checkpoint that was written to its end as far as can be seen, or None."""
@@ -210,6 +214,7 @@ def _continued(config: DictConfig, run: RunDir, manifest: Mapping[str, Any]) -> 
                 f"(`train.save_steps` makes them). Choose another `name`, or write overwrite=true to start anew."
             )
         return Claim(run)
+    check_ours(run.config, manifest, trusted=config.trust, how="trust=true")
     reached = _read_state(checkpoint)
     asked, done = ("max_steps", "global_step") if train.max_steps is not None else ("epochs", "epoch")
     if reached.get(done, 0) > train[asked]:
@@ -315,6 +320,7 @@ def prepare_folder(config: DictConfig, claimed: Claim, inputs: Mapping[str, str]
         )
         run.logs.mkdir(exist_ok=True)
         run.config.write_text(redacted_yaml(config), encoding="utf-8")
+        run.update_manifest(signature=sign(run.config))
     except OSError as error:
         raise StorageError(f"Cannot write to the run folder {run.path}: {error.strerror}.") from error
     return aside
@@ -342,12 +348,8 @@ def _make_room(config: DictConfig, claimed: Claim) -> Path | None:
 
 
 def redacted_yaml(config: DictConfig) -> str:
-    """Return the configuration as YAML, with the values of keys that name a secret removed."""
-    copy = config.copy()
-    for key, value in list(flatten(OmegaConf.to_container(copy))):
-        if isinstance(value, str) and value and any(word in key.rpartition(".")[2].lower() for word in SECRET):
-            OmegaConf.update(copy, key, "REMOVED")
-    return OmegaConf.to_yaml(copy)
+    """Return the configuration as YAML, with references to environment variables where it holds their secrets."""
+    return OmegaConf.to_yaml(OmegaConf.create(redact_tree(OmegaConf.to_container(config, enum_to_str=True))))
 
 
 def git_state() -> dict[str, Any] | None:

@@ -124,7 +124,9 @@ class ModelConfig:
     # Any, because OmegaConf lets no key into a mapping that was empty.
     template_kwargs: Any = option(None, "variables for the chat template, for example {enable_thinking: false}")
     architecture: Any = option(
-        None, "the few numbers of its config.json that give its shape: for --dry-run where the model is not at hand"
+        None,
+        "the few numbers of its config.json that give its shape: for --dry-run where the model is not at hand; `of` "
+        "lists the paths that they are for",
     )
 
 
@@ -337,6 +339,9 @@ class Config:
     output_root: str = option("runs", "folder that holds run folders")
     offline: bool = option(False, "never use the network: what is not on this machine already is an error")
     resume: Resume = option(Resume.never, "auto continues this run if it was begun; must fails when there is none")
+    trust: bool = option(
+        False, "continue a run that somebody else made, also where its checkpoint would run code that it brings"
+    )
     overwrite: bool = option(False, "move what the run made before to OUTPUT_ROOT/.trash and start anew")
 
 

@@ -14,9 +14,11 @@ from omegaconf import DictConfig
 
 from launch.architecture import Architecture
 from launch.cells import verdict
+from launch.deepspeed import deepspeed_file
 from launch.errors import ConfigError
 from launch.hardware import Devices
 from launch.legality import cell_of, counted_in_tokens
+from launch.schema import Launcher
 
 # Paged optimisers need the unified memory of a GPU; what comes closest without.
 UNPAGED = {
@@ -63,7 +65,7 @@ def _layout(config: DictConfig, architecture: Architecture, devices: Devices) ->
 
 def _optimizer(config: DictConfig, devices: Devices) -> str | None:
     wanted = config.train.optimizer
-    offloaded = config.strategy.name.endswith("_offload")
+    offloaded = config.strategy.launcher is Launcher.deepspeed and deepspeed_file(config).offloads
     if wanted not in UNPAGED or (devices.gpu and not offloaded):
         return None
     config.train.optimizer = UNPAGED[wanted]

@@ -16,10 +16,12 @@ from launch.architecture import check_modules
 from launch.batching import BatchPlan
 from launch.command import Command, build_command, write_accelerate_config
 from launch.compose import compose_config, expand_sweep
+from launch.deepspeed import account, deepspeed_file
 from launch.errors import ConfigError
 from launch.hardware import Devices, find_devices
 from launch.legality import check
 from launch.rundir import Claim, check_inputs, claim, prepare_folder, sole_user
+from launch.schema import Launcher
 from launch.settle import settle
 from launch.supervise import AccelerateLauncher, run_ranks
 from trainer.process import rank_variables
@@ -67,7 +69,19 @@ def check_all(config: DictConfig, devices: Devices) -> tuple[BatchPlan, list[str
     architecture = ensure_architecture(config)
     settled = settle(config, architecture, devices)
     check_modules(config, architecture)
-    return plan, settled
+    return plan, [*settled, *_own_deepspeed_file(config)]
+
+
+def _own_deepspeed_file(config: DictConfig) -> list[str]:
+    """Let DeepSpeed look at a DeepSpeed JSON of the user's own, and say what becomes of its keys."""
+    if config.strategy.launcher is not Launcher.deepspeed:
+        return []
+    file = deepspeed_file(config)
+    if file.shipped:
+        return []
+    from trainer.deepspeed_check import ensure_accepted
+
+    return [account(file, config, ensure_accepted(config))]
 
 
 def sweep_jobs(overrides: Sequence[str], extra_dir: Path | None, *, multirun: bool) -> list[DictConfig]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from launch.demo import time_left
 from tests.conftest import manifest, read_metrics
 
 WAYS = {"zero2": ("DEEPSPEED", 2, 2), "zero3": ("DEEPSPEED", 3, 2), "qlora": ("NO", None, 1)}
@@ -64,7 +65,9 @@ def test_tensorboard_holds_the_curves_and_the_hyperparameters(demo: tuple[Path, 
 def test_held_out_accuracy_rises_in_every_run(demo: tuple[Path, Result]) -> None:
     for way in WAYS:
         result = json.loads((demo[0] / way / "evaluation.json").read_text(encoding="utf-8"))
-        assert result["examples"] == 80
+        assert result["examples"] == result["held_out"] == 80
+        low, high = result["tuned"]["interval_95"]
+        assert low < result["tuned"]["exact_match"] < high
         assert result["tuned"]["exact_match"] >= result["base"]["exact_match"] + 0.3
 
 
@@ -82,7 +85,17 @@ def test_the_comparison_is_printed_and_written(demo: tuple[Path, Result]) -> Non
 
 def test_progress_tells_the_time_left(demo: tuple[Path, Result]) -> None:
     assert re.search(r"step \d+/300  loss .* tokens/s .* \d+:\d\d left", demo[1].stdout)
+    assert re.search(r"\[1/4\] ZeRO-2 on two ranks\n", demo[1].stdout)
     assert re.search(r"\[2/4\] .*min left", demo[1].stdout)
+
+
+def test_the_time_left_is_told_from_what_was_measured_here() -> None:
+    assert time_left({}) == ""  # the first part has a time of its own in each line
+    fast, slow = time_left({"zero2": 45}), time_left({"zero2": 450})
+    assert "about 2.8 min left" in fast
+    assert "about 27.5 min left" in slow
+    assert "about 0.7 min left" in time_left({"zero2": 90, "zero3": 190, "qlora": 100})  # the answers are left
+    assert time_left({"zero2": 90, "zero3": 190, "qlora": 100}, evaluated=True) == ""
 
 
 def test_a_second_demo_trains_and_asks_nothing_again(demo: tuple[Path, Result], tunewright: Callable[..., Any]) -> None:

@@ -6,7 +6,6 @@ accelerate launch ... -m trainer strategy=zero2 train.epochs=1   the same settin
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from contextlib import ExitStack
@@ -15,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from launch.batching import batch_plan
-from launch.compose import choices, compose_config, load_config
+from launch.batching import BatchPlan, batch_plan
+from launch.compose import compose_config, load_config
+from launch.deepspeed import deepspeed_path, read
 from launch.errors import ConfigError, PeerError, TunewrightError
 from launch.hardware import find_devices
+from launch.redaction import redact, typed_secrets
 from launch.rundir import Claim, RunDir, check_inputs, claim, prepare_folder, run_dir, sole_user
-from launch.schema import Launcher
+from launch.schema import Dtype, Launcher
 from launch.train import check_all
 from trainer.inputs import planned_inputs, prepared_inputs
 from trainer.prepare import Prepared, ensure_prepared
@@ -60,7 +61,8 @@ def main(argv: list[str]) -> int:
     except TunewrightError as error:
         # One rank of a machine says it for all, but each knows for itself whom it waits for.
         if not error.shown and (_speaks() or isinstance(error, PeerError)):
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            told = redact(f"{type(error).__name__}: {error}", typed_secrets(argv))
+            print(told, file=sys.stderr, flush=True)
         return error.exit_code
     run = claimed.run
     if claimed.finished:
@@ -127,7 +129,8 @@ def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
     """Compose from the command line; the strategy is what the launcher around this process started."""
     overrides = [*_strategy_of_environment(argv), *argv, f"cluster.num_processes={world_size()}"]
     config = compose_config(overrides)
-    _, settled = check_all(config, find_devices())
+    plan, settled = check_all(config, find_devices())
+    settled += overruled(config, plan)
     if config.strategy.launcher is Launcher.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         raise ConfigError(
             f"`strategy={config.strategy.name}` is not what runs: this process was started without DeepSpeed. Use "
@@ -135,20 +138,35 @@ def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
         )
     claimed = claim(config) if rank() == 0 else Claim(run_dir(config))
     for text in (*settled, *claimed.remarks):
-        _say(text)
+        _say(redact(text))
     return config, claimed
+
+
+def overruled(config: DictConfig, plan: BatchPlan) -> list[str]:
+    """Say which values of an accelerate configuration of the user's own do not count, and what does."""
+    told = []
+    for name, found, setting in (
+        ("mixed_precision", "bf16" if config.model.dtype is Dtype.bfloat16 else "no", "model.dtype"),
+        ("gradient_accumulation_steps", str(plan.accumulation), "train.gradient_accumulation_steps"),
+        ("gradient_clipping", str(config.train.max_grad_norm), "train.max_grad_norm"),
+    ):
+        value = os.environ.get(f"ACCELERATE_{name.upper()}")
+        if value not in (None, "no", "none", "1", "auto", found):
+            told.append(f"accelerate's {name}={value} does not count: {setting} decides.")
+    return told
 
 
 def _strategy_of_environment(argv: list[str]) -> list[str]:
     if any(item.startswith("strategy=") for item in argv):
         return []
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        file = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""))
-        if file.stem in choices("strategy"):
-            return [f"strategy={file.stem}"]
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        if file:
+            quoted = file.replace("\\", "\\\\").replace("'", "\\'")
+            return [f"strategy={read(deepspeed_path(file)).strategy}", f"strategy.deepspeed='{quoted}'"]
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        if file.is_file():
-            stage = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+        if stage not in ("1", "2", "3"):
+            raise ConfigError(f"`zero_stage` of the accelerate configuration is {stage}: write 1, 2 or 3.")
         return [f"strategy=zero{stage}"]
     return ["strategy=ddp" if world_size() > 1 else "strategy=single"]
 

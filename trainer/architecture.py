@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from launch.architecture import Architecture, plain
 from launch.compose import load_config
@@ -23,28 +21,30 @@ from launch.errors import ConfigError, StorageError, TunewrightError
 from launch.rundir import write_json
 from launch.schema import Source
 from trainer import hub, tiny
+from trainer.aside import ask
 from trainer.models import cache_folder, find_model, quiet_libraries
 from trainer.process import imports_that_stay, leave
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FORMAT = 5  # of the kept files
+FORMAT = 7  # of the kept files
 
 
 def model_numbers(config: DictConfig) -> dict[str, Any]:
     """Return the content of the model's config.json, fetched where it is not on this machine: it is small.
 
-    Where that fails, `model.architecture` stands in for it, which may be another model's when `model.path` was set.
+    Where that fails, `model.architecture` stands in for it, if it is this model's.
 
     Raises:
+        ConfigError: it is damaged.
         StorageError: it cannot be fetched, and the configuration brings no numbers of its own.
     """
     model = config.model
     if model.source is Source.embedded:
         return tiny.NUMBERS
     folder = find_model(model, config.data.cache_dir)
-    given = plain(model.architecture) if model.architecture else None
+    given = _given_numbers(config)
     if folder:
         file: Path | None = folder / "config.json"
     else:
@@ -52,13 +52,37 @@ def model_numbers(config: DictConfig) -> dict[str, Any]:
         if file is None and not (given and config.offline):
             try:
                 file = hub.fetch_config(model, offline=config.offline)
-            except StorageError:
+            except StorageError as error:
                 if given is None:
-                    raise
+                    raise _without_numbers(config, error) from error
     if file is None:
         assert given is not None
         return given
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+    return _read_numbers(file)
+
+
+def _given_numbers(config: DictConfig) -> dict[str, Any] | None:
+    """Return `model.architecture`, unless it says that it is `of` other models than `model.path`."""
+    given = plain(config.model.architecture) or {}
+    return given or None if config.model.path in given.pop("of", [config.model.path]) else None
+
+
+def _without_numbers(config: DictConfig, error: StorageError) -> StorageError:
+    of = config.model.architecture and config.model.architecture.get("of")
+    other = f" (The numbers of `model.architecture` are those of {', '.join(of)} alone.)" if of else ""
+    return StorageError(f"{error}{other}")
+
+
+def _read_numbers(file: Path) -> dict[str, Any]:
+    try:
+        numbers = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"`model.path` is '{file.parent}', a folder without a config.json.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is damaged: {error}.") from error
+    if not isinstance(numbers, dict) or "model_type" not in numbers:
+        raise ConfigError(f"{file} names no `model_type`: it is not the config.json of a model.")
+    return numbers
 
 
 def find_architecture(config: DictConfig) -> Architecture | None:
@@ -79,7 +103,7 @@ def ensure_architecture(config: DictConfig) -> Architecture:
     found = find_architecture(config)
     if found:
         return found
-    _run("describe", config)
+    ask("trainer.architecture", "describe", config)
     found = find_architecture(config)
     if found is None:
         raise StorageError(f"The configuration of '{config.model.path}' vanished while it was read.")
@@ -88,7 +112,7 @@ def ensure_architecture(config: DictConfig) -> Architecture:
 
 def ensure_counts(config: DictConfig) -> tuple[int, int]:
     """Return (trainable, total) parameters that the configuration will train, counted on the meta device."""
-    trainable, total = json.loads(_run("count", config).splitlines()[-1])
+    trainable, total = json.loads(ask("trainer.architecture", "count", config).splitlines()[-1])
     return int(trainable), int(total)
 
 
@@ -103,29 +127,6 @@ def _file(config: DictConfig, numbers: dict[str, Any]) -> Path:
 def _wants_ia3(config: DictConfig) -> bool:
     """Whether to look up IA3's modules: PEFT, which knows them, takes a second or two to import."""
     return bool(config.method.name == "ia3")
-
-
-class _Failed(TunewrightError):
-    """The process said why on standard error."""
-
-    shown = True
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("the model's configuration could not be used, see above")
-        self.exit_code = exit_code
-
-
-def _run(task: str, config: DictConfig) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer.architecture", task],
-        input=OmegaConf.to_yaml(config),
-        encoding="utf-8",
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-    )
-    if done.returncode:
-        raise _Failed(done.returncode)
-    return done.stdout
 
 
 def hf_config(config: DictConfig, numbers: dict[str, Any]) -> PreTrainedConfig:
@@ -180,6 +181,10 @@ def describe(model: PreTrainedModel, *, ia3: bool = True) -> Architecture:
             return "linear"
         return "embedding" if isinstance(module, nn.Embedding) else ""
 
+    def sizes(module: nn.Module) -> list[int]:
+        rows, columns = module.weight.shape
+        return [columns, rows] if isinstance(module, Conv1D) else [rows, columns]
+
     names = {module: name for name, module in model.named_modules()}
     embedding, head, layers = model.get_input_embeddings(), model.get_output_embeddings(), decoder_layers(model)
     model_type, tables = model.config.model_type, [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -187,14 +192,17 @@ def describe(model: PreTrainedModel, *, ia3: bool = True) -> Architecture:
     return Architecture(
         model_type=model_type,
         modules={name: kind(module) for name, module in model.named_modules() if name},
+        sizes={name: sizes(module) for name, module in model.named_modules() if kind(module) == "linear"},
         head=names[head],
         embedding=names[embedding],
+        vocabulary=embedding.weight.shape[0],
         layers=names[layers],
         num_layers=len(layers),
         tied=bool(model.config.get_text_config().tie_word_embeddings),
         padding_free_problem=padding_free_problem(model.config, type(model)),
         positions=min(learnt) if learnt and _learns_positions(model.config) else None,
         ia3=_ia3_modules(model_type) if ia3 else None,
+        recomputes=bool(model.supports_gradient_checkpointing),
     )
 
 

@@ -184,6 +184,10 @@ def _nothing(pad_token_id: int) -> dict[str, np.ndarray]:
 
 
 def token_counts(batch: Batch) -> tuple[int, int]:
-    """Return (tokens that are not padding, tokens that carry a label) of a batch on the CPU."""
+    """Return (tokens of rows, without padding; tokens that carry a label) of a batch on the CPU.
+
+    Every row of a dataset has a token to learn (`render`), so where none is, the rank has no row: see `_nothing`.
+    """
     real = int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-    return real, int((batch["labels"] != IGNORED).sum())
+    scored = int((batch["labels"] != IGNORED).sum())
+    return (real, scored) if scored else (0, 0)

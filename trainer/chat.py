@@ -5,19 +5,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from launch.compose import load_config
 from trainer.data.turns import Message
-from trainer.generate import Answerer, run_of
+from trainer.generate import Answerer, open_run
+from trainer.inputs import check_base
 from trainer.prepare import prepare
 
 HELP = "Empty line or Ctrl-D ends, /reset forgets the conversation."
 
 
-def chat(path: Path, prompts: list[str] | None, system: str | None, max_new_tokens: int) -> int:
+def chat(
+    path: Path, prompts: list[str] | None, system: str | None, max_new_tokens: int, *, trusted: bool = False
+) -> int:
     """Answer the given prompts and stop, or ask for questions on the terminal."""
-    run = run_of(path, checkpoints=True)
-    config = load_config(run.config)
+    run, config = open_run(path, trusted=trusted, checkpoints=True)
     model_path = prepare(config, lambda line: None).model_path
+    check_base(run, model_path)
     base, tuned = Answerer(config, model_path), Answerer(config, model_path)
     with tuned.tuned(run):
         if prompts:

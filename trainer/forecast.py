@@ -28,6 +28,15 @@ def forecast(config: DictConfig, plan: BatchPlan) -> Iterator[str]:
         f"{config.model.name}, method={config.method.name}: {trainable:,} of {total:,} parameters are trained "
         f"({trainable / total:.3%})"
     )
+    yield from steps(config, plan)
+
+
+def steps(config: DictConfig, plan: BatchPlan) -> Iterator[str]:
+    """Yield lines about rows and optimiser steps.
+
+    Raises:
+        DataError: see `find_prepared` and `open_rows`.
+    """
     try:
         rows = training_rows(config)
     except StorageError as error:

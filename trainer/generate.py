@@ -12,8 +12,10 @@ import torch
 from omegaconf import DictConfig
 from peft import PeftModel
 
+from launch.compose import load_config
 from launch.errors import ConfigError
 from launch.rundir import RunDir
+from launch.trust import check_code, check_ours
 from trainer.checkpoints import learns_prompt
 from trainer.data.render import Renderer
 from trainer.models import load_model, load_tokenizer, quiet_libraries, stop_tokens, torch_dtype
@@ -42,24 +44,58 @@ def run_of(path: Path, *, checkpoints: bool = False) -> RunDir:
     return run
 
 
+def open_run(path: Path, *, trusted: bool, checkpoints: bool = False) -> tuple[RunDir, DictConfig]:
+    """Return the run folder at `path`, see `run_of`, with its configuration.
+
+    Raises:
+        ConfigError: there is no result; or it is somebody else's, or would run code, and is not `trusted`.
+    """
+    run = run_of(path, checkpoints=checkpoints)
+    check_ours(run.config, run.read_manifest(), trusted=trusted, how="--trust")
+    config = load_config(run.config)
+    check_code(config.model.trust_remote_code, config.model.path, trusted=trusted)
+    return run, config
+
+
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class Answerer:
-    """A tokenizer and a base model that gives greedy answers, with or without a run's adapter on it."""
+def weights_of(config: DictConfig, model_path: Path) -> tuple[Any, ...]:
+    """Return what decides the base model's weights: runs that agree in it can share one copy."""
+    model, method = config.model, config.method
+    common = model_path, model.dtype, model.trust_remote_code, model.random_weights
+    if method.name != "qlora":
+        return common
+    return (*common, method.bits, method.quant_type, method.double_quant, method.compute_dtype)
 
-    def __init__(self, config: DictConfig, model_path: Path) -> None:
+
+class Answerer:
+    """A tokenizer and a base model that gives greedy answers, with or without a run's adapter on it.
+
+    `weights` is a model that is loaded already, see `weights_of`; how it is asked is the configuration's own in any
+    case.
+    """
+
+    def __init__(self, config: DictConfig, model_path: Path, weights: Any = None) -> None:
         quiet_libraries()
         self.config = config
         self.tokenizer = load_tokenizer(model_path, config.model)
         self.renderer = Renderer.of(config, self.tokenizer)
         self.tokenizer.padding_side = "left"  # so that every prompt of a batch ends where its answer begins
         self.dtype = torch_dtype(config.model.dtype, device().type)
-        self.model: Any = load_model(model_path, config.model, self.dtype, method=config.method, device=device())
-        if config.method.name != "qlora":
-            self.model.to(device())
+        self.model: Any = self._load(model_path) if weights is None else weights
         self.model.eval()
+
+    def _load(self, model_path: Path) -> Any:
+        config = self.config
+        model = load_model(model_path, config.model, self.dtype, method=config.method, device=device())
+        return model if config.method.name == "qlora" else model.to(device())  # type: ignore[arg-type]
+
+    @property
+    def stops(self) -> list[int]:
+        """The ids that end an answer."""
+        return stop_tokens(self.model, self.tokenizer)
 
     @contextmanager
     def tuned(self, run: RunDir) -> Iterator[None]:
@@ -74,7 +110,9 @@ class Answerer:
                 prompt = adapted.active_peft_config.is_prompt_learning  # which leaves the base as it is
                 self.model = base if prompt else adapted.unload()
             return
-        self.model = load_model(run.final, self.config.model, self.dtype).to(device()).eval()
+        saved = self.config.model.copy()
+        saved.random_weights = False  # those were the ones that it began with
+        self.model = load_model(run.final, saved, self.dtype).to(device()).eval()
         try:
             yield
         finally:
@@ -97,7 +135,7 @@ class Answerer:
                 top_p=None,
                 top_k=None,
                 pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=stop_tokens(self.model, self.tokenizer),
+                eos_token_id=self.stops,
             )
         special = self.config.data.special_tokens_in_answers
         return [said(self.tokenizer, ids, special_tokens=special) for ids in output[:, start:].tolist()]

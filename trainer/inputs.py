@@ -11,9 +11,9 @@ import numpy as np
 from omegaconf import DictConfig
 
 from launch.batching import BatchPlan
+from launch.deepspeed import deepspeed_file
 from launch.errors import ConfigError
 from launch.identity import table
-from launch.legality import zero_stage
 from launch.rundir import RunDir
 from launch.schema import Launcher
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trainer.data.cache import CachedDataset
     from trainer.prepare import Prepared
 
+HELD_OUT = "held-out data"
 SAMPLES, SAMPLE_BYTES = 32, 1 << 14  # of each file of weights: no training leaves them all as they were
 
 
@@ -28,7 +29,7 @@ def planned_inputs(config: DictConfig, plan: BatchPlan) -> dict[str, str]:
     """Return what is known before anything is prepared: rows of a step, and what a checkpoint of ZeRO is cut by."""
     found = {"batch": f"about {plan.tokens} tokens" if plan.tokens else f"{plan.global_batch} {plan.unit}s a step"}
     if config.strategy.launcher is Launcher.deepspeed:
-        found["ranks of ZeRO"] = f"{plan.world_size} at stage {zero_stage(config)}"
+        found["ranks of ZeRO"] = f"{plan.world_size} at stage {deepspeed_file(config).stage}"
     return found
 
 
@@ -37,16 +38,29 @@ def prepared_inputs(config: DictConfig, prepared: Prepared) -> dict[str, str]:
     found = {"model": _folder(prepared.model_path)}
     if config.method.get("adapter"):
         found["adapter"] = _folder(Path(config.method.adapter))
-    for key, split in (("training data", "train"), ("held-out data", "eval")):
-        digest = hashlib.sha256()
-        for cached, chosen in prepared.cache.chosen(split):
-            if not len(chosen):
-                continue
-            digest.update(_tokens(cached, streaming=config.data.streaming))
-            digest.update(np.asarray(chosen, np.int64).tobytes())
-        examples, tokens, _ = prepared.cache.counts(split)
-        found[key] = f"{examples:,} examples of {tokens:,} tokens, {digest.hexdigest()[:16]}" if examples else "none"
-    return found
+    return {**found, "training data": _rows(config, prepared, "train"), HELD_OUT: _rows(config, prepared, "eval")}
+
+
+def _rows(config: DictConfig, prepared: Prepared, split: str) -> str:
+    digest = hashlib.sha256()
+    for cached, chosen in prepared.cache.chosen(split):
+        if not len(chosen):
+            continue
+        digest.update(_tokens(cached, streaming=config.data.streaming))
+        digest.update(np.asarray(chosen, np.int64).tobytes())
+    examples, tokens, _ = prepared.cache.counts(split)
+    return f"{examples:,} examples of {tokens:,} tokens, {digest.hexdigest()[:16]}" if examples else "none"
+
+
+def other_held_out(run: RunDir, config: DictConfig, prepared: Prepared) -> str | None:
+    """Return a remark where the rows that a run holds out are others now than when it was trained, else None.
+
+    A question about new rows is a fair one; that they are new, and may have been trained on, has to be said.
+    """
+    before, now = run.read_manifest().get("inputs", {}).get(HELD_OUT), _rows(config, prepared, "eval")
+    if before in (None, now):
+        return None
+    return f"{run.path.name}: held-out rows are others than when it was trained (then {before}; now {now})."
 
 
 def check_base(run: RunDir, model_path: Path) -> None:

@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from launch.compose import load_config
 from launch.errors import ConfigError, StorageError
 from launch.folders import check_name, set_aside
 from launch.rundir import RunDir, write_json
-from trainer.generate import run_of
+from trainer.generate import open_run
 from trainer.inputs import check_base
 from trainer.merge_check import Comparison, Judge, pick_rows
 from trainer.merge_weights import Adapted, Checkpoint, Written, adapter_config, size_of, write_merged
@@ -42,16 +41,16 @@ RECORD = "merge.json"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def adapted_run(path: Path) -> RunDir:
+def adapted_run(path: Path, *, trusted: bool = False) -> tuple[RunDir, DictConfig]:
     """Return a finished run, or the run of a checkpoint with that as its result, whose result is an adapter.
 
     Raises:
-        ConfigError: there is none, or the run trained a whole model.
+        ConfigError: there is none, or the run trained a whole model, or is not `trusted`, see `open_run`.
     """
-    run = run_of(path, checkpoints=True)
+    run, config = open_run(path, trusted=trusted, checkpoints=True)
     if not (run.final / "adapter_config.json").is_file():
         raise ConfigError(f"{run.final} is a whole model already, not an adapter: it needs no merge. Load it as it is.")
-    return run
+    return run, config
 
 
 def merge_run(
@@ -61,6 +60,7 @@ def merge_run(
     out: Path | None = None,
     overwrite: bool = False,
     max_shard: str = "2GB",
+    trusted: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Merge a run's adapter into its base, check the result, and return its folder.
@@ -70,10 +70,9 @@ def merge_run(
         StorageError: base and adapter do not fit, or what was written is not what base and adapter are together.
     """
     quiet_libraries()
-    run = adapted_run(path)
+    run, config = adapted_run(path, trusted=trusted)
     limit = parse_size(max_shard)
     adapter_config(run.final)  # says no before anything long begins
-    config = load_config(run.config)
     prepared = find_prepared(config) or prepare(config, say)
     model_path = prepared.model_path
     check_base(run, model_path)

@@ -62,8 +62,13 @@ class Judge:
 
         device = _device(model_path)
         base = load_model(model_path, self.config.model, self.dtype)
+        known = {id(parameter) for parameter in base.parameters()}
         adapted = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False, torch_device="cpu")
-        adapted.to(device=device, dtype=self.dtype).eval()
+        for parameter in adapted.parameters():
+            if id(parameter) not in known:
+                parameter.data = parameter.data.to(self.dtype)
+        # The base is in its format already, and not all of it in `dtype`: rotary frequencies lose by being rounded.
+        adapted.to(device).eval()
         self.adapter = _speak(adapted, self.rows, device)
         with adapted.disable_adapter():
             self.base = _speak(adapted, self.rows, device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
 import warnings
 import zipfile
@@ -104,6 +105,8 @@ class Adapted:
             StorageError: adapter and base do not fit each other.
         """
         self.checkpoint = checkpoint
+        self._base = base
+        self._buffers = {name for name, _ in base.named_buffers(remove_duplicate=False)}
         self.names = _checkpoint_names(base, checkpoint)  # the model's name of a tensor -> the file's
         self.tied: dict[str, str] = dict(base.all_tied_weights_keys or {})  # head -> embedding
         self.model = _with_adapter(folder, base)
@@ -122,6 +125,18 @@ class Adapted:
         """Return the path of the adapted layer in which the model's tensor lies, or None."""
         parts = name.split(".")
         return next((path for end in range(len(parts)) if (path := ".".join(parts[:end])) in self.layers), None)
+
+    def rounded(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether the model holds the tensor of this name in `dtype`, and not in the files' own format.
+
+        Buffers, and what an architecture keeps in float32, lose what they are for when they are rounded: the biases by
+        which a router balances its experts are smaller than a step of bfloat16.
+        """
+        kept = set(self._base._keep_in_fp32_modules_strict or ()) if dtype is not torch.float32 else set()
+        if dtype is torch.float16:
+            kept |= set(self._base._keep_in_fp32_modules or ())
+        in_float32 = any(re.search(rf"(^|\.){part}(\.|$)", name) for part in kept)
+        return name not in self._buffers and not in_float32
 
     def read(self, name: str) -> torch.Tensor:
         """Return the base's tensor of the model's name; a tied one may be in the files under its partner's name."""
@@ -364,7 +379,8 @@ def _tensors(adapted: Adapted, dtype: torch.dtype, written: Written) -> Iterator
         if ours is not None and (ours in adapted.replaced or adapted.layer_of(ours) is not None):
             yield from settled(adapted.merged(ours))
         else:
-            yield theirs, _cast(adapted.checkpoint.get(theirs), dtype, theirs)
+            tensor = adapted.checkpoint.get(theirs)
+            yield theirs, _cast(tensor, dtype if adapted.rounded(ours or theirs, dtype) else tensor.dtype, theirs)
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -15,25 +15,32 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from launch.batching import batch_plan
 from launch.compose import load_config
-from launch.errors import TunewrightError
+from launch.errors import ConfigError, TunewrightError, code_of
 from launch.hardware import find_devices
-from launch.legality import world_size
+from launch.legality import needs_held_out, world_size
+from launch.redaction import redact
 from launch.rundir import write_json
 from launch.schema import Source
+from launch.weights import shapes
 from trainer import tiny
+from trainer.architecture import ensure_architecture, find_architecture, model_numbers
 from trainer.data.cache import TokenCache, build_cache, describe, find_cache, open_rows, thread_count, wants_processes
 from trainer.data.render import Renderer
-from trainer.data.report import Report, make_report
+from trainer.data.report import Report, known_positions, make_report
 from trainer.data.report_text import remarks, report_text
 from trainer.data.workers import started_workers
 from trainer.models import cache_folder, fetch_model, find_model, load_tokenizer
 from trainer.preparation import Preparation
 from trainer.process import imports_that_stay, interrupt_may_come, leave
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ def find_prepared(config: DictConfig) -> Prepared | None:
 
     Raises:
         DataError: the registry or a data file cannot be used.
+        StorageError: a weight file is damaged.
     """
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the Hub's package, which reads it then
@@ -57,8 +65,49 @@ def find_prepared(config: DictConfig) -> Prepared | None:
         # The tokens' names depend on the tokenizer, but what is wrong with the data should be told now.
         open_rows(config)
         return None
+    for file in sorted(model_path.glob("*.safetensors")):
+        shapes(file)
     cache = find_cache(config, model_path)
-    return Prepared(model_path, cache) if cache else None
+    if cache is None:
+        return None
+    _check_held_out(config, cache)
+    return Prepared(model_path, cache)
+
+
+def _check_held_out(config: DictConfig, cache: TokenCache) -> None:
+    """Raise ConfigError where something looks at held-out rows and, by their numbers, there are none after all."""
+    key = needs_held_out(config)
+    if key and not any(len(examples) for _, examples in cache.chosen("eval")):
+        size = config.data.eval_size
+        found = f"`data.eval_size={size:g}` of these rows is none" if size else "no held-out row is left"
+        raise ConfigError(f"`{key}` looks at the eval loss, and {found}: hold more rows out.")
+
+
+def check_vocabulary(config: DictConfig, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compare the tokens that training uses with the rows of the model's embedding.
+
+    A tokenizer may know more than the model, so long as they are not used: some published ones do.
+
+    Raises:
+        ConfigError: one of them has no row.
+    """
+    rows = ensure_architecture(config).vocabulary
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"The tokenizer of '{config.model.path}' has no token that ends a text, and none to pad with: name one in "
+            f"its tokenizer_config.json (eos_token)."
+        )
+    if max(tokenizer.get_vocab().values()) < rows:
+        return
+    cache = prepared.cache
+    used = [(f"{cached.name} has", cached.largest_id()) for cached in (*cache.train, *cache.held_out)]
+    for where, token in [*used, ("padding is", tokenizer.pad_token_id)]:
+        if token >= rows:
+            raise ConfigError(
+                f"The tokenizer of '{config.model.path}' is larger than its model, which has embeddings for {rows:,} "
+                f"tokens: {where} {tokenizer.convert_ids_to_tokens(token)!r}, the id {token}. Take the model's own "
+                f"tokenizer, or enlarge the model (resize_token_embeddings) and save both."
+            )
 
 
 def prepare(config: DictConfig, say: Callable[[str], None] = print, *, weights: bool = True) -> Prepared:
@@ -78,6 +127,7 @@ def prepare(config: DictConfig, say: Callable[[str], None] = print, *, weights: 
         with started_workers(thread_count(config)) if wants_processes(config) else nullcontext() as processes:
             renderer = Renderer.of(config, load_tokenizer(model_path, config.model))
             cache = build_cache(config, model_path, renderer, _row_lines(say), processes)
+    _check_held_out(config, cache)
     return Prepared(model_path, cache)
 
 
@@ -108,7 +158,7 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False, preparation: Pre
     found = find_prepared(config)
     if found and (quiet or _remarks_file(config, found.cache).is_file()):
         if not quiet:
-            print("\n".join(_known(config, found.cache)), flush=True)
+            print(redact("\n".join(_known(config, found.cache))), flush=True)
         return found
     exit_code = (preparation or Preparation()).finish(config, quiet=quiet)
     if exit_code:
@@ -118,7 +168,10 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False, preparation: Pre
 
 
 def _remarks_file(config: DictConfig, cache: TokenCache) -> Path:
-    return cache_folder(config.data.cache_dir) / "remarks" / f"{cache.fingerprint}.json"
+    # Another model may have the same tokenizer, an embedding that is too small for it, and fewer positions.
+    architecture = find_architecture(config)
+    rows, positions = architecture.vocabulary if architecture else None, known_positions(model_numbers(config))
+    return cache_folder(config.data.cache_dir) / "remarks" / f"{cache.fingerprint}-{rows}-{positions}.json"
 
 
 def keep_remarks(config: DictConfig, cache: TokenCache, report: Report) -> None:
@@ -134,11 +187,11 @@ def _known(config: DictConfig, cache: TokenCache) -> list[str]:
     return [*describe(cache), *(f"  ! {text}" + (f" ({details[0]})" if details else "") for text, *details in found)]
 
 
-def _report(config: DictConfig, prepared: Prepared) -> Report:
+def _report(config: DictConfig, prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Report:
     """Report on data that was just made ready, as `tunewright data check` does."""
     ranks = world_size(config, find_devices())
     plan = batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
-    return make_report(prepared.cache, config, plan, load_tokenizer(prepared.model_path, config.model))
+    return make_report(prepared.cache, config, plan, tokenizer)
 
 
 class PrepareFailed(TunewrightError):
@@ -148,7 +201,7 @@ class PrepareFailed(TunewrightError):
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("the data or the model could not be prepared, see above")
-        self.exit_code = exit_code
+        self.exit_code = code_of(exit_code)
 
 
 def main() -> int:
@@ -165,10 +218,12 @@ def main() -> int:
         if not told:
             return 0  # whoever began this ended without an order
         config = load_config(io.StringIO(told))
-        prepared = prepare(config, lambda line: print(line, flush=True))
-        report = _report(config, prepared)
+        prepared = prepare(config, lambda line: print(redact(line), flush=True))
+        tokenizer = load_tokenizer(prepared.model_path, config.model)
+        check_vocabulary(config, prepared, tokenizer)
+        report = _report(config, prepared, tokenizer)
         keep_remarks(config, prepared.cache, report)
-        print(report_text(report), flush=True)
+        print(redact(report_text(report)), flush=True)
     except TunewrightError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

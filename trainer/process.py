@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from launch.errors import ConfigError, PeerError, TunewrightError
+from launch.redaction import redact
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -148,6 +149,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """Show a line to the user, from the first rank only, and keep it in the log."""
+        text = redact(text)
         print(text)
         if rank() == 0:
             # Nobody reads any more (`| head`): the log has the line.
@@ -172,10 +174,10 @@ def reported_errors(logs: Path, console: Console) -> Iterator[None]:
             "time": time.time(),
             "type": type(known).__name__,
             "exit_code": getattr(known, "exit_code", 70),
-            "message": str(known) or type(known).__name__,
-            "traceback": traceback.format_exc(),
+            "message": redact(str(known)) or type(known).__name__,
+            "traceback": redact(traceback.format_exc()),
         }
-        traceback.print_exc()
+        print(record["traceback"], file=sys.stderr)
         (logs / f"rank{rank()}.error.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
         console.fail(f"Rank {rank()} failed: {record['type']}: {record['message']} (log: {console.log_path})")
         # Without waiting for the others: a rank that still sits in a collective would hold the exit up.

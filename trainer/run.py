@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -21,16 +20,18 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from launch.batching import BatchPlan, batch_plan
+from launch.deepspeed import deepspeed_file
 from launch.errors import ConfigError, StorageError
-from launch.legality import zero_stage
+from launch.metrics import final_train_loss, mean_train_loss, read_metrics
 from launch.rundir import RunDir
 from launch.schema import Launcher
 from trainer import attention
-from trainer.checkpoints import keep_pissa_start, save_as_plain_lora, starts_as_pissa
+from trainer.checkpoints import keep_pissa_start, plain_data_only, save_as_plain_lora, starts_as_pissa
 from trainer.compiled import compile_layers
 from trainer.data.cache import TokenCache, as_json
 from trainer.data.render import Renderer
 from trainer.data.stream import TokenStream
+from trainer.deepspeed_check import for_trainer
 from trainer.methods import adapt, parameter_counts
 from trainer.models import load_model, load_tokenizer, stop_tokens, torch_dtype
 from trainer.process import Console, launched
@@ -38,6 +39,7 @@ from trainer.recomputation import FitRecomputation
 from trainer.sft import MetricsFile, StepTimer, TunewrightTrainer
 from trainer.telemetry import hardware, over_ranks, peak_memory
 
+SHARE_BELOW_ONE = math.nextafter(1.0, 0.0)  # transformers reads 1.0 of all steps as one step, and this as all of them
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "trl", "datasets", "bitsandbytes", "hydra-core")
 
 
@@ -65,7 +67,7 @@ def train(
     args = _arguments(config, run, plan, device, deepspeed)
     if deepspeed is not None:
         # Trainer fills this from `args.bf16`, which would add autocast on top and is refused on a CPU.
-        args.hf_deepspeed_config.config["bf16"] = {"enabled": dtype is torch.bfloat16}
+        args.hf_deepspeed_config.config["bf16"]["enabled"] = dtype is torch.bfloat16
         args.hf_deepspeed_config._dtype = dtype
 
     tokenizer = load_tokenizer(model_path, config.model)
@@ -97,7 +99,8 @@ def train(
         layers = compile_layers(trainer.model)
         console.say(f"Compiling the {layers} layers during the first step.")
     trainer.remove_callback(PrinterCallback)
-    callbacks = [StepTimer(trainer.meter), MetricsFile(run.metrics), Progress(console), Proof(config, run, trainer)]
+    metrics = MetricsFile(run.metrics, trainer.meter, started)
+    callbacks = [StepTimer(trainer.meter), metrics, Progress(console), Proof(config, run, trainer)]
     if state.is_main_process:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
     if config.train.gradient_checkpointing == "auto":
@@ -124,18 +127,18 @@ def train(
         f"{str(dtype).removeprefix('torch.')} on {state.num_processes} x {device.type}: "
         f"{plan.describe()}"
     )
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with plain_data_only(deepspeed=deepspeed is not None, trusted=config.trust):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_dataset is not None and not _evaluated_at(run, trainer.state.global_step):
         trainer.evaluate()
     trainer.save_model(str(run.final))
     if pissa and state.is_main_process:
         save_as_plain_lora(trainer.accelerator.unwrap_model(trainer.model), run.path, run.final)
     state.wait_for_everyone()
-    seconds = time.perf_counter() - started
     memory = max(row[0] for row in over_ranks([peak_memory(device)], device))
     if state.is_main_process:
         verify_saved(run.final)
-        _finish(run, trainer, result.metrics["train_loss"], seconds, memory)
+        _finish(run, trainer, metrics.wall_seconds(), memory)
     console.say(f"Saved to {run.final}")
 
 
@@ -150,25 +153,10 @@ def _deepspeed_config(config: DictConfig) -> dict[str, Any] | None:
         return None
     from accelerate.utils import DeepSpeedPlugin
 
-    settings = copy.deepcopy(DeepSpeedPlugin().deepspeed_config)
+    settings = DeepSpeedPlugin().deepspeed_config
     # The fields of an accelerate YAML are in `settings` now. accelerate would refuse them beside settings of ours.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    # accelerate's own fields, and what the trainer has to decide: the batch is the plan's.
-    for key in (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    ):
-        settings[key] = "auto"
-    for key in ("fp16", "amp"):
-        settings.pop(key, None)
-    settings["bf16"] = {"enabled": "auto"}
-    # Optimisers of transformers' names are not on DeepSpeed's list of tested ones.
-    settings["zero_allow_untested_optimizer"] = True
-    if "offload_optimizer" in settings.get("zero_optimization", {}):
-        settings["zero_force_ds_cpu_optimizer"] = False
-    return settings
+    return for_trainer(settings)
 
 
 def _arguments(
@@ -183,7 +171,7 @@ def _arguments(
         max_steps=train.max_steps or -1,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.scheduler,
-        warmup_steps=train.warmup_ratio,
+        warmup_steps=min(train.warmup_ratio, SHARE_BELOW_ONE),
         optim=train.optimizer,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
@@ -269,7 +257,7 @@ def check_facts(facts: dict[str, Any], config: DictConfig) -> None:
     if launcher is Launcher.ddp:
         expected["type"] = "MULTI_CPU" if facts["device"] == "cpu" else "MULTI_GPU"
     if launcher is Launcher.deepspeed:
-        expected |= {"engine": "DeepSpeedEngine", "zero_stage": zero_stage(config)}
+        expected |= {"engine": "DeepSpeedEngine", "zero_stage": deepspeed_file(config).stage}
     if config.cluster.num_processes is not None:
         expected["world_size"] = config.cluster.num_processes
     wrong = {key: (value, facts[key]) for key, value in expected.items() if facts[key] != value}
@@ -293,10 +281,6 @@ class Progress(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.first is None:
             self.first = (state.global_step, time.monotonic())
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last steps are reported whatever `logging_steps` is
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "eval_loss" in logs:
@@ -338,13 +322,12 @@ def verify_saved(folder: Path) -> None:
 def _evaluated_at(run: RunDir, step: int) -> bool:
     if not run.metrics.is_file():
         return False
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(run.metrics)
     return any(line["step"] == step and "eval_loss" in line for line in lines)
 
 
-def _finish(run: RunDir, trainer: TunewrightTrainer, mean_loss: float, seconds: float, memory: float) -> None:
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+def _finish(run: RunDir, trainer: TunewrightTrainer, seconds: float, memory: float) -> None:
+    lines = read_metrics(run.metrics)
     evals = [line["eval_loss"] for line in lines if "eval_loss" in line]
     kept = trainer.state.best_metric if trainer.args.load_best_model_at_end else evals[-1] if evals else None
     trained = [line for line in lines if "step_seconds" in line]
@@ -352,8 +335,8 @@ def _finish(run: RunDir, trainer: TunewrightTrainer, mean_loss: float, seconds: 
     tokens = sum(line["step_tokens"] for line in trained)
     mfu = [line["mfu"] * line["step_seconds"] for line in trained if "mfu" in line]
     final = {
-        "train_loss": losses[-1] if losses else None,
-        "mean_train_loss": mean_loss,
+        "train_loss": final_train_loss(lines),
+        "mean_train_loss": mean_train_loss(lines),
         "eval_loss": kept,
     }
     _write_hyperparameters(run, final)
@@ -366,7 +349,7 @@ def _finish(run: RunDir, trainer: TunewrightTrainer, mean_loss: float, seconds: 
         tokens_seen=int(tokens),
         tokens_per_second=tokens / step_seconds if step_seconds else None,
         mfu=sum(mfu) / step_seconds if mfu and step_seconds else None,
-        peak_memory_bytes=int(memory),
+        peak_memory_bytes=int(max([memory, *(line["peak_memory_bytes"] for line in trained)])),
         final=final,
     )
 

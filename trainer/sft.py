@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,11 @@ class TunewrightTrainer(SFTTrainer):
 
     # Loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.meter.add_loss(loss.detach())
+        return loss
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
         self.meter.start_step()  # fetching batches is part of a step
         batches, num_items = super().get_batch_samples(*args, **kwargs)
@@ -206,6 +212,14 @@ class TunewrightTrainer(SFTTrainer):
 
     # Log
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint continues the log up to its step, and evaluation may be what ends the training: nothing that was
+        # trained may be missing in the log then, whatever `logging_steps` is.
+        control = self.control
+        if control.should_save or control.should_evaluate or control.should_training_stop:
+            control.should_log = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def floating_point_ops(self, inputs: Batch) -> float:
         """Return the FLOPs of a batch. transformers walks through all parameters for it, in every step."""
         tokens = inputs["input_ids"].numel()
@@ -220,6 +234,8 @@ class TunewrightTrainer(SFTTrainer):
     def _figures(self) -> dict[str, float]:
         """Return speed and memory since the last log line. Every rank has to call it."""
         tokens, scored, seconds = self.meter.take()
+        losses = over_ranks(self.meter.take_losses(), self.args.device)
+        self.meter.logged_losses = [sum(step) / len(step) for step in zip(*losses, strict=True)]
         ranks = over_ranks([tokens, scored, seconds, peak_memory(self.args.device)], self.args.device)
         all_tokens, all_scored = sum(row[0] for row in ranks), sum(row[1] for row in ranks)
         elapsed = max(row[2] for row in ranks) or math.inf
@@ -262,11 +278,20 @@ def _refuse_non_finite(logs: dict[str, float], step: int) -> None:
 
 
 class MetricsFile(TrainerCallback):
-    """metrics.jsonl: what goes to TensorBoard, one JSON object for each log line."""
+    """metrics.jsonl: what goes to TensorBoard, one JSON object for each log line, and the loss of each of its steps.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Tokens and seconds go on counting where a run is continued. `started` is when this process was, on the clock of
+    `time.perf_counter`.
+    """
+
+    def __init__(self, path: Path, meter: Meter, started: float) -> None:
+        self.path, self.meter, self.started = path, meter, started
         self.tokens_seen = 0.0
+        self.seconds_before = 0.0  # of the run before this process, up to the checkpoint that it continues
+
+    def wall_seconds(self) -> float:
+        """Return the seconds of the run until now, over all its processes."""
+        return self.seconds_before + time.perf_counter() - self.started
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -276,7 +301,10 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
         self.tokens_seen += logs.get("step_tokens", 0)
-        line = {"step": state.global_step, "epoch": state.epoch, "tokens_seen": int(self.tokens_seen), **logs}
+        counted = {"tokens_seen": int(self.tokens_seen), "wall_seconds": self.wall_seconds()}
+        line = {"step": state.global_step, "epoch": state.epoch, **counted, **logs}
+        if "loss" in logs:
+            line["step_losses"] = self.meter.logged_losses
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -287,6 +315,7 @@ class MetricsFile(TrainerCallback):
         lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         kept = [line for line in lines if line["step"] <= step]
         self.tokens_seen = max((line["tokens_seen"] for line in kept), default=0)
+        self.seconds_before = max((line.get("wall_seconds", 0.0) for line in kept), default=0.0)
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 

@@ -92,7 +92,7 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass
 class Meter:
-    """Tokens and seconds of training steps, without the time that evaluation and saving take."""
+    """Tokens, seconds and losses of training steps, without the time that evaluation and saving take."""
 
     tokens: int = 0
     scored: int = 0
@@ -100,6 +100,11 @@ class Meter:
     total_tokens: int = 0
     total_scored: int = 0
     total_seconds: float = 0.0
+    losses: list[torch.Tensor] = field(default_factory=list, repr=False)  # of each step, this rank's
+    logged_losses: list[float] = field(
+        default_factory=list, repr=False
+    )  # of each step of the last log line, all ranks'
+    _loss: torch.Tensor | None = field(default=None, repr=False)
     _started: float | None = field(default=None, repr=False)
 
     def start_step(self) -> None:
@@ -109,6 +114,19 @@ class Meter:
         if self._started is not None:
             self.seconds += time.perf_counter() - self._started
             self._started = None
+        if self._loss is not None:
+            self.losses.append(self._loss)
+            self._loss = None
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's loss to that of its step; nothing waits for the device."""
+        self._loss = loss.clone() if self._loss is None else self._loss + loss
+
+    def take_losses(self) -> list[float]:
+        """Return this rank's loss of each step since the last call."""
+        taken = torch.stack(self.losses).double().tolist() if self.losses else []
+        self.losses = []
+        return taken
 
     def add(self, tokens: int, scored: int) -> None:
         self.tokens += tokens

@@ -100,7 +100,7 @@ def _build(folder: Path, progress: Progress) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # ours tells how far it is
-    tokenizer = _train_tokenizer()
+    tokenizer = train_tokenizer()
     # No device and no global seed is touched: the same weights come out wherever this runs.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -170,7 +170,7 @@ def _lines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in CORPUS.read_text(encoding="utf-8").splitlines() if line]
 
 
-def _train_tokenizer() -> Any:
+def train_tokenizer() -> Any:
     """Train a vocabulary for Qwen2's own tokenizer, which is what transformers loads for a Qwen2 model."""
     from tokenizers import pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer

@@ -90,8 +90,6 @@ def environment(site: Path | None = None) -> dict[str, str]:
             install(site, sys.executable)
     if site is not None:
         paths.insert(1, str(site))
-    if (KIT / "cache").is_dir():
-        env.setdefault("TUNEWRIGHT_CACHE", str(KIT / "cache"))
     return {**env, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 

@@ -1,9 +1,9 @@
 """Everything of the GPU kit that can be tried without a GPU: python bench/gpu/rehearse.py
 
 Builds an environment like that of a machine with a GPU (image.txt, in .venv-gpu-image), gathers the wheels that such a
-machine lacks (carried.txt) and the embedded model into .gpu-kit, checks the calls that only a GPU reaches against the
+machine lacks (carried.txt) into .gpu-kit/wheels, checks the calls that only a GPU reaches against the
 installed versions (signatures.py), and runs the kit with small shapes on the CPU. Then, on the machine with the GPU:
-the repository with .gpu-kit in it, and `make gpu-check`.
+the repository with .gpu-kit/wheels in it, and `make gpu-check`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def interpreter() -> str:
     if found and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
         return found
     print(
-        f"There is no Python {PYTHON} here (GPU_PYTHON= names one): rehearsing with {sys.version.split()[0]}; compiled wheels are for that."
+        f"There is no Python {PYTHON} here (GPU_PYTHON= names one): rehearsing with {sys.version.split()[0]}; "
+        "compiled wheels are for that."
     )
     return sys.executable
 
@@ -93,11 +94,8 @@ def main() -> int:
     site = KIT / f"site-{version.strip()}"
     if not site.exists():
         install(site, str(python))
-    env = {**environment(site), "TUNEWRIGHT_CACHE": str(KIT / "cache")}
-    build_model = (
-        "from pathlib import Path; from trainer.tiny import build_tiny; import sys; build_tiny(Path(sys.argv[1]))"
-    )
-    run([str(python), "-c", build_model, str(KIT / "cache")], **env)
+    # Threads that spin while they wait make a busy machine several times slower.
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **environment(site)}
     run([str(python), str(HERE / "signatures.py")], **env)
     if not args.no_parts:
         out = KIT / "rehearsal"

@@ -124,17 +124,15 @@ def training(overrides: list[str], device: torch.device, scratch: Path) -> dict[
 
 def _model(scratch: Path) -> Path:
     """Write a small random model once, so that both devices begin with the same weights."""
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from trainer import tiny
-    from trainer.models import cache_folder
 
     folder = scratch / "model"
     if not folder.exists():
-        source = tiny.build_tiny(cache_folder(os.environ.get("TUNEWRIGHT_CACHE", "~/.cache/tunewright")))
         torch.manual_seed(0)
         Qwen2ForCausalLM(Qwen2Config(**tiny.SHAPE)).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        tiny.train_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -17,10 +17,10 @@ import pytest
 from launch.architecture import Architecture, check_modules
 from launch.compose import compose_config
 from launch.errors import ConfigError
-from launch.hardware import Devices
+from launch.hardware import Devices, find_devices
 from launch.legality import check
 from tests.conftest import REPOSITORY
-from trainer.architecture import describe, empty_model, hf_config
+from trainer.architecture import _given_numbers, describe, empty_model, hf_config, model_numbers
 
 SIZES = {
     "vocab_size": 512,
@@ -132,6 +132,13 @@ def test_what_is_kept_is_what_was_found(name: str, architecture: Describe, tmp_p
         ("qwen2_tied", "method.modules_to_save=[embed_tokens]", "would part them"),
         ("llama", "method.modules_to_save=[wte]", "`method.modules_to_save` has 'wte'"),
         ("llama", "method.modules_to_save=[wte]", "Did you mean embed_tokens?"),
+        ("llama", "method.modules_to_save=[q_proj] method.target_modules=[q_proj,v_proj]", "leave one of them out"),
+        ("llama", "method.modules_to_save=[mlp] method.target_modules=[v_proj,up_proj]", "adapts with 'up_proj'"),
+        ("llama", "method=qlora method.modules_to_save=[q_proj]", "quantises to 4 bits"),
+        ("llama", "method=qlora method.bits=8 method.modules_to_save=[mlp]", "quantises to 8 bits"),
+        ("llama", "method=ia3 method.target_modules=[k_proj,lm_head]", "method=freeze method.extra_modules=[lm_head]"),
+        ("qwen2_tied", "method=ia3 method.target_modules=[lm_head]", "one weight for both"),
+        ("llama", "method=freeze method.layers=0 method.extra_modules=[mlp]", "inside the layers: name it in"),
         ("llama", "method=freeze method.layers=3", "the model has 2 layers: write a number from -2 to 2"),
         ("llama", "method=freeze method.layers=-3", "the model has 2 layers"),
         ("llama", "method=freeze method.modules=[lm_head]", "outside the layers: name it in method.extra_modules"),
@@ -234,11 +241,52 @@ def test_a_known_architecture_is_checked_without_importing_torch(tmp_path: Path)
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_numbers_of_a_choice_are_not_taken_for_another_model(tunewright: Any, tmp_path: Path) -> None:
+    command = ["train", "model=qwen2_5_7b", "--dry-run", "offline=true", f"output_root={tmp_path}"]
+    away = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_CACHE": str(tmp_path / "hf" / "hub")}
+    other = tunewright(*command, "model.path=org/other", **away)
+    assert other.returncode == 4
+    assert "`model.path` is 'org/other'" in other.stderr
+    assert "`model.architecture` are those of Qwen/Qwen2.5-7B-Instruct alone" in other.stderr
+    assert "parameters" not in other.stdout
+    config = compose_config(["model=qwen2_5_7b", "model.path=org/other", "offline=true"])
+    assert _given_numbers(config) is None
+    config.model.path = "Qwen/Qwen2.5-7B-Instruct"
+    numbers = _given_numbers(config)
+    assert numbers is not None
+    assert (numbers["hidden_size"], "of" in numbers) == (3584, False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.path=org/other"], "`model.source=embedded` builds tiny on this machine"),
+        (["model.revision=main"], "`model.source=embedded` has no revisions"),
+        (["model.architecture=3"], "write a mapping such as {model_type: qwen2}"),
+    ],
+)
+def test_a_model_that_would_not_be_the_one_named_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check(compose_config(overrides), find_devices())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(None, "without a config.json"), ("{", "is damaged"), ("[]", "names no `model_type`")],
+)
+def test_a_folder_with_a_broken_configuration_is_refused(text: str | None, said: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        model_numbers(compose_config(["model=folder", f"model.path={tmp_path}"]))
+
+
 @pytest.mark.parametrize("source", ["hub", "modelscope"])
 def test_a_hubs_model_is_checked_before_its_weights_are_fetched(
     source: str, tunewright: Any, tiny_model: Path, hub_server: Any, tmp_path: Path
 ) -> None:
-    """Although the choice of `model` brings another model's numbers: they stand in where nothing can be fetched."""
+    """Although the choice of `model` brings another model's numbers."""
     repository = tmp_path / "hub" / "models" / "org" / "mine"
     shutil.copytree(tiny_model, repository)
     assert (repository / "model.safetensors").is_file()

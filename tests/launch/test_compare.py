@@ -24,6 +24,7 @@ from launch.compare import (
     render_markdown,
     render_table,
     run_labels,
+    score_notes,
     series,
 )
 from launch.errors import ConfigError, StorageError
@@ -130,8 +131,9 @@ class TestFigures:
             "peak memory (largest rank)": "774.7 MiB",
             "final train loss": "0.1234",
             "final eval loss": "0.5678",
-            "exact match before": "0.0%",
-            "exact match after": "91.2%",
+            "held-out rows": "80",
+            "exact match before": "0.0% (0.0 to 4.6)",
+            "exact match after": "91.2% (83.0 to 95.7)",
             "device": "EPYC (cpu)",
         }
 
@@ -291,6 +293,60 @@ class TestHeldOutAnswers:
         held_out = held_out_answers(runs, 1)
         assert held_out.questions == (("Capital of Y?", "Rima"),)
         assert held_out.available == 2
+
+
+def answered(right: list[bool], *, first: int = 0) -> list[dict[str, str]]:
+    """Rows whose tuned answers are right or wrong as told, numbered from `first`."""
+    return [
+        {"prompt": f"p{number}", "expected": "yes", "base": "no", "tuned": "yes" if one else "no"}
+        for number, one in enumerate(right, first)
+    ]
+
+
+class TestScores:
+    """What a share of right answers is worth beside another."""
+
+    def notes(self, tmp_path: Path, **rows: list[dict[str, str]]) -> list[str]:
+        return score_notes([load_run(make_run(tmp_path, name, rows=answers)) for name, answers in rows.items()])
+
+    def test_shares_of_different_rows_are_not_shown_without_a_word(self, tmp_path: Path) -> None:
+        whole, part = answered([True] * 58 + [False] * 22), answered([True] * 14 + [False] * 2)
+        assert self.notes(tmp_path, a=whole, b=part) == [
+            "The runs were not asked the same held-out rows (a 80, b 16): their shares do not compare.",
+            "On the 16 rows that all were asked, exact match after: a 100.0% (80.6 to 100.0), b 87.5% (64.0 to 96.5).",
+            "16 rows do not tell b from the best, a (McNemar's exact test, 95%).",
+        ]
+
+    def test_runs_without_a_row_in_common(self, tmp_path: Path) -> None:
+        notes = self.notes(tmp_path, a=answered([True]), b=answered([True], first=1))
+        assert notes == ["The runs were not asked the same held-out rows (a 1, b 1): their shares do not compare."]
+
+    def test_runs_that_the_rows_tell_apart_need_no_word(self, tmp_path: Path) -> None:
+        assert self.notes(tmp_path, a=answered([True] * 9 + [False]), b=answered([False] * 10)) == []
+        assert self.notes(tmp_path / "alone", a=answered([True])) == []
+
+    def test_rows_that_are_alike_count_each(self, tmp_path: Path) -> None:
+        twice = [{"prompt": "go on", "expected": "yes", "base": "no", "tuned": "yes"}] * 2
+        (note,) = self.notes(tmp_path, a=twice, b=twice)
+        assert note.startswith("2 rows do not tell b from the best, a")
+
+    def test_they_stand_below_the_table_in_every_format(self, tmp_path: Path) -> None:
+        runs = [make_run(tmp_path, name, rows=answered([True] * 3)) for name in "ab"]
+        out = compare(runs, tmp_path / "out", echo=lambda _: None)
+        for name in ("comparison.txt", "comparison.md", "comparison.html"):
+            assert "3 rows do not tell b from the best, a" in (out / name).read_text(encoding="utf-8")
+
+    def test_a_part_stands_in_where_all_rows_were_never_asked_and_says_so(self, tmp_path: Path) -> None:
+        folder = make_run(tmp_path, "a")
+        whole = (folder / "evaluation.json").read_text(encoding="utf-8")
+        for rows in (8, 16):
+            part = {"examples": rows, "held_out": 80, "tuned": {"exact_match": 0.875}, "rows": []}
+            (folder / f"evaluation-{rows}.json").write_text(json.dumps(part), encoding="utf-8")
+        assert cells(folder)["held-out rows"] == "80"
+        (folder / "evaluation.json").unlink()
+        assert cells(folder)["held-out rows"] == "first 16 of 80"
+        assert cells(folder)["exact match after"] == "87.5% (64.0 to 96.5)"
+        assert json.loads(whole)["examples"] == 80
 
 
 def png_size(content: bytes) -> tuple[int, int]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch import schema
+from launch.cli import main, parser
 from launch.compose import CONFIG_DIR, choices, compose_config, expand_sweep, load_config
 from launch.describe import choices_text, keys_text
 from launch.errors import ConfigError
 from launch.hardware import Devices
 from launch.legality import OPTIMIZERS, SCHEDULERS, check
 from launch.rundir import redacted_yaml
+from trainer.aside import AsideFailed
+from trainer.prepare import PrepareFailed
 
 CPU = Devices("cpu", 0, 2)
 EIGHT_GPUS = Devices("cuda", 8, 64)
@@ -83,6 +88,62 @@ def test_a_folder_of_the_users_own_adds_choices(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "command", [["train", "--dry-run"], ["config"], ["config", "train.epochs=1"], ["data", "check"]]
+)
+def test_a_folder_of_choices_that_is_none_is_refused(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "my.yaml"
+    file.touch()
+    for given, said in ((tmp_path / "nowhere", "is not there"), (file, "is a file")):
+        assert main([*command, "--config-dir", str(given)]) == 2
+        assert f"`--config-dir` is {given}, which {said}" in capsys.readouterr().err
+
+
+def test_a_choice_that_has_the_name_of_a_shipped_one_is_refused(tmp_path: Path) -> None:
+    """Hydra would read the shipped one."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "default.yaml").write_text("learning_rate: 5e-4\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"train/default.yaml has the name of a shipped choice"):
+        compose_config([], tmp_path)
+
+
+def test_what_nobody_expected_is_a_bug_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def broken(args: argparse.Namespace) -> int:
+        raise KeyError("nobody expected this")
+
+    monkeypatch.setattr("launch.cli._config", broken)
+    assert main(["config"]) == 70
+    assert "nobody expected this" in capsys.readouterr().err
+    assert AsideFailed(1).exit_code == PrepareFailed(1).exit_code == 70
+    assert AsideFailed(3).exit_code == 3
+
+
+def test_no_parser_takes_an_abbreviated_option(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+
+    def look(one: argparse.ArgumentParser) -> None:
+        seen.append(one.prog)
+        assert not one.allow_abbrev, one.prog
+        for action in one._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for inner in action.choices.values():
+                    look(inner)
+
+    look(parser())
+    assert {"tunewright train", "tunewright data check", "tunewright datagen", "tunewright merge"} <= set(seen)
+    for command in (
+        ["train", "--config", "my.yaml", "--dry-run"],
+        ["data", "check", "--js"],
+        ["merge", "run", "--over"],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(command)
+        assert caught.value.code == 2
+        assert "unrecognised arguments: --" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("overrides", "devices", "said"),
     [
         (["method=qlora", "strategy=zero3"], CPU, ["ZeRO-3 splits weights", "strategy=zero2", "method=lora"]),
@@ -109,6 +170,30 @@ def test_a_folder_of_the_users_own_adds_choices(tmp_path: Path) -> None:
         (["method.target_modules=q_proj"], CPU, ["all-linear or a list"]),
         (["method=qlora", "method.quant_type=nf5"], CPU, ["Did you mean 'nf4'"]),
         (["strategy=zero2", "strategy.deepspeed=zero9"], CPU, ["no such file", "Did you mean"]),
+        (
+            ["train.eval_steps=5", "data.eval_names=[]"],
+            CPU,
+            ["nothing is held out", "train.eval_steps=null"],
+        ),
+        (["train.keep_best=true", "data.eval_names=[]"], CPU, ["nothing is held out", "train.keep_best=false"]),
+        (["train.seed=-1"], CPU, ["`train.seed` is -1", "from 0 to 4,294,967,295"]),
+        (["train.learning_rate=1e300"], CPU, ["`train.learning_rate` is 1e+300", "above 0 to 1e+30"]),
+        (["train.weight_decay=inf"], CPU, ["`train.weight_decay` is inf", "from 0"]),
+        (["train.max_grad_norm=nan"], CPU, ["`train.max_grad_norm` is nan", "0 turns clipping off"]),
+        (["train.scheduler=polynomial", "train.learning_rate=1e-8"], CPU, ["falls to 1e-07", "train.scheduler=linear"]),
+        (["train.global_batch_size=1000000000000"], CPU, ["the first step would not end", "train.micro_batch_size"]),
+        (["method.r=1000000000000"], CPU, ["`method.r` is 1000000000000", "to 65,536"]),
+        (["method.dropout=1.0"], CPU, ["from 0 to below 1"]),
+        (["method.target_modules=3"], CPU, ["all-linear or a list"]),
+        (["method.target_modules=[3]"], CPU, ["all-linear or a list"]),
+        (["method=ia3", "method.target_modules=3"], CPU, ["write auto or a list"]),
+        (["method=prompt_tuning", "method.init_text=''"], CPU, ["`method.init_text` is empty"]),
+        (["data.weights=[inf]"], CPU, ["`data.weights` is [inf]", "one positive number"]),
+        (["data.weights=[1e300]"], CPU, ["at most 10,000 with data.mix=concat"]),
+        (["model.source=hub", "model.path=/models/mine"], CPU, ["no name on a hub", "model=folder"]),
+        (["model.source=modelscope", "model.path=a--b"], CPU, ["no name on a hub"]),
+        (["cluster.threads_per_process=1000000"], CPU, ["`cluster.threads_per_process` is 1000000"]),
+        (["data.cache_dir=''"], CPU, ["`data.cache_dir` is empty"]),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(overrides: list[str], devices: Devices, said: list[str]) -> None:
@@ -154,6 +239,14 @@ def test_configuration_errors_do_not_wait_for_torch() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CONFIG_DIR.parents[1], capture_output=True)
+
+
+@pytest.mark.parametrize("name", choices("experiment"))
+def test_another_model_than_an_experiments_is_that_model(name: str) -> None:
+    """An experiment chooses a model by its choice alone: a path of its own would stay when another one is chosen."""
+    needs = NEEDS.get(f"experiment={name}", [])
+    other = compose_config([f"experiment={name}", "model=qwen2_5_0_5b", *needs])
+    assert other.model.path == "Qwen/Qwen2.5-0.5B-Instruct"
 
 
 def test_a_sweep_is_every_combination() -> None:

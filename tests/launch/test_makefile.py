@@ -12,6 +12,7 @@ import pytest
 
 from launch.cli import parser
 from launch.compose import compose_config
+from launch.demo import WAYS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TARGETS = [
@@ -94,3 +95,9 @@ def test_every_tunewright_command_of_the_makefile_exists() -> None:
     commands = set(re.findall(r"\$\(BIN\)/tunewright (\w+)", (REPOSITORY / "Makefile").read_text()))
     known = next(action.choices for action in parser()._actions if action.dest == "command")
     assert commands <= set(known)
+
+
+def test_the_runs_that_help_names_are_those_that_the_demo_makes() -> None:
+    named = re.findall(r"runs/demo/([\w-]+)", parser().format_help() + make("help"))
+    assert named
+    assert set(named) <= set(WAYS)

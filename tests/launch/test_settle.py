@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.architecture import Architecture
+from launch.architecture import Architecture, check_modules
 from launch.compose import compose_config
 from launch.errors import ConfigError
 from launch.hardware import Devices
@@ -18,8 +19,10 @@ from launch.settle import UNPAGED, adapter_folder, settle
 
 CPU, GPU = Devices("cpu", 0, 2), Devices("cuda", 1, 8)
 BLOOM = "BloomForCausalLM has ALiBi"
-PLAIN = Architecture("llama", {}, "lm_head", "embed_tokens", "model.layers", 2, False, None, None, None)
-ALIBI = Architecture("bloom", {}, "lm_head", "word_embeddings", "transformer.h", 2, True, BLOOM, None, None)
+PLAIN = Architecture("llama", {}, {}, "lm_head", "embed_tokens", 512, "model.layers", 2, False, None, None, None, True)
+ALIBI = Architecture(
+    "bloom", {}, {}, "lm_head", "word_embeddings", 512, "transformer.h", 2, True, BLOOM, None, None, True
+)
 
 
 def settled(*overrides: str, architecture: Architecture = PLAIN, devices: Devices = CPU) -> tuple[Any, list[str]]:
@@ -146,6 +149,36 @@ def test_what_is_no_adapter_to_go_on_with_is_refused(tmp_path: Path) -> None:
             settled(f"method.adapter={damaged}")
     with pytest.raises(ConfigError, match=r"leave method.init out"):
         settled(f"method.adapter={other}", "method.init=pissa")
+
+
+def test_an_adapter_has_to_fit_the_model(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    folder = write_adapter(tmp_path / "adapter", modules_to_save=None)
+    config = compose_config([f"method.adapter={folder}"])
+    settle(config, PLAIN, CPU)
+    q, v = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+    fits = replace(PLAIN, modules={q: "linear", v: "linear"}, sizes={q: [8, 4], v: [2, 4]})
+    with pytest.raises(ConfigError, match="holds no weights: there is no adapter_model"):
+        check_modules(config, fits)
+    shape = {f"base_model.model.{q}.lora_A.weight": zeros(3, 4), f"base_model.model.{q}.lora_B.weight": zeros(8, 3)}
+    save_file(shape, folder / "adapter_model.safetensors")
+    check_modules(config, fits)
+    for sizes, said in (
+        ({q: [8, 5]}, "lora_A.weight has 3 x 4, where model.layers.0.self_attn.q_proj has 8 x 5"),
+        ({q: [9, 4]}, "lora_B.weight has 8 x 3, where"),
+        ({}, "the model has no such module"),
+    ):
+        with pytest.raises(ConfigError, match=f"an adapter for another model: its .*{said}"):
+            check_modules(config, replace(fits, sizes=sizes))
+
+
+def test_layers_are_recomputed_only_where_the_architecture_can() -> None:
+    config = compose_config(["train.gradient_checkpointing=true"])
+    check_modules(config, PLAIN)
+    with pytest.raises(ConfigError, match="transformers cannot do for llama"):
+        check_modules(config, replace(PLAIN, recomputes=False))
 
 
 def test_training_goes_on_with_a_runs_adapter(train_here: Any, tmp_path: Path) -> None:

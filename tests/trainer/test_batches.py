@@ -51,6 +51,12 @@ def test_an_empty_micro_batch_teaches_nothing(tiny: Any) -> None:
     assert all(p.grad is None or not p.grad.any() for p in tiny.parameters())
 
 
+@pytest.mark.parametrize("collator", [FlatCollator(0), PaddedCollator(0)])
+def test_a_rank_without_rows_counts_no_tokens(collator: Any) -> None:
+    assert token_counts(collator([])) == (0, 0)
+    assert token_counts(collator(rows_of(5, 2))) == (7, 4)
+
+
 def test_every_row_comes_once_an_epoch_and_in_another_order_each_epoch() -> None:
     plan = BatchPlan(global_batch=8, world_size=2, micro_batch=2, accumulation=2)
     ranks = [MicroBatches(np.arange(21) + 1, plan, rank, shuffle=True, seed=3) for rank in range(2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
 from launch.compose import compose_config
-from tests.conftest import losses, manifest
+from tests.conftest import losses, manifest, read_metrics
 from trainer import attention
 from trainer.batches import FlatCollator
 from trainer.data.render import IGNORED
 from trainer.methods import adapt, peft_config
 from trainer.optimizer import attach_master_weights
+from trainer.run import Proof
 from trainer.sft import scored_loss_sum
 
 STEPS, HALF = 6, 3
@@ -56,13 +58,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     """Also the formats are the same: PEFT reads adapters as float32, whatever the base is in."""
     overrides = [*quick(small_model), *METHODS[name], "data.eval_names=[]"]
     run = train_here(f"resumed-{name}", *overrides)
-    expected, saved = losses(run), results(run)
+    expected, saved, told = losses(run), results(run), manifest(run)
     assert len(set(expected)) == STEPS
     shutil.rmtree(run / "final")
     train_here(f"resumed-{name}", *overrides, checkpoint=run / "checkpoints" / f"checkpoint-{HALF}")
     whole, resumed = trainers
-    assert resumed._initial_global_step == HALF
+    assert [one.first for one in resumed.callback_handler.callbacks if isinstance(one, Proof)] == [HALF]
     assert losses(run) == expected
+    assert manifest(run)["final"] == told["final"]
+    assert manifest(run)["tokens_seen"] == told["tokens_seen"]
+    assert manifest(run)["wall_seconds"] > read_metrics(run)[HALF - 1]["wall_seconds"] > 0  # of both processes
     same(results(run), saved)
     for (key, before), after in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert (before.dtype, before.requires_grad) == (after.dtype, after.requires_grad), key
@@ -79,25 +84,49 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
         assert torch.equal(found[key], tensor), key
 
 
+class Planted:
+    """What a pickle holds that makes a folder when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_resumed_ranks_continue_from_their_float32_masters(
-    strategy: str, train: Callable[..., Path], small_model: Path
+def test_resumed_ranks_continue_from_their_float32_masters_and_from_nothing_that_runs_code(
+    strategy: str, train: Callable[..., Path], tunewright: Callable[..., Any], small_model: Path, tmp_path: Path
 ) -> None:
+    """DeepSpeed by itself unpickles whatever lies there."""
     overrides = [*quick(small_model), f"strategy={strategy}", "model.dtype=bfloat16", "data.eval_names=[]"]
     run = train(f"masters-{strategy}", *overrides)
     expected, saved = losses(run), results(run)
-    for folder in (run / "final", run / "checkpoints" / f"checkpoint-{STEPS}"):
-        shutil.rmtree(folder)
-    (run / "manifest.json").write_text(json.dumps({**manifest(run), "status": "failed"}), encoding="utf-8")
+
+    def interrupted() -> None:
+        for folder in (run / "final", run / "checkpoints" / f"checkpoint-{STEPS}"):
+            shutil.rmtree(folder)
+        (run / "manifest.json").write_text(json.dumps({**manifest(run), "status": "failed"}), encoding="utf-8")
+
+    interrupted()
     train(f"masters-{strategy}", *overrides, "resume=auto")
     assert losses(run) == expected
     same(results(run), saved)
     if strategy == "ddp":  # whose checkpoints are of no number of ranks
-        shutil.rmtree(run / "checkpoints" / f"checkpoint-{STEPS}")
-        (run / "manifest.json").write_text(json.dumps({**manifest(run), "status": "failed"}), encoding="utf-8")
+        interrupted()
         train("masters-ddp", *overrides, "resume=auto", "cluster.num_processes=3")
         assert manifest(run)["distributed"]["world_size"] == 3
         assert losses(run) == pytest.approx(expected, rel=1e-3)
+
+    interrupted()
+    files = [*(run / "checkpoints").glob("*/global_step*/*_states.pt"), *(run / "checkpoints").glob("*/optimizer.pt")]
+    for file in files:
+        torch.save({"optimizer_state_dict": Planted(tmp_path / "canary")}, file)
+    done = tunewright("train", f"output_root={run.parent}", f"name={run.name}", *overrides, "resume=auto")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "names posix.mkdir, and reading it would run code that it brings. Write trust=true" in done.stdout
+    assert files
+    assert not (tmp_path / "canary").exists()
 
 
 def test_memory_settings_may_change_when_a_run_goes_on(train_here: Callable[..., Path], small_model: Path) -> None:

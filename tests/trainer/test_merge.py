@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DeepseekV3Config,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -28,16 +29,24 @@ from transformers import (
 )
 
 from launch.cli import main
-from launch.compose import compose_config
+from launch.compose import compose_config, load_config
 from launch.errors import ConfigError, StorageError
 from launch.rundir import Claim, RunDir, prepare_folder
 from trainer.merge import merge_run
+from trainer.merge_check import Judge, pick_rows
+from trainer.prepare import prepare
 
 VOCABULARY = 4096  # of the embedded model's tokenizer
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4}
+DEEPSEEK = {
+    "moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2,
+    "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16, "v_head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
 BASES = {
+    "deepseek": lambda: DeepseekV3Config(**SMALL, **DEEPSEEK),
     "llama": lambda: LlamaConfig(**SMALL, **HEADS, tie_word_embeddings=False),
     "llama_tied": lambda: LlamaConfig(**SMALL, **HEADS, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**SMALL, **HEADS, tie_word_embeddings=False),
@@ -191,6 +200,31 @@ def test_weights_are_merged_in_float32_and_rounded_once(
     assert AutoModelForCausalLM.from_pretrained(out).dtype is stored
     record = json.loads((out / "merge.json").read_text())
     assert (record["adapted_layers"], record["changed_layers"], record["changed_tensors"]) == (6, 6, 6)
+
+
+def test_what_a_model_keeps_in_float32_is_not_rounded(made: Callable[..., Made]) -> None:
+    """The biases by which a router balances its experts."""
+    run = made("deepseek", lora(target_modules=["o_proj"]))
+    stored, bias = weights(run.base), "model.layers.1.mlp.gate.e_score_correction_bias"
+    stored[bias] = torch.rand(4)
+    save_file(stored, run.base / "model.safetensors", metadata={"format": "pt"})
+    found = weights(merge_run(run.run.path, dtype="bf16", say=silent))
+    assert found.keys() == stored.keys()
+    assert [name for name, tensor in found.items() if tensor.dtype is not torch.bfloat16] == [bias]
+    assert torch.equal(found[bias], stored[bias])
+
+
+def test_base_and_adapter_are_heard_with_the_rotary_frequencies_that_a_loaded_model_has(
+    made: Callable[..., Made],
+) -> None:
+    """An adapter of zeros is the base: in bfloat16 too, to the last bit."""
+    run = made()
+    run.change_adapter(lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor)
+    config = load_config(run.run.config)
+    judge = Judge(config, pick_rows(prepare(config, silent).cache), torch.bfloat16)
+    judge.listen(run.base, run.run.final)
+    compared = judge.compare(run.base)
+    assert (compared.difference, compared.largest, compared.effect) == (0, 0, 0)
 
 
 def test_a_float16_base_stays_float16(made: Callable[..., Made]) -> None:

@@ -47,7 +47,7 @@ def test_the_embedded_model_speaks_its_chat_template(tiny_model: Path) -> None:
 
 
 def test_the_embedded_tokenizer_loads_as_it_was_trained(tiny_tokenizer: Any) -> None:
-    trained = tiny._train_tokenizer()
+    trained = tiny.train_tokenizer()
     for text in tiny._texts(trained):
         assert tiny_tokenizer(text)["input_ids"] == trained(text)["input_ids"]
 

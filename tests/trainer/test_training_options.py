@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -121,6 +122,35 @@ def test_training_stops_early_and_saves_what_it_has(train_here: Callable[..., Pa
     assert manifest(run)["steps"] == best + 2 < 60
     assert manifest(run)["final"]["eval_loss"] == found[best + 2]
     assert (run / "final" / "adapter_model.safetensors").is_file()
+
+
+# What the log interval must not decide
+
+
+def test_the_final_figures_do_not_depend_on_the_log_interval(
+    train_here: Callable[..., Path], small_model: Path
+) -> None:
+    """Also of a run that is continued from a checkpoint between two log lines."""
+    overrides = [*quick(small_model), "train.max_steps=14", "data.eval_names=[]", "train.save_steps=5"]
+    runs = [train_here(f"interval-{step}", *overrides, f"train.logging_steps={step}") for step in (1, 100)]
+    steps, last = losses(runs[0]), runs[1]
+    told = [[manifest(run)[key] for key in ("final", "tokens_seen")] for run in runs]
+    final = {"train_loss": sum(steps[-10:]) / 10, "mean_train_loss": sum(steps) / 14, "eval_loss": None}
+    assert told[0][0] == pytest.approx(final)
+    shutil.rmtree(last / "final")
+    train_here(last.name, *overrides, "train.logging_steps=100", checkpoint=last / "checkpoints" / "checkpoint-10")
+    told.append([manifest(last)[key] for key in ("final", "tokens_seen")])
+    assert [line["step"] for line in read_metrics(last) if "loss" in line] == [1, 5, 10, 14]
+    assert told[1:] == [told[0]] * 2
+
+
+def test_warming_up_over_all_steps_is_not_warming_up_over_one(
+    train_here: Callable[..., Path], small_model: Path
+) -> None:
+    """transformers reads a share of 1.0 as one step."""
+    run = train_here("warm", *quick(small_model), "train.scheduler=cosine", "train.warmup_ratio=1.0")
+    rates = [line["learning_rate"] for line in read_metrics(run) if "loss" in line]
+    assert rates == pytest.approx([2e-4 * step / 6 for step in range(6)])
 
 
 # Order by length

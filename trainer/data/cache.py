@@ -74,6 +74,13 @@ class CachedDataset:
         """Open the same as a pyarrow table, without `datasets`."""
         return _arrow(self.folder / "tokens.arrow")
 
+    def largest_id(self) -> int:
+        """Return the largest token id of all examples, -1 where there are none."""
+        import pyarrow.compute
+
+        column = _arrow(self.folder / "tokens.arrow").column("input_ids")
+        return max((pyarrow.compute.max(chunk.flatten()).as_py() or 0 for chunk in column.chunks), default=-1)
+
     def table(self) -> Any:
         """Open the table of the rows read, see `tokens.ROWS`, as a pyarrow table."""
         return _arrow(self.folder / "rows.arrow")
