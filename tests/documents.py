@@ -1,7 +1,7 @@
 """README.md and docs/*.md as data: their code blocks, the commands in these, spans in backticks, links and anchors.
 
 A block of commands is fenced with `sh`; a block that shows what a command prints begins with `$ command`. Of a block
-that stands behind the remark `FIGURES` the numbers are one machine's: they differ elsewhere.
+that stands behind the remark `FIGURES` the numbers are one machine's, or of one reader's data, and differ elsewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FIGURES = "<!-- figures of one machine -->"
+FIGURES = "<!-- figures differ elsewhere -->"
 NUMBER = re.compile(r"\b[0-9a-f]{16}\b|\d[\d,.:]*\d|\d")  # digests too
 
 
@@ -25,7 +25,7 @@ class Block:
     line: int
     language: str
     text: str
-    figures: bool  # its numbers are one machine's
+    figures: bool  # its numbers differ elsewhere
 
 
 @dataclass(frozen=True)

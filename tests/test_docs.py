@@ -310,6 +310,13 @@ def test_the_readme_lists_every_choice_document_and_exit_code() -> None:
     assert {line.partition("/")[0] for line in text.splitlines() if re.match(r"[a-z]+/ ", line)} == rooms
 
 
+def test_what_the_readme_measured_is_one_machines() -> None:
+    parts = readme().split("\n\n")
+    measured = [index for index, part in enumerate(parts) if re.search(r"^\|.*---:", part, flags=re.MULTILINE)]
+    assert measured
+    assert all("One machine's figures" in parts[index - 1] for index in measured)
+
+
 def helps() -> list[str]:
     """The descriptions and epilogues of every command of ours."""
     found, waiting = [], [parser()]
@@ -368,7 +375,7 @@ y" \\
   z
 ```
 
-<!-- figures of one machine -->
+<!-- figures differ elsewhere -->
 ```
 $ tunewright x
 took 12.5 s,
