@@ -36,6 +36,7 @@ UP = 60  # seconds in which what serves has to say so
 # What is not run, and why: {pattern of the whole command: reason}.
 EXCLUDED = {
     r"make (test|test-slow|test-versions)\b.*": "the tests, which run by themselves",
+    r"make bench-check": "compares with the history of the repository, which the copy has not",
     r"make (bench|bench-\w+)\b.*": "measures, for minutes to hours; beside other people's programs",
     r"make gpu-(check|rehearsal)\b.*": "needs a GPU, or builds an environment from the network",
     r"\S*accelerate launch --num_processes 8 .*": "eight GPUs",

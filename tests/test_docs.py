@@ -28,6 +28,7 @@ from launch.identity import ADJUSTABLE, CALLED, OPERATIONAL
 from launch.schema import GROUPS, METHODS, Config, help_of
 from tests.docs_check import EXCLUDED, INSTEAD, STAYS, reason_of
 from tests.documents import REPOSITORY, Command, Document, Span, documents, matches, take_apart, words
+from trainer.data import turns
 
 DOCUMENTS = documents()
 COMMANDS = [command for document in DOCUMENTS for command in document.commands]
@@ -347,6 +348,19 @@ def test_data_md_lists_every_template() -> None:
     text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
     listed = text.split("model.template=chatml ")[1].split(",")[0].split()
     assert listed == sorted(path.stem for path in (REPOSITORY / "configs" / "templates").glob("*.jinja"))
+
+
+def test_data_md_lists_the_roles_and_keys_of_turns() -> None:
+    text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
+    roles = text.split("| roles, in any case | ")[1].split(" |")[0]
+    listed = {}
+    for part in roles.split("; "):
+        role, names = part.split(": ")
+        listed |= dict.fromkeys(names.split(", "), turns.CALL if role == "a call" else role)
+    assert listed == {name: role for name, role in turns.ROLES.items() if name != role}
+    for keys in (turns.FLAGS, turns.REASONING_KEYS):
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{keys[0]}`, "))
+        assert sorted(re.findall(r"`(\w+)`", row.split(" | ")[0])) == sorted(keys)
 
 
 def test_architecture_md_follows_the_first_row() -> None:
