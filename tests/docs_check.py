@@ -90,6 +90,9 @@ class Place:
             os.killpg(started.pid, signal.SIGTERM)
             printed, _ = started.communicate()
             return 124, printed
+        except BaseException:  # Ctrl-C, which a session of its own does not hear
+            os.killpg(started.pid, signal.SIGTERM)
+            raise
         return started.returncode, printed
 
 
@@ -113,7 +116,9 @@ def make_place(root: Path, home: Path, server: str) -> Place:
             (root / ".venv" / part.name).symlink_to(part)
     (root / ".venv" / ".ready").touch()  # newer than the copied pyproject.toml: `make` installs nothing
     write_readers_files(root)
-    kept = {name: os.environ[name] for name in ("LANG", "LC_ALL", "TMPDIR", "OMP_WAIT_POLICY") if name in os.environ}
+    kept = {
+        name: os.environ[name] for name in ("LANG", "LC_ALL", "TMPDIR", "USER", "OMP_WAIT_POLICY") if name in os.environ
+    }
     env = {
         **kept,
         "HOME": str(home),
