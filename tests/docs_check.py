@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -192,22 +193,23 @@ def with_option(text: str, option: str) -> str:
     return f'{text.partition("    #")[0]} ARGS="{before} {option}"'
 
 
-def walk(document: Document, place: Place) -> int:
-    """Run the commands of a document, and return how many do not hold."""
-    wrong = 0
+def walk(document: Document, place: Place) -> Counter[str]:
+    """Run the commands of a document, and count what became of them."""
+    count: Counter[str] = Counter()
     for command in document.commands:
         first = command.text.partition("\n")[0]
         if reason := reason_of(command.text, EXCLUDED):
             print(f"  not run  {command.where}  {first}  ({reason})", flush=True)
+            count["not run"] += 1
             continue
         begun = time.monotonic()
         problem = check(command, place)
-        wrong += problem is not None
         state = "ok" if problem is None else "WRONG"
+        count[state] += 1
         print(f"  {state:<7}  {command.where}  {first}  ({time.monotonic() - begun:.0f} s)", flush=True)
         if problem:
             print("\n".join(f"           | {line}" for line in problem.splitlines()), flush=True)
-    return wrong
+    return count
 
 
 def main() -> int:
@@ -220,7 +222,7 @@ def main() -> int:
     found = {document.name: document for document in documents()}
     if unknown := set(args.documents) - set(found):
         asked.error(f"no such document: {', '.join(sorted(unknown))} (there are {', '.join(found)})")
-    wrong = 0
+    count: Counter[str] = Counter()
     with ExitStack() as stack:
         server = stack.enter_context(fake_server.FakeServer())
         top = Path(tempfile.mkdtemp(prefix="tunewright-docs-"))
@@ -236,9 +238,9 @@ def main() -> int:
             print(name, flush=True)
             root = top / name.replace("/", "-").removesuffix(".md")
             root.mkdir()
-            wrong += walk(found[name], make_place(root, home, server.url))
-    print(f"{wrong} commands do not hold." if wrong else "Every command holds.")
-    return 1 if wrong else 0
+            count += walk(found[name], make_place(root, home, server.url))
+    print(f"{count['ok']} commands hold, {count['WRONG']} do not, {count['not run']} were not run.")
+    return 1 if count["WRONG"] else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import io
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 
 import pytest
@@ -162,7 +162,18 @@ def problem_of_make(given: list[str]) -> str | None:
             return f"the Makefile reads no {name}"
         if not equals and not re.search(rf"^{re.escape(name)}:", MAKEFILE, flags=re.MULTILINE):
             return f"there is no target {name}"
-    return None
+    passed = next((word.partition("=")[2] for word in given if word.startswith("ARGS=")), "")
+    recipe = re.search(rf"^{given[0]}:.*\n((?:\t.*\n)+)", MAKEFILE, flags=re.MULTILINE) if given else None
+    script = re.search(r"(?:bench|tests)/\S+\.py", recipe[1]) if recipe else None
+    return problem_of_script(script[0], passed.split()) if script else None
+
+
+def problem_of_script(path: str, given: Sequence[str]) -> str | None:
+    """Say which option a program that `make` starts does not have."""
+    if problem := problem_of_path(path):
+        return problem
+    text = (REPOSITORY / path).read_text(encoding="utf-8")
+    return next((f"{path} has no {word}" for word in given if word[:2] == "--" and f'"{word}"' not in text), None)
 
 
 def problem_of_tunewright(given: list[str]) -> str | None:
@@ -198,7 +209,7 @@ def problem_of_command(text: str) -> str | None:
     if name == "tunewright":
         return problem_of_tunewright(given[1:])
     if name == "python":
-        return problem_of_path(given[1])
+        return problem_of_script(given[1], given[2:])
     if name == "accelerate":
         overrides = given[given.index("trainer") + 1 :] if "trainer" in given else []
         paths = [problem_of_path(word) for word in given if word.startswith("configs/")]
@@ -426,7 +437,8 @@ def test_what_is_printed_is_held_to_what_is_shown() -> None:
 WRONG = """\
 trainer/no_such.py, no_such.py, no_such.json, train.no_such, data.mix=no_such, strategy=zero9, method.no_such,
 resum=auto, make no-such, make zero2 NO_SUCH=1, tunewright no_such, tunewright train --no-such, --no-such,
-NO_SUCH_VARIABLE, no_such_name, process.no_such, nosuchpackage.thing, data add --no-such"""
+NO_SUCH_VARIABLE, no_such_name, process.no_such, nosuchpackage.thing, data add --no-such,
+make bench ARGS=--no-such, python bench/train.py --no-such"""
 
 
 @pytest.mark.parametrize("text", re.split(r",\s+", WRONG))
