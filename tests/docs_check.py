@@ -186,11 +186,11 @@ def check(command: Command, place: Place) -> str | None:
 
 def with_option(text: str, option: str) -> str:
     """Append an option to a command; through `make` by ARGS."""
-    given = words(text)
+    given, bare = words(text), re.sub(r"\s+# .*$", "", text)
     if given[0] != "make":
-        return f"{text.partition('    #')[0]} {option}"
+        return f"{bare} {option}"
     before = next((word.partition("=")[2] for word in given if word.startswith("ARGS=")), "")
-    return f'{text.partition("    #")[0]} ARGS="{before} {option}"'
+    return f'{bare} ARGS="{before} {option}"'
 
 
 def walk(document: Document, place: Place) -> Counter[str]:
@@ -206,7 +206,9 @@ def walk(document: Document, place: Place) -> Counter[str]:
         problem = check(command, place)
         state = "ok" if problem is None else "WRONG"
         count[state] += 1
-        print(f"  {state:<7}  {command.where}  {first}  ({time.monotonic() - begun:.0f} s)", flush=True)
+        instead = reason_of(command.text, INSTEAD)
+        how = f", as {instead[0]}: {instead[1]}" if isinstance(instead, tuple) else ""
+        print(f"  {state:<7}  {command.where}  {first}  ({time.monotonic() - begun:.0f} s{how})", flush=True)
         if problem:
             print("\n".join(f"           | {line}" for line in problem.splitlines()), flush=True)
     return count

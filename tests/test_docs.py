@@ -11,10 +11,12 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +28,7 @@ from launch.demo import WAYS
 from launch.errors import EXIT_CODES, ConfigError
 from launch.identity import ADJUSTABLE, CALLED, OPERATIONAL
 from launch.schema import GROUPS, METHODS, Config, help_of
-from tests.docs_check import EXCLUDED, INSTEAD, STAYS, reason_of
+from tests.docs_check import EXCLUDED, INSTEAD, STAYS, Place, reason_of, walk, with_option
 from tests.documents import REPOSITORY, Command, Document, Span, documents, matches, take_apart, words
 from trainer.data import turns
 
@@ -444,3 +446,50 @@ make bench ARGS=--no-such, python bench/train.py --no-such"""
 @pytest.mark.parametrize("text", re.split(r",\s+", WRONG))
 def test_what_does_not_exist_is_told(text: str) -> None:
     assert problem_of_span(Span("docs/x.md", 1, text))
+
+
+SHOWN = """\
+```sh
+export GREETING=hello
+test "$GREETING" = hello
+exit 3
+make test    # some minutes
+```
+
+```
+$ echo "$GREETING" 5 of 7
+hello 5 of 7
+```
+
+```
+$ echo goodbye
+hello
+```
+
+```
+$ echo "DataError: no rows"; exit 3
+DataError: no rows
+```
+"""
+
+
+def test_commands_that_do_not_hold_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = Place(tmp_path, {"PATH": os.environ["PATH"]})
+    count = walk(take_apart("x.md", SHOWN), place)
+    assert count == {"ok": 4, "WRONG": 2, "not run": 1}
+    told = capsys.readouterr().out
+    assert "WRONG    x.md:4  exit 3" in told
+    assert "exit code 3, not 0" in told
+    assert "WRONG    x.md:14  echo goodbye" in told
+    assert "not run  x.md:5  make test    # some minutes  (the tests, which run by themselves)" in told
+
+
+def test_a_command_that_takes_too_long_is_stopped_with_what_it_started(tmp_path: Path) -> None:
+    place = Place(tmp_path, {"PATH": os.environ["PATH"]})
+    assert place.run("echo up; sleep 60 & wait", timeout=0.3) == (124, "up\n")
+
+
+def test_arguments_are_added_through_make_as_well() -> None:
+    assert with_option("tunewright train a=1    # why", "--dry-run") == "tunewright train a=1 --dry-run"
+    added = with_option('make zero3 NPROC=8 ARGS="data.dir=my"', "--dry-run")
+    assert words(added)[-1] == "ARGS=data.dir=my --dry-run"
