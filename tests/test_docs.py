@@ -38,7 +38,7 @@ SPANS = [span for document in DOCUMENTS for span in document.spans]
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 
 # What a document names as the reader's own, or as what a command of the document writes.
-YOURS = ("data/riddles", "data/things", "data/mine", "data/alpaca_data_zh")
+YOURS = ("data/riddles", "data/planned", "data/things", "data/mine", "data/alpaca_data_zh")
 # Names of other people's: LLaMA-Factory's entries and settings, DeepSpeed's, loaders'.
 OTHERS = (r"\w+_demo", "preprocessing_num_workers", "zero_hpz_partition_size")
 PLACEHOLDER = re.compile(r"\.\.\.|^[A-Z_]*$|^N$|^org/name$")
