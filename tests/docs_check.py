@@ -32,7 +32,7 @@ from tests.documents import REPOSITORY, Command, Document, documents, matches, w
 
 LONGEST = 1200  # seconds that a command may take on a busy machine
 MODELS = Path("~/.cache/tunewright/models").expanduser()  # of which a copy is used
-UP = 60  # seconds in which what serves has to say so
+UP = 120  # seconds in which what serves has to say so
 
 # What is not run, and why: {pattern of the whole command: reason}.
 EXCLUDED = {
@@ -73,28 +73,37 @@ class Place:
     root: Path
     env: dict[str, str] = field(default_factory=dict)
 
-    def run(self, command: str, timeout: float = LONGEST) -> tuple[int, str]:
-        """Return the exit code and what was printed; a command that takes too long is stopped, with code 124."""
-        started = subprocess.Popen(
-            ["bash", "-c", command],
-            cwd=self.root,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            printed, _ = started.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGTERM)
-            printed, _ = started.communicate()
-            return 124, printed
-        except BaseException:  # Ctrl-C, which a session of its own does not hear
-            os.killpg(started.pid, signal.SIGTERM)
-            raise
-        return started.returncode, printed
+    def run(self, command: str, timeout: float = LONGEST, until: str | None = None) -> tuple[int, str]:
+        """Return the exit code and what was printed.
+
+        A command that takes too long is stopped, with code 124, and so is one that has printed `until`, with code 0.
+        """
+        deadline = time.monotonic() + timeout
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+
+            def printed() -> str:
+                return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode("utf-8", "replace")
+
+            started = subprocess.Popen(
+                ["bash", "-c", command],
+                cwd=self.root,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                while started.poll() is None and time.monotonic() < deadline:
+                    if until and re.search(until, printed()):
+                        return 0, printed()
+                    time.sleep(0.1)
+                code = started.poll()
+                return (1 if until else code) if code is not None else 124, printed()
+            finally:  # also at Ctrl-C, which a session of its own does not hear
+                if started.poll() is None:
+                    os.killpg(started.pid, signal.SIGTERM)
+                    started.wait()
 
 
 def make_place(root: Path, home: Path, server: str) -> Place:
@@ -170,8 +179,8 @@ def check(command: Command, place: Place) -> str | None:
         return None
     up = reason_of(text, STAYS)
     if up is not None:
-        code, printed = place.run(text, UP)
-        return None if code == 124 and re.search(str(up), printed) else f"does not serve (exit code {code}):\n{printed}"
+        code, printed = place.run(text, UP, str(up))
+        return f"does not serve (exit code {code}):\n{printed}" if code else None
     instead = reason_of(text, INSTEAD)
     if isinstance(instead, tuple):
         text = with_option(text, instead[0])

@@ -487,6 +487,8 @@ def test_commands_that_do_not_hold_are_told(tmp_path: Path, capsys: pytest.Captu
 def test_a_command_that_takes_too_long_is_stopped_with_what_it_started(tmp_path: Path) -> None:
     place = Place(tmp_path, {"PATH": os.environ["PATH"]})
     assert place.run("echo up; sleep 60 & wait", timeout=0.3) == (124, "up\n")
+    assert place.run("echo up; sleep 60", until="^up") == (0, "up\n")
+    assert place.run("echo down", until="^up") == (1, "down\n")
 
 
 def test_arguments_are_added_through_make_as_well() -> None:
