@@ -70,7 +70,7 @@ test-versions: setup  ## tests on the oldest and the newest versions of the wind
 	$(BIN)/python tests/versions.py $(ARGS)
 
 gpu-check:  ## measure on a GPU, without network, in eight minutes; results in $$OUT or gpu-check/
-	$(if $(wildcard .gpu-kit/wheels),$(PYTHON),$(BIN)/python) bench/gpu/check.py $(ARGS)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu/check.py $(ARGS)
 
 gpu-rehearsal: setup  ## gather the wheels that a GPU machine lacks, and run the kit with small shapes on torch 2.11
 	$(BIN)/python bench/gpu/rehearse.py $(ARGS)

@@ -12,6 +12,7 @@ gpu-rehearsal` puts there, are used for what the machine lacks.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -45,7 +46,7 @@ PARTS = (
     Part("smoke", "smoke.py", (), "smoke.jsonl", 100),
     Part("speed", "worker.py", ("speed",), "speed.jsonl", 230),
     Part("others", "worker.py", ("others",), "others.jsonl", 130),
-    Part("trace", "trace.py", (), "trace.json", 60),
+    Part("timeline", "timeline.py", (), "timeline.json", 60),
 )
 
 
@@ -84,7 +85,7 @@ def environment(site: Path | None = None) -> dict[str, str]:
     """Return the environment of the parts: no network, our packages, and those that were carried along."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     paths = [str(REPOSITORY), *env.get("PYTHONPATH", "").split(os.pathsep)]
-    if site is None and any((KIT / "wheels").glob("*.whl")):
+    if site is None and importlib.util.find_spec("trl") is None and any((KIT / "wheels").glob("*.whl")):
         site = KIT / f"site-{sys.version_info.major}.{sys.version_info.minor}"
         if not site.exists():
             install(site, sys.executable)
@@ -98,6 +99,11 @@ def install(site: Path, python: str) -> None:
     pip = [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
     wheels = sorted(str(path) for path in (KIT / "wheels").glob("*.whl"))
     subprocess.run([*pip, "--disable-pip-version-check", "--target", str(site), *wheels], check=True)
+
+
+def has_gpu(env: dict[str, str]) -> bool:
+    script = "import torch, sys; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", script], env=env).returncode == 0
 
 
 def facts(env: dict[str, str]) -> dict[str, Any]:
@@ -206,9 +212,9 @@ def report(out: Path, told: dict[str, Any], became: dict[str, str]) -> str:
         rows = read(out / f"{part}.jsonl")
         if rows:
             lines += ["", f"## {part.capitalize()}", "", *speed_table(rows)]
-    if (out / "trace.json").exists():
-        found = json.loads((out / "trace.json").read_text())
-        lines += ["", "## Trace", ""]
+    if (out / "timeline.json").exists():
+        found = json.loads((out / "timeline.json").read_text())
+        lines += ["", "## Timeline", ""]
         lines.append(
             f"{found['steps']} steps in {found['wall_s']:.3f} s: the device worked {found['device_busy']:.1%} of the "
             f"time; longest gaps {', '.join(f'{gap:.2f}' for gap in found['longest_gaps_ms'][:5])} ms."
@@ -243,13 +249,19 @@ def main() -> int:
     chosen = [part for part in PARTS if part.name in args.parts.split(",")]
     if not chosen:
         parser.error(f"--parts {args.parts}: choose from {', '.join(part.name for part in PARTS)}")
+    env = environment()
+    if not args.tiny and not has_gpu(env):
+        print(
+            f"The torch of {sys.executable} sees no GPU here, so there is nothing to check. Without one, `make "
+            f"gpu-rehearsal` tries everything with small shapes on the CPU."
+        )
+        return 2
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for part in chosen:  # results of another day would be taken for those of cells that this run skips
         (out / part.result).unlink(missing_ok=True)
         (out / f"{part.name}.log").unlink(missing_ok=True)
     started = time.monotonic()
-    env = environment()
     told = facts(env)
     print(json.dumps(told), flush=True)
     became: dict[str, str] = {}

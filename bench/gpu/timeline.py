@@ -1,4 +1,4 @@
-"""Where the device's time goes: python bench/gpu/trace.py OUT.json [--tiny]
+"""Where the device's time goes: python bench/gpu/timeline.py OUT.json [--tiny]
 
 Three steps of 8B LoRA under PyTorch's profiler: seconds by kernel, and the gaps in which the device waits.
 """
@@ -102,7 +102,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     cell = tiny(SPEED[0]) if args.tiny else SPEED[0]
-    with tempfile.TemporaryDirectory(prefix="tunewright-trace-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="tunewright-timeline-") as scratch:
         forget()
         job, _ = job_of(cell, Path(scratch), {})
         clock = Clock()
