@@ -31,7 +31,7 @@ data_choice = $(if $(wildcard configs/hydra/data/$(1).yaml),data=$(1),data=regis
 train = $(BIN)/tunewright train model=$(MODEL) $(call data_choice,$(DATA)) $(if $(NPROC),cluster.num_processes=$(NPROC)) \
 	$(if $(NAME),name=$(NAME)) $(1) $(ARGS)
 
-.PHONY: help setup demo test test-slow test-gpu test-versions gpu-check gpu-rehearsal lint datagen check zero2 zero3 single compare tensorboard chat bench bench-check bench-zero bench-start bench-data bench-datagen clean
+.PHONY: help setup demo test test-slow test-gpu test-versions gpu-check gpu-rehearsal docs-check lint datagen check zero2 zero3 single compare tensorboard chat bench bench-check bench-zero bench-start bench-data bench-datagen clean
 
 help:  ## list the targets
 	@echo "make TARGET [MODEL=tiny] [DATA=demo] [NPROC=2] [NAME=my-run] [ARGS=\"key=value ...\"]"
@@ -74,6 +74,9 @@ gpu-check:  ## measure on a GPU, without network, in eight minutes; results in $
 
 gpu-rehearsal: setup  ## gather the wheels that a GPU machine lacks, and run the kit with small shapes on torch 2.11
 	$(BIN)/python bench/gpu/rehearse.py $(ARGS)
+
+docs-check: setup  ## run every command of README.md and docs/ in a copy: make docs-check ARGS="docs/data.md --keep"
+	$(BIN)/python -m tests.docs_check $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

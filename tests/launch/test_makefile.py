@@ -22,6 +22,7 @@ TARGETS = [
     "test",
     "lint",
     "test-gpu",
+    "docs-check",
     "datagen",
     "check",
     "zero2",
