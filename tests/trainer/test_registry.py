@@ -430,3 +430,12 @@ def test_a_cloud_file_that_is_not_there_is_a_storage_error(tmp_path: Path, locat
         opened(registry(tmp_path, {"cloud_file_name": location}), "mine", allow_outside=True)
     with pytest.raises(StorageError, match="`offline` is true"):
         opened(registry(tmp_path, {"cloud_file_name": location}), "mine", offline=True, allow_outside=True)
+
+
+@pytest.mark.parametrize("setting", ["data.names", "data.eval_names"])
+def test_an_unknown_name_is_told_with_the_setting_that_has_it(setting: str, tmp_path: Path) -> None:
+    registry(tmp_path)
+    other = {"data.names": "data.eval_names", "data.eval_names": "data.names"}[setting]
+    config = compose_config([f"data.dir={tmp_path}", f"{setting}=[nowhere]", f"{other}=[mine]"])
+    with pytest.raises(DataError, match=f"`{setting}` asks for 'nowhere'"):
+        load_entry("nowhere", config.data)

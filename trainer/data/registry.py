@@ -112,8 +112,9 @@ def load_entry(name: str, data: DataConfig) -> Entry:
     Raises:
         DataError: no registry, broken JSON, unknown name, or an entry that cannot be used for supervised fine-tuning.
     """
+    setting = "data.names" if name in data.names or name not in data.eval_names else "data.eval_names"
     if not name.strip():
-        raise DataError("A name of `data.names` is empty.")
+        raise DataError(f"A name of `{setting}` is empty.")
     place, _, repository = name.partition(":")
     if place in (Place.hub.value, Place.modelscope.value) and repository:
         return Entry(name, f"'{name}'", Place(place), repository, formatting="")
@@ -124,14 +125,14 @@ def load_entry(name: str, data: DataConfig) -> Entry:
     if not path.is_file():
         problem = f"There is no file or folder '{name}', and" if "/" in name or direct.suffix else "There is"
         raise DataError(
-            f"{problem} no registry at {path}, which `data.names` looks '{name}' up in. Set `data.dir` to the folder "
+            f"{problem} no registry at {path}, which `{setting}` looks '{name}' up in. Set `data.dir` to the folder "
             f"that holds {REGISTRY_NAME}, or name a file, a folder or hub:ORG/NAME."
         )
     registry = read_registry(path)
     if name not in registry:
         known = ", ".join(sorted(registry)) or "nothing"
         raise DataError(
-            f"`data.names` asks for '{name}', which is neither in {path} nor a file or "
+            f"`{setting}` asks for '{name}', which is neither in {path} nor a file or "
             f"folder.{did_you_mean(name, registry)} "
             f"The registry has: {known if len(known) < 600 else known[:600] + ' ...'}."
         )
