@@ -45,7 +45,7 @@ def environment(job: Job) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": f"{job.out}/inductor",
         "OMP_NUM_THREADS": str(_threads(job)),
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(BENCH.parent),
+        "PYTHONPATH": os.pathsep.join([str(BENCH.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
 
 
