@@ -10,18 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from judge import Step
 from measure import CORES
 from workload import Job
 
 BENCH = Path(__file__).resolve().parent
 MARK = "BENCH "
-
-
-@dataclass(frozen=True)
-class Step:
-    loss: float
-    grad_norm: float
-    tokens: float | None = None  # seen so far, where the contender counts them itself
 
 
 @dataclass(frozen=True)

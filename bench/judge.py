@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
-from contenders import Step
+
+@dataclass(frozen=True)
+class Step:
+    """What a contender reports of an optimiser step."""
+
+    loss: float
+    grad_norm: float
+    tokens: float | None = None  # seen so far, where the contender counts them itself
+
 
 # Relative. All start from the same weights; then their adapters begin at other random values and their formats differ.
 FIRST_STEP = 0.005

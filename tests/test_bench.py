@@ -16,7 +16,7 @@ sys.path.append(str(REPOSITORY / "bench"))
 contenders, judge, report, train, workload = map(
     importlib.import_module, ("contenders", "judge", "report", "train", "workload")
 )
-Step = contenders.Step
+Step = judge.Step
 
 REFERENCE = [Step(9.70, 1.2), Step(9.40, 1.1), Step(9.00, 1.0)]
 

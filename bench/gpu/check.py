@@ -143,8 +143,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def judged(rows: list[dict[str, Any]]) -> None:
     """Write into each row of a group why it does not count, or None."""
     sys.path.insert(0, str(HERE.parent))
-    from contenders import Step
-    from judge import void_reason
+    from judge import Step, void_reason
 
     def steps(row: dict[str, Any]) -> list[Step]:
         return [Step(*pair) for pair in zip(row["losses"], row["grad_norms"], strict=True)]

@@ -26,8 +26,8 @@ sys.path[:0] = [str(BENCH), str(BENCH / "gpu"), str(BENCH.parent)]
 import cells  # noqa: E402
 import torch  # noqa: E402
 from cells import Cell  # noqa: E402
-from contenders import Step, is_step, settings, tunewright  # noqa: E402
-from judge import speed  # noqa: E402
+from contenders import is_step, settings, tunewright  # noqa: E402
+from judge import Step, speed  # noqa: E402
 from train import LEARNING_RATES, pack_size, run_once  # noqa: E402
 from workload import DRAWN, MODELS, Job, Workload, build_model, credited_flops, write_rows  # noqa: E402
 
