@@ -210,7 +210,10 @@ def test_what_a_model_keeps_in_float32_is_not_rounded(made: Callable[..., Made])
     save_file(stored, run.base / "model.safetensors", metadata={"format": "pt"})
     found = weights(merge_run(run.run.path, dtype="bf16", say=silent))
     assert found.keys() == stored.keys()
-    assert [name for name, tensor in found.items() if tensor.dtype is not torch.bfloat16] == [bias]
+    loaded = AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.bfloat16).state_dict()
+    kept = {name for name, tensor in loaded.items() if tensor.dtype is torch.float32}
+    assert bias in kept  # from transformers 5.24 on the router's weight too
+    assert {name for name, tensor in found.items() if tensor.dtype is not torch.bfloat16} == kept
     assert torch.equal(found[bias], stored[bias])
 
 
@@ -403,7 +406,7 @@ def test_weights_of_the_base_that_are_not_there(made: Callable[..., Made]) -> No
     with pytest.raises(ConfigError, match="holds no model weights"):
         merge_run(run.run.path, say=silent)
     gone.write_bytes(held[: len(held) // 2])
-    with pytest.raises(StorageError, match=f"{gone.name} cannot be read"):
+    with pytest.raises(StorageError, match=f"{gone.name} has .* bytes where its tensors need"):
         merge_run(run.run.path, say=silent)
 
 
