@@ -40,7 +40,8 @@ TARGETS = [
 
 
 def make(*args: str) -> str:
-    done = subprocess.run(["make", *args], cwd=REPOSITORY, capture_output=True, text=True)
+    # Where a make runs the tests, this one would say where it is.
+    done = subprocess.run(["make", "--no-print-directory", *args], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

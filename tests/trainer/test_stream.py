@@ -105,7 +105,7 @@ def test_training_goes_on_past_the_end_of_a_stream(train_here: Callable[..., Pat
         (["data.train_on_prompt=true", "data.mask_history=true"], "Set one of them to false"),
         (["data.eval_size=3"], "`data.eval_names` and `data.eval_size` each say what is held out"),
         (["data.weights=[1,2]"], "one positive number for each of the 1 datasets"),
-        (["data.max_dropped=2"], "a share from 0 to 1"),
+        (["data.max_dropped=2"], "a number from 0 to 1"),
         (["model.template=chatmll"], "Did you mean 'chatml'"),
         (["model.template_kwargs=3"], "write a mapping"),
     ],
