@@ -37,7 +37,7 @@ def interpreter() -> str:
 
 def build(python: str) -> Path:
     """Return the interpreter of the environment, made where it is not there yet or what it is made of has changed."""
-    stamp, wanted = IMAGE / "image.txt", (HERE / "image.txt").read_text()
+    stamp, wanted = IMAGE / "image.txt", f"# {python}\n{(HERE / 'image.txt').read_text()}"
     if not stamp.exists() or stamp.read_text() != wanted:
         shutil.rmtree(IMAGE, ignore_errors=True)
         print(f"Building {IMAGE.name}: torch 2.11 and what comes with it, some 5 GB", flush=True)
@@ -53,7 +53,7 @@ def gather(python: Path) -> int:
     Built by the environment's own pip, so that compiled ones are for its version of Python.
     """
     wheels = KIT / "wheels"
-    stamp, wanted = KIT / "carried.txt", (HERE / "carried.txt").read_text()
+    stamp, wanted = KIT / "carried.txt", (IMAGE / "image.txt").read_text() + (HERE / "carried.txt").read_text()
     if not stamp.exists() or stamp.read_text() != wanted:
         shutil.rmtree(KIT, ignore_errors=True)
         wheels.mkdir(parents=True)
