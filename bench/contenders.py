@@ -128,7 +128,7 @@ def tunewright(
     cannot: Callable[[str, str], str | None] = refused,
 ) -> Contender:
     def argv(job: Job) -> list[str]:
-        return [sys.executable, "-m", "launch.cli", "train", *settings(job), *(extra or [])]
+        return [sys.executable, "-m", "tunewright.launch.cli", "train", *settings(job), *(extra or [])]
 
     def steps(job: Job, log: str) -> list[Step]:
         file = Path(job.out) / "run" / "metrics.jsonl"

@@ -86,9 +86,9 @@ def cpu() -> float:
 
 def product(url: str, rows: int, mode: str, concurrency: int) -> dict[str, float]:
     """Run the product in this process."""
-    from datagen import generate as module
-    from datagen.harvest import Harvest
-    from datagen.settings import find_endpoint, load_settings
+    from tunewright.datagen import generate as module
+    from tunewright.datagen.harvest import Harvest
+    from tunewright.datagen.settings import find_endpoint, load_settings
 
     selecting = 0.0
     plain = Harvest._reason

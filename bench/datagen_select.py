@@ -25,9 +25,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datagen.rouge import Coder
-from datagen.select import Row, Rules, Selector, opening, prompt_tokens
-from datagen.split import split
+from tunewright.datagen.rouge import Coder
+from tunewright.datagen.select import Row, Rules, Selector, opening, prompt_tokens
+from tunewright.datagen.split import split
 
 SIZES = (2500, 5000, 10000, 20000)
 VOCABULARY = 30000

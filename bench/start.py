@@ -24,11 +24,11 @@ from typing import Any
 
 from measure import machine, versions
 
-from trainer.tiny import build_tiny
+from tunewright.trainer.model.tiny import build_tiny
 
 BENCH = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("TUNEWRIGHT_CACHE", "~/.cache/tunewright")).expanduser()
-TUNEWRIGHT = [sys.executable, "-m", "launch.cli"]
+TUNEWRIGHT = [sys.executable, "-m", "tunewright.launch.cli"]
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "datasets")
 # What the phases of a start end with.
 PHASES = ("command and data", "launcher", "imports, model, trainer", "first step")
@@ -130,7 +130,7 @@ def main() -> None:
             report["starts"][name] = times
             medians = [statistics.median(one[phase] for one in times) for phase in ("total", *PHASES)]
             print(f"| {name} | {' | '.join(f'{value:.1f} s' for value in medians)} |", flush=True)
-    report["imports"] = {module: imports(module) for module in ("launch.train", "trainer.run")}
+    report["imports"] = {module: imports(module) for module in ("tunewright.launch.train", "tunewright.trainer.run")}
     for module, parts in report["imports"].items():
         print(f"\nimport {module}: {', '.join(f'{name} {value:.2f} s' for name, value in parts.items())}")
     args.out.parent.mkdir(parents=True, exist_ok=True)

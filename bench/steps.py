@@ -70,8 +70,8 @@ def load(job: Job, dtype: Any, *, quantized: bool = False, attention: str = "sdp
     if not job.drawn:
         options = {"quantization_config": quantization()} if quantized else {}
         return AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation=attention, **options)
-    from launch.schema import ModelConfig, QLoraConfig, Source
-    from trainer.models import load_model
+    from tunewright.config.schema import ModelConfig, QLoraConfig, Source
+    from tunewright.trainer.model.load import load_model
 
     source = ModelConfig(name="bench", path=job.model, source=Source.folder, random_weights=True)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

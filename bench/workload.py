@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.batching import BatchPlan
-from trainer.tiny import CORPUS, tiny_folder, train_tokenizer
+from tunewright.plan.batch_plan import BatchPlan
+from tunewright.trainer.model.tiny import CORPUS, tiny_folder, train_tokenizer
 
 # The tokenizer is the embedded model's, of 4,096 entries. The model's vocabulary is larger, so that the head weighs
 # what it does in a real model of this size.
@@ -157,7 +157,7 @@ def write_rows(folder: Path, model: Path, kind: str, steps: int, seed: int, batc
     import numpy as np
     from transformers import AutoTokenizer
 
-    from trainer.batches import MicroBatches
+    from tunewright.trainer.data.batches import MicroBatches
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     rng, sentences = random.Random(seed), _sentences()

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import openai
 from openai.types.chat import ChatCompletion
 
-from datagen.budget import BudgetSpent
-from datagen.cells import Cell, digest, schema_of
-from datagen.harvest import Harvest
-from datagen.provider import Ask, Provider, as_usage, client_of
-from datagen.replies import Record, ReplyLog
-from datagen.settings import DatagenConfig, Endpoint
-from launch.errors import ConfigError, PeerError, Preempted
+from tunewright.datagen.budget import BudgetSpent
+from tunewright.datagen.cells import Cell, digest, schema_of
+from tunewright.datagen.harvest import Harvest
+from tunewright.datagen.provider import Ask, Provider, as_usage, client_of
+from tunewright.datagen.replies import Record, ReplyLog
+from tunewright.datagen.settings import DatagenConfig, Endpoint
+from tunewright.errors import ConfigError, PeerError, Preempted
 
 URL: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 WINDOW: Literal["24h"] = "24h"

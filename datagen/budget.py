@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from datagen.settings import BudgetConfig
+from tunewright.datagen.settings import BudgetConfig
 
 OVERHEAD = 64  # tokens that a server may put around a request
 BATCH_PRICE = 0.5

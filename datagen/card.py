@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from launch.compare import clip
+from tunewright.deliver.compare import clip
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 LANGUAGES = {

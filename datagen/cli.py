@@ -37,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand and return its exit code."""
-    from datagen.settings import find_endpoint, keys, load_settings
+    from tunewright.datagen.settings import find_endpoint, keys, load_settings
 
     if args.keys:
         for key, _, text, default in keys():
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_settings([*args.overrides, *([f"push={args.push}"] if args.push else [])])
     endpoint = find_endpoint(config)
-    from datagen.generate import generate
+    from tunewright.datagen.generate import generate
 
     try:
         return generate(config, endpoint, dry_run=args.dry_run, plan_only=args.plan_only, say=_say)

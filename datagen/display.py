@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from launch.compare import clip, display_width
+from tunewright.deliver.compare import clip, display_width
 
 REFRESH_SECONDS = 0.2  # on a terminal
 PLAIN_SECONDS = 5.0  # elsewhere

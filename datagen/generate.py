@@ -14,20 +14,20 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from datagen.batch import Batches
-from datagen.budget import Budget, BudgetSpent, Reservation
-from datagen.cells import PROMPTS_VERSION, SCORE_SCHEMA, Cell, cell_count, digest, schema_of, score_prompt
-from datagen.display import Display, Progress
-from datagen.harvest import Harvest, score_id
-from datagen.limiter import Limiter, Stopped
-from datagen.outputs import Files, write_outputs
-from datagen.plan import SCHEMA as PLAN_SCHEMA
-from datagen.plan import Plan, as_plan, plan_prompt, read_plan
-from datagen.provider import Ask, Provider, RequestFailed
-from datagen.replies import ReplyLog, object_of, row_of, scrubbed
-from datagen.settings import DatagenConfig, Endpoint, Mode, identity, prices
-from datagen.sources import Chunk, read_sources
-from launch.errors import ConfigError, DataError, PeerError, StorageError
+from tunewright.datagen.batch import Batches
+from tunewright.datagen.budget import Budget, BudgetSpent, Reservation
+from tunewright.datagen.cells import PROMPTS_VERSION, SCORE_SCHEMA, Cell, cell_count, digest, schema_of, score_prompt
+from tunewright.datagen.display import Display, Progress
+from tunewright.datagen.harvest import Harvest, score_id
+from tunewright.datagen.limiter import Limiter, Stopped
+from tunewright.datagen.outputs import Files, write_outputs
+from tunewright.datagen.plan import SCHEMA as PLAN_SCHEMA
+from tunewright.datagen.plan import Plan, as_plan, plan_prompt, read_plan
+from tunewright.datagen.provider import Ask, Provider, RequestFailed
+from tunewright.datagen.replies import ReplyLog, object_of, row_of, scrubbed
+from tunewright.datagen.settings import DatagenConfig, Endpoint, Mode, identity, prices
+from tunewright.datagen.sources import Chunk, read_sources
+from tunewright.errors import ConfigError, DataError, PeerError, StorageError
 
 TICK = 0.5  # seconds between two looks at the clock
 DRAIN_SECONDS = 10.0
@@ -408,7 +408,7 @@ def _finish(job: Job, files: Files, say: Callable[[str], None]) -> int:
     say(f"{tokens_in:,} tokens in, {tokens_out:,} out" + (f", ${cost:.2f}" if cost is not None else ""))
     say(f"Look at it: {files.preview}; details in {files.manifest}")
     if config.push:
-        from datagen.push import push
+        from tunewright.datagen.push import push
 
         pushed = [files.rows, *([files.eval_rows] if held else []), files.card]
         say(f"Uploaded: {push(files.out, pushed, config.push, not config.public, say)}")

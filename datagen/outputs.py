@@ -9,19 +9,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from datagen.budget import Budget
-from datagen.card import card
-from datagen.cells import PROMPTS_VERSION
-from datagen.harvest import Harvest
-from datagen.plan import Plan
-from datagen.preview import preview_page
-from datagen.replies import ReplyLog, Row, scrubbed
-from datagen.settings import DatagenConfig, Endpoint, Format, as_plain, prices
-from datagen.split import split
-from launch import __version__
-from launch.errors import ConfigError, DataError
-from launch.rundir import write_json
-from trainer.data.registry import edited_registry, read_registry
+from tunewright import __version__
+from tunewright.datagen.budget import Budget
+from tunewright.datagen.card import card
+from tunewright.datagen.cells import PROMPTS_VERSION
+from tunewright.datagen.harvest import Harvest
+from tunewright.datagen.plan import Plan
+from tunewright.datagen.preview import preview_page
+from tunewright.datagen.replies import ReplyLog, Row, scrubbed
+from tunewright.datagen.settings import DatagenConfig, Endpoint, Format, as_plain, prices
+from tunewright.datagen.split import split
+from tunewright.errors import ConfigError, DataError
+from tunewright.registry import edited_registry, read_registry
+from tunewright.run_folder import write_json
 
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
 OURS = ("file_name", "formatting", "columns", "tags")  # keys of a registry entry that follow from the rows

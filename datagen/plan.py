@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.errors import ConfigError, did_you_mean
-from launch.rundir import write_json
+from tunewright.errors import ConfigError, did_you_mean
+from tunewright.run_folder import write_json
 
 DIFFICULTIES = (
     "an easy case that a beginner meets first",

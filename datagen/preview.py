@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from launch.report import PAGE, STYLE
+from tunewright.deliver.comparison_page import PAGE, STYLE
 
 Row = Mapping[str, Any]
 

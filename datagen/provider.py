@@ -11,12 +11,12 @@ from typing import Any
 
 import openai
 
-from datagen.budget import Budget, Reservation
-from datagen.cells import Message
-from datagen.limiter import Limiter
-from datagen.replies import ReplyLog
-from datagen.settings import DatagenConfig, Endpoint
-from launch.errors import ConfigError, PeerError
+from tunewright.datagen.budget import Budget, Reservation
+from tunewright.datagen.cells import Message
+from tunewright.datagen.limiter import Limiter
+from tunewright.datagen.replies import ReplyLog
+from tunewright.datagen.settings import DatagenConfig, Endpoint
+from tunewright.errors import ConfigError, PeerError
 
 ATTEMPTS = 8
 HURRIED = 40  # refusals for haste until a request is given up

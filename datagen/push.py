@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launch.errors import ConfigError, PeerError, StorageError, TunewrightError
+from tunewright.errors import ConfigError, PeerError, StorageError, TunewrightError
 
 CARD = "README.md"  # what the Hub shows of a repository
 MESSAGE = "Dataset made with tunewright datagen"

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from datagen.budget import taken
-from datagen.cells import FIELDS
-from launch.errors import ConfigError, StorageError
+from tunewright.datagen.budget import taken
+from tunewright.datagen.cells import FIELDS
+from tunewright.errors import ConfigError, StorageError
 
 Record = dict[str, Any]
 Row = dict[str, Any]

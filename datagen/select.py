@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from datagen.rouge import Coder, Index, normal, tokens
-from launch.errors import ConfigError, did_you_mean
+from tunewright.datagen.rouge import Coder, Index, normal, tokens
+from tunewright.errors import ConfigError, did_you_mean
 
 Row = dict[str, Any]
 

@@ -18,9 +18,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.compose import CONFIG_DIR, choices
-from launch.errors import ConfigError, did_you_mean
-from launch.schema import option
+from tunewright.config.compose import CONFIG_DIR, choices
+from tunewright.config.schema import option
+from tunewright.errors import ConfigError, did_you_mean
 
 EXAMPLE = (
     'tunewright datagen task="Given a riddle, answer with a single word and explain it in one sentence." name=riddles'

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datagen.rouge import UNSPACED
-from launch.errors import DataError, did_you_mean
+from tunewright.datagen.rouge import UNSPACED
+from tunewright.errors import DataError, did_you_mean
 
 SIZE = 1500  # characters of a chunk, about
 LEAST = 500  # characters from which a chunk ends where a heading follows

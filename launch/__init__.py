@@ -1,3 +1,1 @@
-"""The `tunewright` command: compose and validate configuration, start ranks, compare runs. Never imports torch."""
-
-__version__ = "0.1.0"
+"""The command line; preparing a run once; starting its ranks and watching them. Holds no model weights in memory."""

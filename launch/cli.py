@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datagen.cli import add_parser as add_datagen
-from launch import __version__
-from launch.errors import TunewrightError, did_you_mean
-from launch.redaction import redact, typed_secrets
-from trainer.data.cli import add_parser as add_data
-from trainer.process import imports_that_stay
+from tunewright import __version__
+from tunewright.datagen.cli import add_parser as add_datagen
+from tunewright.errors import TunewrightError, did_you_mean
+from tunewright.launch.data.cli import add_parser as add_data
+from tunewright.process import imports_that_stay
+from tunewright.redaction import redact, typed_secrets
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -173,7 +173,7 @@ def _add_trust(command: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from launch.train import sweep_jobs, train
+    from tunewright.launch.train import sweep_jobs, train
 
     if args.cfg:
         return _print_configs(sweep_jobs(args.overrides, args.config_dir, multirun=args.multirun))
@@ -181,12 +181,12 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> int:
-    from launch.describe import choices_text, keys_text
+    from tunewright.config.describe import choices_text, keys_text
 
     if args.keys:
         _say(keys_text())
     elif args.overrides:
-        from launch.train import sweep_jobs
+        from tunewright.launch.train import sweep_jobs
 
         return _print_configs(sweep_jobs(args.overrides, args.config_dir, multirun=False))
     else:
@@ -195,14 +195,14 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _print_configs(configs: list[DictConfig]) -> int:
-    from launch.rundir import redacted_yaml
+    from tunewright.run_folder import redacted_yaml
 
     _say("---\n".join(redacted_yaml(config) for config in configs))
     return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from launch.compare import compare
+    from tunewright.deliver.compare import compare
 
     compare(args.runs, args.out)
     return 0
@@ -210,7 +210,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     with imports_that_stay():
-        from trainer.evaluate import evaluate_runs
+        from tunewright.deliver.evaluate import evaluate_runs
 
     evaluate_runs(args.runs, args.examples, _say, trusted=args.trust)
     return 0
@@ -218,14 +218,14 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     with imports_that_stay():
-        from trainer.chat import chat
+        from tunewright.deliver.chat import chat
 
     return chat(args.tuned, args.prompt, args.system, args.max_new_tokens, trusted=args.trust)
 
 
 def _merge(args: argparse.Namespace) -> int:
     with imports_that_stay():
-        from trainer.merge import merge_run
+        from tunewright.deliver.merge import merge_run
 
     merge_run(
         args.tuned,
@@ -240,7 +240,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from launch.demo import demo
+    from tunewright.launch.demo import demo
 
     return demo(args.root, _say)
 

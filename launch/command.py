@@ -13,12 +13,12 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig
 
-from launch.batching import BatchPlan
-from launch.deepspeed import deepspeed_file
-from launch.hardware import Devices
-from launch.rundir import RunDir
-from launch.schema import Launcher
-from trainer.process import rank_variables
+from tunewright.config.deepspeed_file import deepspeed_file
+from tunewright.config.schema import Launcher
+from tunewright.plan.batch_plan import BatchPlan
+from tunewright.plan.devices import Devices
+from tunewright.process import rank_variables
+from tunewright.run_folder import RunDir
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def build_command(
     config: DictConfig, run: RunDir, plan: BatchPlan, devices: Devices, checkpoint: Path | None
 ) -> Command:
     """Build the command that starts the ranks of a run."""
-    script = ["-m", "trainer", "--run", str(run.path)]
+    script = ["-m", "tunewright.trainer", "--run", str(run.path)]
     if checkpoint:
         script += ["--checkpoint", str(checkpoint)]
     return Command(

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.compare import compare
-from launch.errors import TunewrightError
-from launch.folders import check_name
-from launch.rundir import RunDir
-from launch.train import train
+from tunewright.deliver.compare import compare
+from tunewright.errors import TunewrightError
+from tunewright.folders import check_name
+from tunewright.launch.train import train
+from tunewright.run_folder import RunDir
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def demo(root: Path, say: Callable[[str], None] = print) -> int:
     paths = [root / name for name in WAYS]
     missing = [path for path in paths if not RunDir(path).evaluation.is_file()]
     if missing:
-        from trainer.evaluate import evaluate_runs
+        from tunewright.deliver.evaluate import evaluate_runs
 
         evaluate_runs(missing, None, say)
     say("")

@@ -1,4 +1,4 @@
-"""`accelerate launch`, told on standard input what to launch: `python -m launch.launcher`.
+"""`accelerate launch`, told on standard input what to launch: `python -m tunewright.launch.launcher`.
 
 Importing it takes over a second, which passes while the data is prepared. Until it is told, it does nothing.
 """
@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-from trainer.process import interrupt_may_come
+from tunewright.process import interrupt_may_come
 
 
 def main() -> None:

@@ -17,10 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.command import Command
-from launch.errors import EXIT_CODES
-from launch.rundir import RunDir
-from trainer.process import die_with_parent, interrupt_waits, without_ranks
+from tunewright.errors import EXIT_CODES
+from tunewright.launch.command import Command
+from tunewright.process import die_with_parent, interrupt_waits, without_ranks
+from tunewright.run_folder import RunDir
 
 GRACE_SECONDS = 10.0  # between asking the ranks to stop and killing them
 TAIL_LINES = 15
@@ -49,7 +49,7 @@ class AccelerateLauncher:
             return
         with interrupt_waits():
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "launch.launcher"],
+                [sys.executable, "-m", "tunewright.launch.launcher"],
                 stdin=subprocess.PIPE,
                 encoding="utf-8",
                 env=without_ranks(os.environ),

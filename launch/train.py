@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from launch.architecture import check_modules
-from launch.batching import BatchPlan
-from launch.command import Command, build_command, write_accelerate_config
-from launch.compose import compose_config, expand_sweep
-from launch.deepspeed import account, deepspeed_file
-from launch.errors import ConfigError
-from launch.hardware import Devices, find_devices
-from launch.legality import check
-from launch.rundir import Claim, check_inputs, claim, prepare_folder, sole_user
-from launch.schema import Launcher
-from launch.settle import settle
-from launch.supervise import AccelerateLauncher, run_ranks
-from trainer.process import rank_variables
+from tunewright.config.compose import compose_config, expand_sweep
+from tunewright.config.deepspeed_file import account, deepspeed_file
+from tunewright.config.schema import Launcher
+from tunewright.errors import ConfigError
+from tunewright.launch.command import Command, build_command, write_accelerate_config
+from tunewright.launch.supervise import AccelerateLauncher, run_ranks
+from tunewright.plan.architecture import check_modules
+from tunewright.plan.batch_plan import BatchPlan
+from tunewright.plan.devices import Devices, find_devices
+from tunewright.plan.rules import check
+from tunewright.plan.substitutes import settle
+from tunewright.process import rank_variables
+from tunewright.run_folder import Claim, check_inputs, claim, prepare_folder, sole_user
 
 if TYPE_CHECKING:
-    from trainer.preparation import Preparation
+    from tunewright.launch.preparation import Preparation
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def plan_job(config: DictConfig, devices: Devices) -> Job:
 
     Raises:
         ConfigError, DataError: see `legality.check`, `architecture.check_modules`, `settle`, `rundir.claim` and
-            `trainer.prepare.find_prepared`.
+            `tunewright.launch.prepare.find_prepared`.
     """
     plan, settled = check_all(config, devices)
-    from trainer.inputs import planned_inputs
+    from tunewright.trainer.inputs import planned_inputs
 
     claimed = claim(config)
     if claimed.checkpoint:
@@ -64,7 +64,9 @@ def check_all(config: DictConfig, devices: Devices) -> tuple[BatchPlan, list[str
         ConfigError, StorageError: see `legality.check`, `architecture.check_modules` and `settle`.
     """
     plan = check(config, devices)
-    from trainer.architecture import ensure_architecture  # not before: a configuration error should come at once
+    from tunewright.trainer.model.architecture import (
+        ensure_architecture,  # not before: a configuration error should come at once
+    )
 
     architecture = ensure_architecture(config)
     settled = settle(config, architecture, devices)
@@ -79,7 +81,7 @@ def _own_deepspeed_file(config: DictConfig) -> list[str]:
     file = deepspeed_file(config)
     if file.shipped:
         return []
-    from trainer.deepspeed_check import ensure_accepted
+    from tunewright.launch.deepspeed_check import ensure_accepted
 
     return [account(file, config, ensure_accepted(config))]
 
@@ -109,9 +111,9 @@ def _in_a_name(change: str) -> str:
 
 def run_job(job: Job, say: Callable[[str], None], preparation: Preparation, launcher: AccelerateLauncher) -> int:
     """Prepare the data, start the ranks, and return the exit code."""
-    from trainer.inputs import planned_inputs, prepared_inputs
-    from trainer.models import find_model
-    from trainer.prepare import ensure_prepared, find_prepared
+    from tunewright.launch.prepare import ensure_prepared, find_prepared
+    from tunewright.trainer.inputs import planned_inputs, prepared_inputs
+    from tunewright.trainer.model.load import find_model
 
     config, claimed = job.config, job.claimed
     run = claimed.run
@@ -143,7 +145,7 @@ def run_job(job: Job, say: Callable[[str], None], preparation: Preparation, laun
 
 def check_data(config: DictConfig) -> None:
     """Raise DataError for a dataset name, registry or file that cannot be used, before the run folder is touched."""
-    from trainer.prepare import find_prepared
+    from tunewright.launch.prepare import find_prepared
 
     find_prepared(config)
 
@@ -157,7 +159,7 @@ def train(
     say: Callable[[str], None] = print,
 ) -> int:
     """Run one training, or a sweep of them one after the other, and return the exit code of the first that fails."""
-    from trainer.preparation import Preparation
+    from tunewright.launch.preparation import Preparation
 
     devices, preparation, launcher = find_devices(), Preparation(), AccelerateLauncher()
     left_over = rank_variables(os.environ)
@@ -191,7 +193,7 @@ def train(
 
 def show_plan(job: Job, say: Callable[[str], None]) -> None:
     """Print what would run."""
-    from trainer.forecast import forecast
+    from tunewright.launch.forecast import forecast
 
     for text in chain(job.settled, job.claimed.remarks, forecast(job.config, job.plan)):
         say(text)

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from launch.compose import compose_config
-from launch.hardware import find_devices
-from launch.rundir import Claim, RunDir, prepare_folder
-from launch.train import check_all
-from trainer.prepare import prepare
+from tunewright.config.compose import compose_config
+from tunewright.launch.prepare import prepare
+from tunewright.launch.train import check_all
+from tunewright.plan.devices import find_devices
+from tunewright.run_folder import Claim, RunDir, prepare_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TIMEOUT = 400  # seconds: far above what any command here takes, below what hides a hang
@@ -35,7 +35,7 @@ def tunewright() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*args: str | Path, timeout: float = TIMEOUT, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "launch.cli", *map(str, args)],
+            [sys.executable, "-m", "tunewright.launch.cli", *map(str, args)],
             cwd=REPOSITORY,
             env={**os.environ, **env},
             capture_output=True,
@@ -90,7 +90,7 @@ def train_here(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     """Train on one device in this process, and return the run folder."""
     from accelerate import PartialState
 
-    from trainer.run import train
+    from tunewright.trainer.run import train
 
     root = tmp_path_factory.mktemp("here")
 
@@ -117,3 +117,61 @@ def losses(run: Path) -> list[float]:
 
 def manifest(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "manifest.json").read_text(encoding="utf-8")))
+
+
+# What the shipped chat templates write around turns.
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
+SPECIAL += ["<end_of_turn>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<｜User｜>", "<｜Assistant｜>"]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer() -> Any:
+    """A byte-level tokenizer that knows every shipped template's markers, without a template of its own."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(
+        ["A user asks.", "An assistant answers."], 400, special_tokens=["<s>", "</s>", *SPECIAL]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>", extra_special_tokens=SPECIAL
+    )
+
+
+@pytest.fixture(scope="session")
+def small_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 of two narrow layers with the embedded model's tokenizer: a step takes milliseconds."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("small")
+    shape = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    Qwen2ForCausalLM(Qwen2Config(**shape, **heads)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The trainers that trainings of this test used, with their models as training left them."""
+    import tunewright.trainer.run
+
+    made: list[Any] = []
+
+    class Remembered(tunewright.trainer.run.TunewrightTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(tunewright.trainer.run, "TunewrightTrainer", Remembered)
+    return made

@@ -26,9 +26,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.errors import EXIT_CODES
 from tests.datagen import fake_server
 from tests.documents import REPOSITORY, Command, Document, documents, matches, words
+from tunewright.errors import EXIT_CODES
 
 LONGEST = 1200  # seconds that a command may take on a busy machine
 MODELS = Path("~/.cache/tunewright/models").expanduser()  # of which a copy is used

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from launch.demo import time_left
 from tests.conftest import manifest, read_metrics
+from tunewright.launch.demo import time_left
 
 WAYS = {"zero2": ("DEEPSPEED", 2, 2), "zero3": ("DEEPSPEED", 3, 2), "qlora": ("NO", None, 1)}
 Result = subprocess.CompletedProcess[str]

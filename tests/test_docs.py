@@ -20,17 +20,17 @@ from pathlib import Path
 
 import pytest
 
-from datagen.settings import keys as datagen_keys
-from datagen.settings import load_settings
-from launch.cli import parser
-from launch.compose import choices, compose_config, expand_sweep
-from launch.demo import WAYS
-from launch.errors import EXIT_CODES, ConfigError
-from launch.identity import ADJUSTABLE, CALLED, OPERATIONAL
-from launch.schema import GROUPS, METHODS, Config, help_of
 from tests.docs_check import EXCLUDED, INSTEAD, STAYS, Place, reason_of, walk, with_option
 from tests.documents import REPOSITORY, Command, Document, Span, documents, matches, take_apart, words
-from trainer.data import turns
+from tunewright.config.compose import choices, compose_config, expand_sweep
+from tunewright.config.schema import GROUPS, METHODS, Config, help_of
+from tunewright.datagen.settings import keys as datagen_keys
+from tunewright.datagen.settings import load_settings
+from tunewright.errors import EXIT_CODES, ConfigError
+from tunewright.identity import ADJUSTABLE, CALLED, OPERATIONAL
+from tunewright.launch.cli import parser
+from tunewright.launch.demo import WAYS
+from tunewright.trainer.data import turns
 
 DOCUMENTS = documents()
 COMMANDS = [command for document in DOCUMENTS for command in document.commands]

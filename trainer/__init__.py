@@ -1,1 +1,1 @@
-"""What every rank runs, and what follows training. Importing the package does not import torch."""
+"""What every rank runs. Importing the package does not import torch."""

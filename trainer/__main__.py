@@ -1,7 +1,7 @@
-"""`python -m trainer`: one rank, as `accelerate launch -m trainer` starts it.
+"""`python -m tunewright.trainer`: one rank, as `accelerate launch -m tunewright.trainer` starts it.
 
-accelerate launch ... -m trainer --run runs/NAME              what `tunewright train` starts
-accelerate launch ... -m trainer strategy=zero2 train.epochs=1   the same settings without `tunewright`
+accelerate launch ... -m tunewright.trainer --run runs/NAME              what `tunewright train` starts
+accelerate launch ... -m tunewright.trainer strategy=zero2 train.epochs=1   the same settings without `tunewright`
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from launch.batching import BatchPlan, batch_plan
-from launch.compose import compose_config, load_config
-from launch.deepspeed import deepspeed_path, read
-from launch.errors import ConfigError, PeerError, TunewrightError
-from launch.hardware import find_devices
-from launch.redaction import redact, typed_secrets
-from launch.rundir import Claim, RunDir, check_inputs, claim, prepare_folder, run_dir, sole_user
-from launch.schema import Dtype, Launcher
-from launch.train import check_all
-from trainer.inputs import planned_inputs, prepared_inputs
-from trainer.prepare import Prepared, ensure_prepared
-from trainer.process import (
+from tunewright.config.compose import compose_config, load_config
+from tunewright.config.deepspeed_file import deepspeed_path, read
+from tunewright.config.schema import Dtype, Launcher
+from tunewright.errors import ConfigError, PeerError, TunewrightError
+from tunewright.launch.prepare import Prepared, ensure_prepared
+from tunewright.launch.train import check_all
+from tunewright.plan.batch_plan import BatchPlan, batch_plan
+from tunewright.plan.devices import find_devices
+from tunewright.process import (
     LAUNCHED_BY,
     Console,
     die_with_parent,
@@ -37,6 +34,9 @@ from trainer.process import (
     reported_errors,
     world_size,
 )
+from tunewright.redaction import redact, typed_secrets
+from tunewright.run_folder import Claim, RunDir, check_inputs, claim, prepare_folder, run_dir, sole_user
+from tunewright.trainer.inputs import planned_inputs, prepared_inputs
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     with reported_errors(run.logs, console):
         with imports_that_stay():
             state = state or join(config.strategy.launcher.name, config.train.timeout_minutes, console.say)
-            from trainer.run import train
+            from tunewright.trainer.run import train
 
         train(config, run, prepared.cache, prepared.model_path, state, console, claimed.checkpoint)
         state.destroy_process_group()

@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from launch.errors import ConfigError
-from launch.schema import LoraInit
+from tunewright.config.schema import LoraInit
+from tunewright.errors import ConfigError
 
 PROMPT_ENCODER = "prompt_encoder.safetensors"
 PISSA_START = "pissa_start"

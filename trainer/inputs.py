@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import DictConfig
 
-from launch.batching import BatchPlan
-from launch.deepspeed import deepspeed_file
-from launch.errors import ConfigError
-from launch.identity import table
-from launch.rundir import RunDir
-from launch.schema import Launcher
+from tunewright.config.deepspeed_file import deepspeed_file
+from tunewright.config.schema import Launcher
+from tunewright.errors import ConfigError
+from tunewright.identity import table
+from tunewright.plan.batch_plan import BatchPlan
+from tunewright.run_folder import RunDir
 
 if TYPE_CHECKING:
-    from trainer.data.cache import CachedDataset
-    from trainer.prepare import Prepared
+    from tunewright.launch.prepare import Prepared
+    from tunewright.trainer.data.cache import CachedDataset
 
 HELD_OUT = "held-out data"
 SAMPLES, SAMPLE_BYTES = 32, 1 << 14  # of each file of weights: no training leaves them all as they were

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.architecture import ends_with, plain
-from launch.schema import LoraInit
+from tunewright.config.schema import LoraInit
+from tunewright.plan.architecture import ends_with, plain
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -30,7 +30,7 @@ def adapt(model: PreTrainedModel, method: Any, tokenizer: Path | None = None) ->
         return model
     import peft
 
-    from trainer import lora
+    from tunewright.trainer.model import lora
 
     if method.name == "qlora":
         _keep_differentiable(model)

@@ -19,25 +19,25 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
-from launch.batching import BatchPlan, batch_plan
-from launch.deepspeed import deepspeed_file
-from launch.errors import ConfigError, StorageError
-from launch.metrics import final_train_loss, mean_train_loss, read_metrics
-from launch.rundir import RunDir
-from launch.schema import Launcher
-from trainer import attention
-from trainer.checkpoints import keep_pissa_start, plain_data_only, save_as_plain_lora, starts_as_pissa
-from trainer.compiled import compile_layers
-from trainer.data.cache import TokenCache, as_json
-from trainer.data.render import Renderer
-from trainer.data.stream import TokenStream
-from trainer.deepspeed_check import for_trainer
-from trainer.methods import adapt, parameter_counts
-from trainer.models import load_model, load_tokenizer, stop_tokens, torch_dtype
-from trainer.process import Console, launched
-from trainer.recomputation import FitRecomputation
-from trainer.sft import MetricsFile, StepTimer, TunewrightTrainer
-from trainer.telemetry import hardware, over_ranks, peak_memory
+from tunewright.config.deepspeed_file import deepspeed_file
+from tunewright.config.schema import Launcher
+from tunewright.errors import ConfigError, StorageError
+from tunewright.launch.deepspeed_check import for_trainer
+from tunewright.metrics import final_train_loss, mean_train_loss, read_metrics
+from tunewright.plan.batch_plan import BatchPlan, batch_plan
+from tunewright.process import Console, launched
+from tunewright.run_folder import RunDir
+from tunewright.trainer.checkpoints import keep_pissa_start, plain_data_only, save_as_plain_lora, starts_as_pissa
+from tunewright.trainer.data.cache import TokenCache, as_json
+from tunewright.trainer.data.render import Renderer
+from tunewright.trainer.data.stream import TokenStream
+from tunewright.trainer.methods import adapt, parameter_counts
+from tunewright.trainer.model import attention
+from tunewright.trainer.model.compiled import compile_layers
+from tunewright.trainer.model.gradient_checkpointing import FitRecomputation
+from tunewright.trainer.model.load import load_model, load_tokenizer, stop_tokens, torch_dtype
+from tunewright.trainer.sft import MetricsFile, StepTimer, TunewrightTrainer
+from tunewright.trainer.telemetry import hardware, over_ranks, peak_memory
 
 SHARE_BELOW_ONE = math.nextafter(1.0, 0.0)  # transformers reads 1.0 of all steps as one step, and this as all of them
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "trl", "datasets", "bitsandbytes", "hydra-core")

@@ -20,16 +20,30 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from launch.batching import BatchPlan
-from launch.errors import NumericError
-from trainer.batches import Batch, EpochDataLoader, FlatCollator, MicroBatches, PaddedCollator, TokenRows, token_counts
-from trainer.checkpoints import in_format, learns_prompt, load_prompt_encoder, prompt_for_saving, save_prompt_encoder
-from trainer.data.render import IGNORED
-from trainer.data.stream import StreamDataLoader, StreamedMicroBatches, TokenStream
-from trainer.head import add_scored_head
-from trainer.noise import EmbeddingNoise
-from trainer.optimizer import attach_master_weights
-from trainer.telemetry import Meter, device_peak_flops, matmul_parameters, over_ranks, peak_memory
+from tunewright.errors import NumericError
+from tunewright.plan.batch_plan import BatchPlan
+from tunewright.trainer.checkpoints import (
+    in_format,
+    learns_prompt,
+    load_prompt_encoder,
+    prompt_for_saving,
+    save_prompt_encoder,
+)
+from tunewright.trainer.data.batches import (
+    Batch,
+    EpochDataLoader,
+    FlatCollator,
+    MicroBatches,
+    PaddedCollator,
+    TokenRows,
+    token_counts,
+)
+from tunewright.trainer.data.render import IGNORED
+from tunewright.trainer.data.stream import StreamDataLoader, StreamedMicroBatches, TokenStream
+from tunewright.trainer.model.head import add_scored_head
+from tunewright.trainer.model.neftune import EmbeddingNoise
+from tunewright.trainer.optimizer import attach_master_weights
+from tunewright.trainer.telemetry import Meter, device_peak_flops, matmul_parameters, over_ranks, peak_memory
 
 
 class TunewrightTrainer(SFTTrainer):

@@ -18,8 +18,8 @@ import torch  # noqa: E402
 
 
 def attention_kernel() -> None:
-    """trainer/attention.py: forward and backward, grouped heads, window."""
-    from trainer.attention import _varlen_kernel
+    """trainer/model/attention.py: forward and backward, grouped heads, window."""
+    from tunewright.trainer.model.attention import _varlen_kernel
 
     for kv_heads in (4, 1):
         for window in (None, 8):
@@ -31,13 +31,13 @@ def attention_kernel() -> None:
 
 def flash_attention_by_device() -> None:
     """trainer/versions.py: PyTorch's own list of devices; a CPU is not on it."""
-    from trainer.versions import flash_attention_runs_on
+    from tunewright.trainer.versions import flash_attention_runs_on
 
     assert flash_attention_runs_on(torch.device("cpu")) is False
 
 
 def attention_by_document() -> None:
-    """trainer/attention.py: what the kernel does not take goes to scaled_dot_product_attention."""
+    """trainer/model/attention.py: what the kernel does not take goes to scaled_dot_product_attention."""
     bind(torch.nn.functional.scaled_dot_product_attention, 3, "attn_mask dropout_p is_causal scale enable_gqa")
 
 
@@ -98,7 +98,7 @@ def _one_row() -> Any:
 
 
 def quantised_layers() -> None:
-    """trainer/models.py: bitsandbytes has a library for this CUDA, and transformers takes the settings."""
+    """trainer/model/load.py: bitsandbytes has a library for this CUDA, and transformers takes the settings."""
     import bitsandbytes
     from transformers import BitsAndBytesConfig
 
@@ -114,14 +114,14 @@ def quantised_layers() -> None:
 
 
 def process_group() -> None:
-    """trainer/process.py: accelerate's state on a GPU, with a timeout."""
+    """tunewright/process.py: accelerate's state on a GPU, with a timeout."""
     from accelerate import PartialState
 
     bind(PartialState.__init__, 1, "timeout")
 
 
 def compiled_layers() -> None:
-    """trainer/compiled.py and recomputation.py."""
+    """trainer/model/compiled.py and recomputation.py."""
     bind(torch.nn.Module.compile, 1, "dynamic")
     bind(torch.compiler.set_stance, 1)
     bind(torch.compiler.reset, 0)

@@ -23,8 +23,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import torch  # noqa: E402
 from worker import BENCH, forget  # noqa: E402
 
-from launch.errors import TunewrightError  # noqa: E402
-from trainer import attention  # noqa: E402
+from tunewright.errors import TunewrightError  # noqa: E402
+from tunewright.trainer.model import attention  # noqa: E402
 
 LENGTHS = [5, 1, 130, 64, 300]
 WINDOW = 50
@@ -84,12 +84,12 @@ def losses(overrides: list[str], device: torch.device, model: Path, folder: Path
     """Train three steps and return the loss of each."""
     from accelerate import PartialState
 
-    from launch.compose import compose_config
-    from launch.hardware import Devices
-    from launch.rundir import Claim, RunDir, prepare_folder
-    from launch.train import check_all
-    from trainer.prepare import prepare
-    from trainer.run import train
+    from tunewright.config.compose import compose_config
+    from tunewright.launch.prepare import prepare
+    from tunewright.launch.train import check_all
+    from tunewright.plan.devices import Devices
+    from tunewright.run_folder import Claim, RunDir, prepare_folder
+    from tunewright.trainer.run import train
 
     forget()
     settings = ["model=folder", f"model.path={model}", f"output_root={folder}"]
@@ -126,7 +126,7 @@ def _model(scratch: Path) -> Path:
     """Write a small random model once, so that both devices begin with the same weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from trainer import tiny
+    from tunewright.trainer.model import tiny
 
     folder = scratch / "model"
     if not folder.exists():
@@ -143,7 +143,7 @@ def front_door(scratch: Path) -> dict[str, Any]:
     settings = ["model=folder", f"model.path={_model(scratch)}", "method=lora", "train.max_steps=3"]
     settings += [f"output_root={scratch}", "name=front-door", "data.eval_names=[]", f"data.dir={BENCH.parent / 'data'}"]
     done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "train", *settings],
+        [sys.executable, "-m", "tunewright.launch.cli", "train", *settings],
         cwd=scratch,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH.parent), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,

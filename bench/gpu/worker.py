@@ -70,13 +70,13 @@ class Console:
 
 def train_here(job: Job, lever: tuple[str, ...], console: Console) -> None:
     """What `tunewright train` does, in this process."""
-    from launch.compose import compose_config
-    from launch.hardware import find_devices
-    from launch.rundir import Claim, RunDir, prepare_folder
-    from launch.train import check_all
-    from trainer.prepare import prepare
-    from trainer.process import join
-    from trainer.run import train
+    from tunewright.config.compose import compose_config
+    from tunewright.launch.prepare import prepare
+    from tunewright.launch.train import check_all
+    from tunewright.plan.devices import find_devices
+    from tunewright.process import join
+    from tunewright.run_folder import Claim, RunDir, prepare_folder
+    from tunewright.trainer.run import train
 
     config = compose_config([*settings(job), *lever])
     check_all(config, find_devices())

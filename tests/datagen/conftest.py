@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch.errors import TunewrightError
+from tunewright.errors import TunewrightError
 
 CANARY = "sk-canary-51f0c3a97be2"
 
@@ -79,7 +79,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def datagen(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Run the subcommand as the command line does and return exit code and everything it printed."""
-    from datagen.cli import add_parser
+    from tunewright.datagen.cli import add_parser
 
     def run(*arguments: str) -> tuple[int, str]:
         parser = argparse.ArgumentParser()

@@ -234,7 +234,7 @@ class FakeBatches:
 
 ROOT = Path(__file__).parents[2]
 TASK = "Answer a riddle with a single word, said plainly, e.g. ${echo} {braces} {0}: 谜语."
-COMMAND = "import argparse, sys; from datagen.cli import add_parser; p = argparse.ArgumentParser()\n"
+COMMAND = "import argparse, sys; from tunewright.datagen.cli import add_parser; p = argparse.ArgumentParser()\n"
 COMMAND += "add_parser(p.add_subparsers()); a = p.parse_args(sys.argv[1:]); sys.exit(a.run(a))"
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from trainer.tiny import SPECIAL_TOKENS
+from tunewright.trainer.model.tiny import SPECIAL_TOKENS
 
 VOCAB_SIZE = 2048
 SHAPE: dict[str, Any] = {

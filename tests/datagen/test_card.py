@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from datagen.card import card, language_code
+from tunewright.datagen.card import card, language_code
 
 ROWS = [
     {"instruction": f"What has keys but cannot open locks? {number}", "input": "", "output": "A piano, it has keys."}
@@ -135,7 +135,7 @@ def test_registry_entry_fits_the_columns() -> None:
 
 
 def test_registry_entry_is_read_by_the_registry(tmp_path: Any) -> None:
-    from trainer.data.registry import read_registry
+    from tunewright.registry import read_registry
 
     text = re.findall(r"```json\n(.*?)\n```", card(manifest(), ROWS), re.DOTALL)[-1]
     (tmp_path / "dataset_info.json").write_text(text)

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from launch.compose import compose_config
-from trainer.data.formats import Conversation, to_conversation
-from trainer.data.sources import Rows, open_datasets
+from tunewright.config.compose import compose_config
+from tunewright.trainer.data.formats import Conversation, to_conversation
+from tunewright.trainer.data.sources import Rows, open_datasets
 
 TASK = "Answer a riddle with a single word, said plainly, e.g. ${echo}: 谜语."
 RunDatagen = Callable[..., tuple[int, str]]
 FILES = ("riddles.json", "riddles_eval.json", "dataset_info.json", "riddles.manifest.json")
-COMMAND = "import argparse, sys; from datagen.cli import add_parser; p = argparse.ArgumentParser()\n"
+COMMAND = "import argparse, sys; from tunewright.datagen.cli import add_parser; p = argparse.ArgumentParser()\n"
 COMMAND += "add_parser(p.add_subparsers()); a = p.parse_args(sys.argv[1:]); sys.exit(a.run(a))"
 
 
@@ -254,7 +254,7 @@ def test_a_fatal_refusal_stops_after_one_request_without_naming_the_key(
 def test_a_server_that_dies_is_said_so_and_nothing_is_lost(
     serve: Any, fake: Any, datagen: RunDatagen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datagen.provider._backoff", lambda attempt: 0.01)
+    monkeypatch.setattr("tunewright.datagen.provider._backoff", lambda attempt: 0.01)
     dead = True
     server = serve(lambda asked: fake.Reply(status=503) if dead and (asked.cell or 0) >= 6 else None)
     code, text = datagen(*settings(server, tmp_path))
@@ -386,5 +386,5 @@ def test_a_dry_run_asks_and_writes_nothing(serve: Any, datagen: RunDatagen, tmp_
 
 
 def test_the_command_line_does_not_wait_for_openai_or_torch() -> None:
-    code = "import datagen.cli, sys; sys.exit(bool({'torch', 'openai', 'omegaconf'} & set(sys.modules)))"
+    code = "import tunewright.datagen.cli, sys; sys.exit(bool({'torch', 'openai', 'omegaconf'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=os.environ).returncode == 0

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from datagen.display import Display, Progress, line
-from launch.compare import display_width
+from tunewright.datagen.display import Display, Progress, line
+from tunewright.deliver.compare import display_width
 
 HALF = Progress(
     accepted=30,
@@ -156,7 +156,7 @@ def test_a_terminal_that_went_away_ends_no_run() -> None:
 def test_on_a_real_terminal(tmp_path: Path) -> None:
     """With its width, while the results go to a file."""
     script = (
-        "from datagen.display import *\nimport fcntl, struct, sys, termios, time\n"
+        "from tunewright.datagen.display import *\nimport fcntl, struct, sys, termios, time\n"
         "fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 50, 0, 0))\n"
         "with Display(lambda text: print(text, flush=True)) as display:\n"
         "    display.update(Progress(1, 50, Counter({'a very long reason': 7}), 16, 1234567, 12.5, 1, 9.0))\n"

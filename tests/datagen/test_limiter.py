@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from datagen.limiter import Limiter, Stopped, _duration
+from tunewright.datagen.limiter import Limiter, Stopped, _duration
 
 
 def test_all_that_is_allowed_goes_at_once(serve: Any, fake: Any, datagen: Any, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from launch.compose import compose_config
-from trainer.data.formats import Conversation, to_conversation
-from trainer.data.sources import open_datasets
+from tunewright.config.compose import compose_config
+from tunewright.trainer.data.formats import Conversation, to_conversation
+from tunewright.trainer.data.sources import open_datasets
 
 TURNS = {"turns": [{"user": f"question {n}", "assistant": f"reply {n}"} for n in range(3)]}
 
@@ -230,7 +230,7 @@ def test_other_rules_need_no_other_requests(serve: Any, fake: Any, datagen: Any,
 def test_a_reply_that_builds_on_a_missing_one_is_kept(
     serve: Any, fake: Any, datagen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datagen.provider._backoff", lambda attempt: 0.001)
+    monkeypatch.setattr("tunewright.datagen.provider._backoff", lambda attempt: 0.001)
     bad = {"on": True}
 
     def script(asked: Any) -> Any:

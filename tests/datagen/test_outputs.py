@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from datagen.replies import ReplyLog
-from datagen.rouge import rouge_l
-from datagen.select import opening, prompt_tokens
-from trainer.data.registry import read_registry
+from tunewright.datagen.replies import ReplyLog
+from tunewright.datagen.rouge import rouge_l
+from tunewright.datagen.select import opening, prompt_tokens
+from tunewright.registry import read_registry
 
 
 def near_copies(fake: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from datagen.plan import Plan, read_plan
+from tunewright.datagen.plan import Plan, read_plan
 
 
 def test_a_plan_is_shown_and_used_without_asking_again(serve: Any, fake: Any, datagen: Any, tmp_path: Path) -> None:

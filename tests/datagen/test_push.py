@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from datagen.push import push
-from launch.errors import ConfigError, PeerError, StorageError, TunewrightError
+from tunewright.datagen.push import push
+from tunewright.errors import ConfigError, PeerError, StorageError, TunewrightError
 
 
 def _write_hub() -> Any:
@@ -196,7 +196,7 @@ def test_missing_files_are_told_before_anything_is_made(hub: Any, tmp_path: Path
 
 def test_a_fresh_process_needs_only_the_environment_and_no_torch(hub: Any, tmp_path: Path, files: list[Path]) -> None:
     script = (
-        "import sys; from pathlib import Path; from datagen.push import push\n"
+        "import sys; from pathlib import Path; from tunewright.datagen.push import push\n"
         f"print(push(Path({str(tmp_path)!r}), [Path({str(files[0])!r})], 'alice/riddles', False, print))\n"
         "assert 'torch' not in sys.modules"
     )

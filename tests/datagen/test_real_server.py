@@ -18,9 +18,9 @@ from typing import Any
 import openai
 import pytest
 
-from datagen.cells import cell, score_prompt
-from datagen.plan import Plan, plan_prompt
-from datagen.settings import load_settings
+from tunewright.datagen.cells import cell, score_prompt
+from tunewright.datagen.plan import Plan, plan_prompt
+from tunewright.datagen.settings import load_settings
 
 TASK = "Answer questions about everyday things in one sentence. 也可以用中文提问。"
 RunDatagen = Callable[..., tuple[int, str]]
@@ -28,7 +28,7 @@ PLAN = Plan("You answer in one sentence.", ("tools", "places"), ("a student",))
 ROW = {"instruction": "Why?", "input": "", "output": "Because."}
 FILES = ("things.json", "things_eval.json", "dataset_info.json", "things.manifest.json")
 REPOSITORY = Path(__file__).parents[2]
-COMMAND = "import argparse, sys; from datagen.cli import add_parser; p = argparse.ArgumentParser()\n"
+COMMAND = "import argparse, sys; from tunewright.datagen.cli import add_parser; p = argparse.ArgumentParser()\n"
 COMMAND += "add_parser(p.add_subparsers()); a = p.parse_args(sys.argv[1:]); sys.exit(a.run(a))"
 
 

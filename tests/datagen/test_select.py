@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datagen.rouge import Coder, Index, rouge_l, tokens
-from datagen.select import Row, Rules, Selector
-from launch.errors import ConfigError
+from tunewright.datagen.rouge import Coder, Index, rouge_l, tokens
+from tunewright.datagen.select import Row, Rules, Selector
+from tunewright.errors import ConfigError
 
 SIMILARITIES = st.sampled_from([0.2, 0.35, 0.5, 0.6, 0.7, 0.85, 0.9, 1.0])
 WORDS = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=14)
@@ -206,7 +206,7 @@ def test_rules_that_cannot_be_kept_are_refused(rules: dict[str, object], said: s
 
 
 def test_importing_it_loads_nothing_heavy() -> None:
-    code = "import sys, datagen.select, datagen.split, datagen.sources; "
+    code = "import sys, tunewright.datagen.select, tunewright.datagen.split, tunewright.datagen.sources; "
     code += "heavy = {'torch', 'py3langid', 'pypdf', 'rapidfuzz'}"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; print(sorted(heavy & sys.modules.keys()))"],

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pypdf import PdfReader, PdfWriter
 
-from datagen.sources import SIZE, Chunk, cut, read_sources
-from launch.errors import DataError
+from tunewright.datagen.sources import SIZE, Chunk, cut, read_sources
+from tunewright.errors import DataError
 
 
 def pdf(pages: list[list[str]]) -> bytes:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datagen.rouge import normal, rouge_l
-from datagen.select import Row, opening, prompt_tokens
-from datagen.split import CHUNK, Split, split
+from tunewright.datagen.rouge import normal, rouge_l
+from tunewright.datagen.select import Row, opening, prompt_tokens
+from tunewright.datagen.split import CHUNK, Split, split
 
 SHARE, SIMILARITY = 0.1, 0.6
 TEXT = st.lists(st.sampled_from("abcdefghijkl"), min_size=1, max_size=8).map(" ".join)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import parser
-from launch.compose import compose_config
-from launch.demo import WAYS
+from tunewright.config.compose import compose_config
+from tunewright.launch.cli import parser
+from tunewright.launch.demo import WAYS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TARGETS = [

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.command import Command
-from launch.compose import compose_config
-from launch.supervise import AccelerateLauncher
-from trainer.preparation import Preparation
+from tunewright.config.compose import compose_config
+from tunewright.launch.command import Command
+from tunewright.launch.preparation import Preparation
+from tunewright.launch.supervise import AccelerateLauncher
 
 SCRIPT = """
 import json, os, sys
-from trainer.process import rank_variables
+from tunewright.process import rank_variables
 ranks = {name: os.environ[name] for name in rank_variables(os.environ)}
 json.dump([sys.argv[1:], os.environ['GREETING'], sys.stdin.read(), ranks], open('out', 'w'))
 """
@@ -73,7 +73,7 @@ def test_what_turns_out_not_to_be_needed_is_ended(begun: Callable[[], Preparatio
     early.stop()  # nothing is left to end
 
 
-@pytest.mark.parametrize("module", ["trainer.prepare", "launch.launcher"])
+@pytest.mark.parametrize("module", ["tunewright.launch.prepare", "tunewright.launch.launcher"])
 def test_without_an_order_nothing_is_done(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module], input="", capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -83,7 +83,7 @@ def test_a_configuration_error_imports_nothing_heavy() -> None:
     """It comes in a third of a second; numpy, jinja2 and PyArrow alone would take as long."""
     code = """
 import sys
-from launch.cli import main
+from tunewright.launch.cli import main
 codes = [main(["train", "train.no_such=1"]), main(["train", "method=qlora", "strategy=zero3"])]
 print(codes, sorted({"torch", "transformers", "numpy", "pyarrow", "jinja2"} & set(sys.modules)))
 """

@@ -16,14 +16,14 @@ from torch.nn.functional import cross_entropy
 from transformers import set_seed
 from trl import SFTConfig
 
-from launch.batching import BatchPlan
-from launch.errors import ConfigError
-from launch.schema import FullConfig, LoraConfig
-from trainer import attention
-from trainer.batches import FlatCollator, PaddedCollator
-from trainer.data.render import IGNORED
-from trainer.methods import adapt
-from trainer.sft import TunewrightTrainer, scored_loss_sum
+from tunewright.config.schema import FullConfig, LoraConfig
+from tunewright.errors import ConfigError
+from tunewright.plan.batch_plan import BatchPlan
+from tunewright.trainer.data.batches import FlatCollator, PaddedCollator
+from tunewright.trainer.data.render import IGNORED
+from tunewright.trainer.methods import adapt
+from tunewright.trainer.model import attention
+from tunewright.trainer.sft import TunewrightTrainer, scored_loss_sum
 
 VOCABULARY = 512
 LENGTHS = (3, 40, 11, 2)

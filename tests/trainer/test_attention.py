@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from launch.errors import ConfigError
-from trainer import attention
-from trainer.attention import padded_implementation, padding_free_problem, varlen_attention
+from tunewright.errors import ConfigError
+from tunewright.trainer.model import attention
+from tunewright.trainer.model.attention import padded_implementation, padding_free_problem, varlen_attention
 
 LENGTHS = [5, 1, 33, 12]
 WINDOW = 6
@@ -64,8 +64,8 @@ def test_it_does_not_matter_how_a_row_is_cut_into_blocks(
     block: int, kept: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor whether probabilities are kept for the backward pass or computed again."""
-    monkeypatch.setattr("trainer.document_attention.BLOCK", block)
-    monkeypatch.setattr("trainer.document_attention.KEPT", kept)
+    monkeypatch.setattr("tunewright.trainer.model.document_attention.BLOCK", block)
+    monkeypatch.setattr("tunewright.trainer.model.document_attention.KEPT", kept)
     compare("cpu", torch.float32, 1e-5, window)
     compare("cpu", torch.bfloat16, 0.02, window)
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from launch.batching import BatchPlan
-from trainer import attention
-from trainer.batches import FlatCollator, MicroBatches, PaddedCollator, token_counts
-from trainer.data.render import IGNORED
-from trainer.sft import scored_loss_sum
-from trainer.telemetry import matmul_parameters
+from tunewright.plan.batch_plan import BatchPlan
+from tunewright.trainer.data.batches import FlatCollator, MicroBatches, PaddedCollator, token_counts
+from tunewright.trainer.data.render import IGNORED
+from tunewright.trainer.model import attention
+from tunewright.trainer.sft import scored_loss_sum
+from tunewright.trainer.telemetry import matmul_parameters
 
 
 def rows_of(*lengths: int, vocabulary: int = 4000) -> list[dict[str, np.ndarray]]:

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from launch.compose import compose_config
-from launch.errors import DataError
-from trainer.data import cache as cache_module
-from trainer.data.cache import TokenCache, as_json, build_cache, cache_key, describe, find_cache, open_rows
-from trainer.data.formats import to_conversation
-from trainer.data.render import IGNORED, Renderer
-from trainer.data.select import held_out_rows
-from trainer.data.tokens import tokenize
-from trainer.data.workers import started_workers
-from trainer.models import load_tokenizer
-from trainer.preparation import Preparation
-from trainer.prepare import ensure_prepared
+from tunewright.config.compose import compose_config
+from tunewright.errors import DataError
+from tunewright.launch.preparation import Preparation
+from tunewright.launch.prepare import ensure_prepared
+from tunewright.trainer.data import cache as cache_module
+from tunewright.trainer.data.cache import TokenCache, as_json, build_cache, cache_key, describe, find_cache, open_rows
+from tunewright.trainer.data.formats import to_conversation
+from tunewright.trainer.data.render import IGNORED, Renderer
+from tunewright.trainer.data.select import held_out_rows
+from tunewright.trainer.data.tokens import tokenize
+from tunewright.trainer.data.workers import started_workers
+from tunewright.trainer.model.load import load_tokenizer
 
 ROWS = [{"instruction": f"Say {number}.", "input": "", "output": f"{number} it is"} for number in range(40)]
 
@@ -247,10 +247,10 @@ def test_two_processes_at_once_make_one_cache(tmp_path: Path, tiny_model: Path) 
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from launch.compose import compose_config\n"
-        "from trainer.data.cache import build_cache\n"
-        "from trainer.data.render import Renderer\n"
-        "from trainer.models import load_tokenizer\n"
+        "from tunewright.config.compose import compose_config\n"
+        "from tunewright.trainer.data.cache import build_cache\n"
+        "from tunewright.trainer.data.render import Renderer\n"
+        "from tunewright.trainer.model.load import load_tokenizer\n"
         "root, model = sys.argv[1:]\n"
         "where = [f'data.dir={root}', f'data.cache_dir={root}/c']\n"
         "config = compose_config(['data=registry', 'data.names=[mine]', *where])\n"

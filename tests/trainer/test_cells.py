@@ -14,12 +14,12 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from launch.cells import BEGIN, DEVICES, DOCUMENT, STRATEGIES, Cell, cells, table, verdict
-from launch.command import _environment, accelerate_config
-from launch.compose import compose_config
-from launch.errors import ConfigError
-from launch.hardware import Devices, find_devices
-from launch.legality import check, world_size
+from tunewright.config.compose import compose_config
+from tunewright.errors import ConfigError
+from tunewright.launch.command import _environment, accelerate_config
+from tunewright.plan.devices import Devices, find_devices
+from tunewright.plan.rules import check, world_size
+from tunewright.plan.support import BEGIN, DEVICES, DOCUMENT, STRATEGIES, Cell, cells, table, verdict
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
 STEPS = 6
@@ -69,7 +69,7 @@ def test_a_strategy_of_the_users_own_is_judged_by_its_zero_stage(tmp_path: Path)
 def test_the_documented_table_is_the_one_that_is_checked() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert BEGIN in text
-    assert table() in text, "write it anew with: python -m launch.cells"
+    assert table() in text, "write it anew with: python -m tunewright.plan.support"
 
 
 @pytest.fixture(scope="session")
@@ -180,6 +180,6 @@ def _numel(shape: list[int]) -> int:
 
 
 def test_the_tables_strategies_are_the_shipped_ones() -> None:
-    from launch.compose import choices
+    from tunewright.config.compose import choices
 
     assert sorted(STRATEGIES) == choices("strategy")

@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
-from launch.compose import compose_config
 from tests.conftest import losses, manifest, read_metrics
-from trainer import attention
-from trainer.batches import FlatCollator
-from trainer.data.render import IGNORED
-from trainer.methods import adapt, peft_config
-from trainer.optimizer import attach_master_weights
-from trainer.run import Proof
-from trainer.sft import scored_loss_sum
+from tunewright.config.compose import compose_config
+from tunewright.trainer.data.batches import FlatCollator
+from tunewright.trainer.data.render import IGNORED
+from tunewright.trainer.methods import adapt, peft_config
+from tunewright.trainer.model import attention
+from tunewright.trainer.optimizer import attach_master_weights
+from tunewright.trainer.run import Proof
+from tunewright.trainer.sft import scored_loss_sum
 
 STEPS, HALF = 6, 3
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from launch.errors import DataError
-from trainer.data.draw import Drawn
-from trainer.data.encode import Encoder
-from trainer.data.formats import Conversation, Plain
-from trainer.data.render import IGNORED, Renderer
-from trainer.data.turns import Unusable
+from tunewright.errors import DataError
+from tunewright.trainer.data.draw import Drawn
+from tunewright.trainer.data.encode import Encoder
+from tunewright.trainer.data.formats import Conversation, Plain
+from tunewright.trainer.data.render import IGNORED, Renderer
+from tunewright.trainer.data.turns import Unusable
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 PROMPTED = TEMPLATE + "{% if add_generation_prompt %}[assistant] {% endif %}"

@@ -22,16 +22,16 @@ from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch import schema
-from launch.compose import compose_config
-from launch.errors import TunewrightError
-from launch.hardware import find_devices
-from launch.legality import OPTIMIZERS, SCHEDULERS
-from launch.rundir import RunDir, prepare_folder
-from launch.train import plan_job
 from tests.conftest import REPOSITORY, Quiet
-from trainer.forecast import steps
-from trainer.prepare import prepare
+from tunewright.config import schema
+from tunewright.config.compose import compose_config
+from tunewright.errors import TunewrightError
+from tunewright.launch.forecast import steps
+from tunewright.launch.prepare import prepare
+from tunewright.launch.train import plan_job
+from tunewright.plan.devices import find_devices
+from tunewright.plan.rules import OPTIMIZERS, SCHEDULERS
+from tunewright.run_folder import RunDir, prepare_folder
 
 HUGE = 10**12
 # Values that mean something, for settings whose type does not tell any.
@@ -143,7 +143,7 @@ def outcome(config: DictConfig, changes: dict[str, Any], *, train: bool) -> str:
         job = plan_job(config, find_devices())
         list(steps(config, job.plan))
         if train:
-            from trainer.run import train as run_rank
+            from tunewright.trainer.run import train as run_rank
 
             folder = RunDir(Path(config.output_root) / config.name)
             prepared = prepare(config, lambda line: None)

@@ -15,10 +15,10 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.errors import DataError
-from trainer.data.files import CHUNK, is_saved_dataset, read_file, saved_files
-from trainer.data.hubs import read_snapshot
-from trainer.data.registry import Entry, Place
+from tunewright.errors import DataError
+from tunewright.registry import Entry, Place
+from tunewright.trainer.data.files import CHUNK, is_saved_dataset, read_file, saved_files
+from tunewright.trainer.data.hubs import read_snapshot
 
 ROWS = [
     {"instruction": "Say hello.", "input": "", "output": "Hello,\n“world”\t!"},

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.schema import Compat
-from trainer.data.formats import Conversation, Plain, to_conversation, unread
-from trainer.data.registry import Entry, parse_entry
-from trainer.data.turns import Unusable
+from tunewright.config.schema import Compat
+from tunewright.registry import Entry, parse_entry
+from tunewright.trainer.data.formats import Conversation, Plain, to_conversation, unread
+from tunewright.trainer.data.turns import Unusable
 
 CALL = {"type": "function", "id": "call00000", "function": {"name": "sum", "arguments": {"a": 1}}}
 CALLED = {"name": "sum", "arguments": '{"a": 1}'}

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Cohere2Config, Cohere2ForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from trainer.head import add_scored_head
+from tunewright.trainer.model.head import add_scored_head
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_loss_and_every_gradient_are_the_plain_ones(
     chunk: int, bias: bool, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the rows of a chunk: one, five, all."""
-    monkeypatch.setattr("trainer.head.CHUNK", chunk)
+    monkeypatch.setattr("tunewright.trainer.model.head.CHUNK", chunk)
     if bias:
         model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 4096))
     expected_model = copy.deepcopy(model)
@@ -64,7 +64,7 @@ def test_a_batch_in_which_nothing_is_scored_has_a_gradient_of_zero(model: Any) -
 
 def test_the_logits_of_all_scored_positions_never_exist(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor that is made has the rows of a chunk, in the forward pass and in the backward pass."""
-    monkeypatch.setattr("trainer.head.CHUNK", 4096 * 2)
+    monkeypatch.setattr("tunewright.trainer.model.head.CHUNK", 4096 * 2)
     add_scored_head(model)
     ids = torch.randint(0, 4096, (1, 60))
     largest, weight = 0, model.lm_head.weight.data_ptr()

@@ -17,9 +17,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 READ = """
 import sys
-from launch.compose import compose_config
-from launch.errors import TunewrightError
-from trainer.data.cache import open_rows
+from tunewright.config.compose import compose_config
+from tunewright.errors import TunewrightError
+from tunewright.trainer.data.cache import open_rows
 config = compose_config(["data=registry", "data.names=[placeholder]", "data.dir=" + sys.argv[1], *sys.argv[3:]])
 config.data.names = [sys.argv[2]]
 if config.offline:

@@ -14,14 +14,14 @@ import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
-from launch.compose import compose_config
-from launch.errors import ConfigError
-from launch.hardware import find_devices
-from launch.legality import check
-from launch.rundir import RunDir, check_inputs, claim, prepare_folder
 from tests.conftest import REPOSITORY
-from trainer.inputs import check_base, planned_inputs, prepared_inputs
-from trainer.prepare import prepare
+from tunewright.config.compose import compose_config
+from tunewright.errors import ConfigError
+from tunewright.launch.prepare import prepare
+from tunewright.plan.devices import find_devices
+from tunewright.plan.rules import check
+from tunewright.run_folder import RunDir, check_inputs, claim, prepare_folder
+from tunewright.trainer.inputs import check_base, planned_inputs, prepared_inputs
 
 ROWS = [{"instruction": f"Say the number {n}", "input": "", "output": f"It is number {n}."} for n in range(64)]
 MORE = [{"instruction": f"New {n}", "input": "", "output": f"Other {n}."} for n in range(64)]
@@ -144,7 +144,15 @@ def test_a_finished_run_is_left_alone_by_accelerate_launch_too(tmp_path: Path) -
     config = compose_config([f"output_root={tmp_path}", "name=a", "strategy=ddp", "cluster.num_processes=2"])
     run = begun(config, "done")
     run.final.mkdir()
-    launch = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2", "-m", "trainer"]
+    launch = [
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "-m",
+        "tunewright.trainer",
+    ]
     command = [sys.executable, "-m", *launch, f"output_root={tmp_path}", "name=a", "resume=auto"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

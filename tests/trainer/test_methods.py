@@ -13,13 +13,13 @@ from peft import LoraConfig, PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM, set_seed
 
-from launch.compose import compose_config, load_config
-from launch.schema import PROMPT_LEARNING
 from tests.conftest import losses, manifest
-from trainer.data.cache import find_cache
-from trainer.data.render import IGNORED
-from trainer.methods import adapt, parameter_counts
-from trainer.models import load_model
+from tunewright.config.compose import compose_config, load_config
+from tunewright.config.schema import PROMPT_LEARNING
+from tunewright.trainer.data.cache import find_cache
+from tunewright.trainer.data.render import IGNORED
+from tunewright.trainer.methods import adapt, parameter_counts
+from tunewright.trainer.model.load import load_model
 
 VOCABULARY, WIDTH, INNER, LAYERS, HEADS, KEYS = 512, 32, 64, 2, 4, 16  # KEYS: width of keys and of values
 RANK, TOKENS = 4, 5

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from launch.compose import compose_config
-from launch.errors import ConfigError
 from tests.conftest import losses
-from trainer import tiny
-from trainer.hub import has_weights
-from trainer.methods import adapt, parameter_counts
-from trainer.models import find_model, load_model, load_tokenizer, stop_tokens, torch_dtype
+from tunewright.config.compose import compose_config
+from tunewright.errors import ConfigError
+from tunewright.trainer.methods import adapt, parameter_counts
+from tunewright.trainer.model import tiny
+from tunewright.trainer.model.hub import has_weights
+from tunewright.trainer.model.load import find_model, load_model, load_tokenizer, stop_tokens, torch_dtype
 
 
 def test_the_embedded_model_is_kept_under_a_key_of_what_made_it(
@@ -58,8 +58,8 @@ def test_a_hub_model_in_the_local_cache_is_opened_without_the_network(tiny_model
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc")
     code = (
-        "from launch.compose import compose_config\n"
-        "from trainer.models import find_model\n"
+        "from tunewright.config.compose import compose_config\n"
+        "from tunewright.trainer.model.load import find_model\n"
         "print(find_model(compose_config(['model=qwen2_5_7b', 'model.path=org/small']).model, ''))\n"
     )
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.batching import BatchPlan, batch_plan
-from launch.compose import compose_config
-from launch.errors import ConfigError
-from launch.hardware import find_devices
-from launch.legality import check
-from launch.schema import TrainConfig
 from tests.conftest import losses, manifest, read_metrics
-from trainer.batches import MicroBatches
-from trainer.packing import cut, pack
+from tunewright.config.compose import compose_config
+from tunewright.config.schema import TrainConfig
+from tunewright.errors import ConfigError
+from tunewright.plan.batch_plan import BatchPlan, batch_plan
+from tunewright.plan.devices import find_devices
+from tunewright.plan.rules import check
+from tunewright.trainer.data.batches import MicroBatches
+from tunewright.trainer.data.packing import cut, pack
 
 CAPACITY = 64
 

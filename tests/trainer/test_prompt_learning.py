@@ -15,16 +15,16 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM, set_seed
 from trl import SFTConfig
 
-from launch.batching import BatchPlan
-from launch.compose import compose_config, load_config
-from launch.errors import ConfigError
-from launch.hardware import find_devices
-from launch.train import check_all
-from trainer.data.render import IGNORED
-from trainer.generate import Answerer, run_of
-from trainer.methods import adapt
-from trainer.prepare import prepare
-from trainer.sft import TunewrightTrainer
+from tunewright.config.compose import compose_config, load_config
+from tunewright.deliver.generate import Answerer, run_of
+from tunewright.errors import ConfigError
+from tunewright.launch.prepare import prepare
+from tunewright.launch.train import check_all
+from tunewright.plan.batch_plan import BatchPlan
+from tunewright.plan.devices import find_devices
+from tunewright.trainer.data.render import IGNORED
+from tunewright.trainer.methods import adapt
+from tunewright.trainer.sft import TunewrightTrainer
 
 VOCABULARY, TOKENS = 512, 5
 LENGTHS = (3, 40, 11, 2)

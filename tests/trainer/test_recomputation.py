@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import trainer.recomputation as recomputation
-from launch.errors import ConfigError
+import tunewright.trainer.model.gradient_checkpointing as recomputation
 from tests.conftest import losses, manifest
-from trainer.recomputation import Activations, measure, separate_layers
+from tunewright.errors import ConfigError
+from tunewright.trainer.model.gradient_checkpointing import Activations, measure, separate_layers
 
 QUICK = ["train.max_steps=4", "data.max_samples=12", "train.global_batch_size=4", "train.logging_steps=1"]
 QUICK += ["data.eval_names=[]", "train.learning_rate=1e-2"]

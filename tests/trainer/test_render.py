@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from launch.errors import ConfigError, DataError
-from launch.schema import Overlong
-from launch.templates import template_names
-from trainer.data.formats import Conversation, Plain
-from trainer.data.render import IGNORED, Example, Renderer
-from trainer.data.turns import Message, Unusable
-from trainer.templates import install_template, settle_end_of_turn
+from tunewright.config.chat_templates import template_names
+from tunewright.config.schema import Overlong
+from tunewright.errors import ConfigError, DataError
+from tunewright.trainer.data.formats import Conversation, Plain
+from tunewright.trainer.data.render import IGNORED, Example, Renderer
+from tunewright.trainer.data.turns import Message, Unusable
+from tunewright.trainer.model.templates import install_template, settle_end_of_turn
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}, "required": ["city"]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "tells rain", "parameters": CITY}}]

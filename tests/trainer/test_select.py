@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.compose import compose_config
-from launch.errors import ConfigError, DataError
-from trainer.data.select import Part, held_out_rows, mixture, training_examples
+from tunewright.config.compose import compose_config
+from tunewright.errors import ConfigError, DataError
+from tunewright.trainer.data.select import Part, held_out_rows, mixture, training_examples
 
 
 def settings(*overrides: str, names: str = "[a,b]") -> Any:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from launch.batching import BatchPlan
-from launch.compose import compose_config
-from launch.errors import DataError
-from trainer.data.cache import open_rows
-from trainer.data.render import Renderer
-from trainer.data.stream import StreamedMicroBatches, TokenStream
+from tunewright.config.compose import compose_config
+from tunewright.errors import DataError
+from tunewright.plan.batch_plan import BatchPlan
+from tunewright.trainer.data.cache import open_rows
+from tunewright.trainer.data.render import Renderer
+from tunewright.trainer.data.stream import StreamedMicroBatches, TokenStream
 
 
 def rows(word: str, count: int) -> str:
@@ -111,9 +111,9 @@ def test_training_goes_on_past_the_end_of_a_stream(train_here: Callable[..., Pat
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides: list[str], said: str) -> None:
-    from launch.errors import ConfigError
-    from launch.hardware import find_devices
-    from launch.legality import check
+    from tunewright.errors import ConfigError
+    from tunewright.plan.devices import find_devices
+    from tunewright.plan.rules import check
 
     with pytest.raises(ConfigError, match=said):
         check(compose_config(overrides), find_devices())

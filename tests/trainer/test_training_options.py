@@ -15,16 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.batching import BatchPlan
-from launch.compose import compose_config
-from launch.errors import ConfigError
-from launch.hardware import find_devices
-from launch.legality import OPTIMIZERS, check
-from launch.settle import UNPAGED
 from tests.conftest import losses, manifest, read_metrics
-from trainer.batches import FlatCollator, MicroBatches, PaddedCollator
-from trainer.data.render import IGNORED
-from trainer.noise import EmbeddingNoise
+from tunewright.config.compose import compose_config
+from tunewright.errors import ConfigError
+from tunewright.plan.batch_plan import BatchPlan
+from tunewright.plan.devices import find_devices
+from tunewright.plan.rules import OPTIMIZERS, check
+from tunewright.plan.substitutes import UNPAGED
+from tunewright.trainer.data.batches import FlatCollator, MicroBatches, PaddedCollator
+from tunewright.trainer.data.render import IGNORED
+from tunewright.trainer.model.neftune import EmbeddingNoise
 
 
 def quick(model: Path) -> list[str]:

@@ -19,13 +19,13 @@ import torch
 from accelerate.state import AcceleratorState
 from omegaconf import DictConfig
 
-import trainer.run
-from launch.compose import load_config
-from launch.hardware import find_devices
-from launch.rundir import Claim, RunDir, prepare_folder
-from launch.train import check_all
-from trainer.prepare import prepare
-from trainer.process import join
+import tunewright.trainer.run
+from tunewright.config.compose import load_config
+from tunewright.launch.prepare import prepare
+from tunewright.launch.train import check_all
+from tunewright.plan.devices import find_devices
+from tunewright.process import join
+from tunewright.run_folder import Claim, RunDir, prepare_folder
 
 
 class Quiet:
@@ -54,7 +54,7 @@ def train_one(config: DictConfig, state: Any) -> dict[str, Any]:
     state.wait_for_everyone()
     prepared = prepare(config, lambda line: None)
     seen: dict[str, Any] = {}
-    adapt = trainer.run.adapt
+    adapt = tunewright.trainer.run.adapt
 
     def adapt_and_look(*args: Any) -> Any:
         model = adapt(*args)
@@ -62,11 +62,11 @@ def train_one(config: DictConfig, state: Any) -> dict[str, Any]:
         seen.update(model=model, trained=trained, before={n: whole(p) for n, p in model.named_parameters()})
         return model
 
-    trainer.run.adapt = adapt_and_look
+    tunewright.trainer.run.adapt = adapt_and_look
     try:
-        trainer.run.train(config, run, prepared.cache, prepared.model_path, state, Quiet(), None)
+        tunewright.trainer.run.train(config, run, prepared.cache, prepared.model_path, state, Quiet(), None)
     finally:
-        trainer.run.adapt = adapt
+        tunewright.trainer.run.adapt = adapt
     after = {name: whole(parameter) for name, parameter in seen["model"].named_parameters()}
     before, trained = seen["before"], seen["trained"]
     moved = {name for name in after if not torch.equal(after[name].to(before[name].dtype), before[name])}

@@ -23,19 +23,19 @@ import numpy as np
 from filelock import FileLock
 from omegaconf import DictConfig
 
-from launch.errors import DataError
-from launch.legality import longest_row
-from launch.schema import DataConfig
-from launch.templates import template_file
-from trainer.data.select import Part, held_out_rows, training_examples
-from trainer.data.sources import Rows, open_datasets
-from trainer.data.tokens import Outcome, no_row_left, tokenize
-from trainer.packing import pack
+from tunewright.config.chat_templates import template_file
+from tunewright.config.schema import DataConfig
+from tunewright.errors import DataError
+from tunewright.plan.rules import longest_row
+from tunewright.trainer.data.packing import pack
+from tunewright.trainer.data.select import Part, held_out_rows, training_examples
+from tunewright.trainer.data.sources import Rows, open_datasets
+from tunewright.trainer.data.tokens import Outcome, no_row_left, tokenize
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from trainer.data.render import Renderer
+    from tunewright.trainer.data.render import Renderer
 
 FORMAT = 5  # raise it when the meaning of the cached columns changes
 OUTCOME_NAME = "outcome.json"

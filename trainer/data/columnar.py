@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.errors import DataError
+from tunewright.errors import DataError
 
 BATCH = 1000  # rows converted at once
 Reader = Callable[[Any], Any]

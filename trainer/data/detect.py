@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from typing import Any
 
-from trainer.data.marks import marked_columns
-from trainer.data.registry import SHAREGPT_TAGS
-from trainer.data.turns import TAG_ROLES, find_role
+from tunewright.registry import SHAREGPT_TAGS
+from tunewright.trainer.data.marks import marked_columns
+from tunewright.trainer.data.turns import TAG_ROLES, find_role
 
 # Columns that datasets on the hubs use, each with the meaning it has in a registry; the first that is there counts.
 PROMPTS = ("instruction", "prompt", "question", "query", "input", "problem", "content")

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError, nodes
 from jinja2.meta import find_undeclared_variables
 
-from launch.errors import DataError
-from launch.templates import template_names
-from trainer.data.formats import Conversation, Plain
-from trainer.data.turns import REASONING_KEYS, Message, Unusable
+from tunewright.config.chat_templates import template_names
+from tunewright.errors import DataError
+from tunewright.trainer.data.formats import Conversation, Plain
+from tunewright.trainer.data.turns import REASONING_KEYS, Message, Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch.errors import DataError
-from trainer.data.draw import Drawn, Span, special_strings
-from trainer.data.turns import Unusable
+from tunewright.errors import DataError
+from tunewright.trainer.data.draw import Drawn, Span, special_strings
+from tunewright.trainer.data.turns import Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

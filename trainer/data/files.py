@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from launch.errors import DataError
-from trainer.data.columnar import read_arrow, read_parquet
+from tunewright.errors import DataError
+from tunewright.trainer.data.columnar import read_arrow, read_parquet
 
 Row = dict[str, Any]
 

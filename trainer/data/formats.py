@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from launch.errors import DataError
-from launch.schema import Compat
-from trainer.data.files import Row
-from trainer.data.marks import bad_label, media_columns
-from trainer.data.registry import Entry
-from trainer.data.turns import Message, Unusable, read_turns, unread_keys
+from tunewright.config.schema import Compat
+from tunewright.errors import DataError
+from tunewright.registry import Entry
+from tunewright.trainer.data.files import Row
+from tunewright.trainer.data.marks import bad_label, media_columns
+from tunewright.trainer.data.turns import Message, Unusable, read_turns, unread_keys
 
 OLDER_TOOLS = "functions"  # what OpenAI's older files call the column of tools
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.errors import ConfigError, DataError, StorageError
-from trainer.data.columnar import BATCH, rows_of
-from trainer.data.files import Row
-from trainer.data.registry import Entry, Place
+from tunewright.errors import ConfigError, DataError, StorageError
+from tunewright.registry import Entry, Place
+from tunewright.trainer.data.columnar import BATCH, rows_of
+from tunewright.trainer.data.files import Row
 
 TIMEOUT = 10.0  # seconds to ask a hub for the commit of a dataset
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.data.files import Row
-from trainer.data.registry import Entry
+from tunewright.registry import Entry
+from tunewright.trainer.data.files import Row
 
 # The columns that hold media, for each meaning of a registry, where an entry does not name them.
 MEDIA = {"images": ("images", "image"), "videos": ("videos", "video"), "audios": ("audios", "audio")}

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import DictConfig
 
-from launch.legality import longest_row
-from launch.schema import Overlong
-from trainer.data.draw import THOUGHT_MARKS, Drawer, Drawn
-from trainer.data.encode import Encoded, Encoder
-from trainer.data.formats import Conversation, Plain
-from trainer.data.turns import Message, Unusable
-from trainer.templates import stop_ids
+from tunewright.config.schema import Overlong
+from tunewright.plan.rules import longest_row
+from tunewright.trainer.data.draw import THOUGHT_MARKS, Drawer, Drawn
+from tunewright.trainer.data.encode import Encoded, Encoder
+from tunewright.trainer.data.formats import Conversation, Plain
+from tunewright.trainer.data.turns import Message, Unusable
+from tunewright.trainer.model.templates import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

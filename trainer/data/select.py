@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launch.errors import ConfigError, DataError
-from launch.schema import Compat, DataConfig, Mix
+from tunewright.config.schema import Compat, DataConfig, Mix
+from tunewright.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)

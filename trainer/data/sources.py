@@ -13,13 +13,13 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from launch.errors import DataError, StorageError, did_you_mean
-from launch.schema import DataConfig
-from trainer.data import files
-from trainer.data.detect import detect
-from trainer.data.files import Row
-from trainer.data.marks import preference_columns
-from trainer.data.registry import REQUIRED_COLUMNS, Entry, Place, check_inside, check_trainable, load_entry, parse_entry
+from tunewright.config.schema import DataConfig
+from tunewright.errors import DataError, StorageError, did_you_mean
+from tunewright.registry import REQUIRED_COLUMNS, Entry, Place, check_inside, check_trainable, load_entry, parse_entry
+from tunewright.trainer.data import files
+from tunewright.trainer.data.detect import detect
+from tunewright.trainer.data.files import Row
+from tunewright.trainer.data.marks import preference_columns
 
 SPLIT_WORD = re.compile(r"(?<![a-z0-9])(train|valid|validation|dev|test|eval)(?![a-z])", re.IGNORECASE)
 ANSWERS = ("response", "messages", "completion", "text")  # an entry that names one of them has chosen what is learnt
@@ -73,7 +73,7 @@ def _open(entry: Entry, data: DataConfig, *, offline: bool) -> Rows:
         return _open_path(entry, Path(entry.location))
     if entry.place is Place.cloud:
         return _open_path(entry, _fetch_cloud(entry, cache / "cloud", offline=offline))
-    from trainer.data import hubs
+    from tunewright.trainer.data import hubs
 
     return Rows(entry, *hubs.open_hub(entry, cache / "hubs", offline=offline, streaming=data.streaming))
 

@@ -15,14 +15,14 @@ from datasets import IterableDataset as RowStream
 from datasets import interleave_datasets
 from torch.utils.data import DataLoader, IterableDataset
 
-from launch.batching import BatchPlan
-from launch.errors import DataError
-from launch.schema import DataConfig, Mix
-from trainer.data.cache import SAMPLE
-from trainer.data.formats import to_conversation
-from trainer.data.render import Renderer
-from trainer.data.sources import Rows
-from trainer.data.turns import Unusable
+from tunewright.config.schema import DataConfig, Mix
+from tunewright.errors import DataError
+from tunewright.plan.batch_plan import BatchPlan
+from tunewright.trainer.data.cache import SAMPLE
+from tunewright.trainer.data.formats import to_conversation
+from tunewright.trainer.data.render import Renderer
+from tunewright.trainer.data.sources import Rows
+from tunewright.trainer.data.turns import Unusable
 
 RENDERED = 64  # rows rendered at once
 STOPPING = {

@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from launch.errors import DataError
-from trainer.data.files import Row
-from trainer.data.formats import Conversation, Plain, to_conversation, unread
-from trainer.data.registry import Entry
-from trainer.data.render import Renderer
-from trainer.data.similar import PERMUTATIONS, sketches
-from trainer.data.sources import Rows, check_column
-from trainer.data.turns import Unusable
-from trainer.data.workers import sent
+from tunewright.errors import DataError
+from tunewright.registry import Entry
+from tunewright.trainer.data.files import Row
+from tunewright.trainer.data.formats import Conversation, Plain, to_conversation, unread
+from tunewright.trainer.data.render import Renderer
+from tunewright.trainer.data.similar import PERMUTATIONS, sketches
+from tunewright.trainer.data.sources import Rows, check_column
+from tunewright.trainer.data.turns import Unusable
+from tunewright.trainer.data.workers import sent
 
 CHUNK = 500  # rows handed to a worker at once
 EXCERPTS = 3  # dropped rows shown for each reason

@@ -1,0 +1,1 @@
+"""What a finished run becomes: answers, scores, comparisons, one merged model."""

@@ -1,0 +1,1 @@
+"""`tunewright data`: look at data, and register it, before training on it."""

@@ -1,0 +1,177 @@
+"""What DeepSpeed gets of a DeepSpeed JSON, and what it says about one before any rank is started.
+
+DeepSpeed is asked in a process of its own, for seconds, about a file of the user's own alone; the answer is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from tunewright.config.compose import load_config
+from tunewright.config.deepspeed_file import SIMILAR, DeepSpeedFile, deepspeed_file
+from tunewright.errors import ConfigError, TunewrightError, closest
+from tunewright.launch.aside import ask
+from tunewright.process import leave
+from tunewright.run_folder import write_json
+from tunewright.trainer.model.load import cache_folder
+
+FORMAT = 1  # of the kept files
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def ensure_accepted(config: DictConfig) -> list[str]:
+    """Return the keys of the strategy's DeepSpeed JSON that DeepSpeed does not know, asking it where that is not kept.
+
+    Raises:
+        ConfigError: DeepSpeed refuses the file. (The process has said so; then this is an `AsideFailed`.)
+    """
+    file = deepspeed_file(config)
+    if file.shipped:
+        return []
+    kept = _kept(config, file)
+    if not kept.is_file():
+        ask("tunewright.launch.deepspeed_check", "check", config)
+    return list(json.loads(kept.read_text(encoding="utf-8")))
+
+
+def _kept(config: DictConfig, file: DeepSpeedFile) -> Path:
+    key = json.dumps([FORMAT, version("deepspeed"), file.settings], sort_keys=True)
+    return cache_folder(config.data.cache_dir) / "deepspeed" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def for_trainer(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return DeepSpeed settings with what the trainer decides left to it; `deepspeed_file` tells the user which."""
+    settings = copy.deepcopy(settings)
+    for key in (*BATCH, "gradient_clipping"):
+        settings[key] = "auto"
+    for key in ("fp16", "amp", "optimizer", "scheduler"):
+        settings.pop(key, None)
+    settings["bf16"] = {**settings.get("bf16", {}), "enabled": "auto"}
+    # Optimisers of transformers' names are not on DeepSpeed's list of tested ones.
+    settings["zero_allow_untested_optimizer"] = True
+    zero = settings.get("zero_optimization", {})
+    if "offload_optimizer" in zero:
+        settings["zero_force_ds_cpu_optimizer"] = False
+    if zero.get("stage") == 3:  # without it DeepSpeed gives nobody the whole weights, and no result is saved
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return settings
+
+
+class _Watched(dict[str, Any]):
+    """A mapping that remembers which of its keys somebody looked for."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.looked_for: set[str] = set()
+
+    def __copy__(self) -> _Watched:
+        return self  # DeepSpeed reads a shallow copy, and writes nothing into it
+
+    def __contains__(self, key: object) -> bool:
+        self.looked_for.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.looked_for.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.looked_for.add(key)
+        return super().get(key, default)
+
+
+def unknown_keys(file: DeepSpeedFile) -> list[str]:
+    """Return the keys that this DeepSpeed does not know.
+
+    Raises:
+        ConfigError: DeepSpeed refuses the file, or a key is a slip of the pen.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    settings = _Watched(_filled(for_trainer(file.settings)))
+    try:
+        DeepSpeedConfig(settings)
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"DeepSpeed refuses {file.path}:", *_invalid(error, file)])) from error
+    except Exception as error:  # whatever it raises, of many kinds, it would raise in every rank
+        raise ConfigError(f"DeepSpeed refuses {file.path}: {error}") from error
+    known = settings.looked_for | {"fp16", "amp", "optimizer", "scheduler"}
+    unknown = sorted(set(file.settings) - known)
+    for key in unknown:
+        meant = closest(key, known, cutoff=SIMILAR)
+        if meant:
+            raise ConfigError(f"{file.path} has `{key}`, which DeepSpeed does not know. Did you mean '{meant}'?")
+    _check_disk(file)
+    return unknown
+
+
+def _filled(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with something in place of what transformers fills in."""
+    filled = {**settings, **dict.fromkeys(BATCH, 1), "gradient_clipping": 1.0}
+    filled["bf16"] = {**filled["bf16"], "enabled": True}
+    return filled
+
+
+def _invalid(error: Any, file: DeepSpeedFile) -> Iterator[str]:
+    for problem in error.errors():
+        path = ".".join(map(str, problem["loc"]))
+        sections = [name for name, value in file.settings.items() if _has(value, problem["loc"])]
+        value = json.dumps(problem["input"], ensure_ascii=False, default=str)
+        yield f"  `{'.'.join(filter(None, [*sections[:1], path]))}` is {value}: {problem['msg']}"
+
+
+def _has(section: Any, path: Iterable[Any]) -> bool:
+    for part in path:
+        if not isinstance(section, dict) or part not in section:
+            return False
+        section = section[part]
+    return True
+
+
+def _check_disk(file: DeepSpeedFile) -> None:
+    """Offloading to a disk needs a folder, and a library that DeepSpeed compiles its reader against."""
+    for what in ("optimizer", "param"):
+        key = f"zero_optimization.offload_{what}"
+        if file.get(f"{key}.device") != "nvme":
+            continue
+        folder = file.get(f"{key}.nvme_path")
+        if not folder or not Path(folder).is_dir():
+            raise ConfigError(f"{file.path}: `{key}.nvme_path` is {json.dumps(folder)}: write a folder that is there.")
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise ConfigError(
+                f"{file.path}: `{key}.device` is nvme, and this machine has no libaio with its header files "
+                f"(libaio-dev)."
+            )
+
+
+def main() -> int:
+    """Ask DeepSpeed about the file of the configuration on standard input, and keep what it does not know of it."""
+    try:
+        config = load_config(sys.stdin)
+        file = deepspeed_file(config)
+        kept = _kept(config, file)
+        unknown = unknown_keys(file)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, unknown)
+    except TunewrightError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,309 @@
+"""Ranks that fail, are killed or are stopped: told once, gone at once, and continued as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import REPOSITORY, losses, manifest
+from tunewright.errors import ConfigError, PeerError
+from tunewright.launch.supervise import first_error, stopped
+from tunewright.process import meet
+from tunewright.run_folder import RunDir
+
+LONG = ["strategy=zero2", "train.logging_steps=1", "train.max_steps=12", "data.eval_names=[]", "train.save_steps=4"]
+# Of a launch that is not this one; with any of them ranks would wait for others, or be started otherwise.
+LEFT_OVER = {
+    "RANK": "3",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "3",
+    "MASTER_ADDR": "192.0.2.1",
+    "MASTER_PORT": "29500",
+    "PET_NNODES": "2",
+    "PMI_SIZE": "8",
+    "ACCELERATE_USE_CPU": "true",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+SOON = 30  # seconds: "at once" on a busy machine
+
+
+class Started:
+    """A training that runs beside the test."""
+
+    def __init__(self, root: Path, name: str, *overrides: str, **env: str) -> None:
+        self.run = root / name
+        self.output = root / f"{name}.txt"
+        command = [
+            sys.executable,
+            "-m",
+            "tunewright.launch.cli",
+            "train",
+            f"output_root={root}",
+            f"name={name}",
+            *overrides,
+        ]
+        with self.output.open("w") as output:
+            self.process = psutil.Popen(
+                command, cwd=REPOSITORY, env={**os.environ, **env}, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            if (self.run / "metrics.jsonl").is_file() and len(losses(self.run)) >= step:
+                return
+            assert self.process.poll() is None, self.output.read_text()
+            time.sleep(0.1)
+        raise AssertionError(f"no step {step}: {self.output.read_text()}")
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of the ranks, in the order of their ranks."""
+        found = [child for child in self.process.children(recursive=True) if "RANK" in child.environ()]
+        ranks = [child for child in found if "trainer" in child.cmdline() and "accelerate" not in str(child.cmdline())]
+        return sorted(ranks, key=lambda child: int(child.environ()["RANK"]))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    started: list[Started] = []
+
+    def begin(name: str, *overrides: str, **env: str) -> Started:
+        started.append(Started(tmp_path, name, *overrides, **env))
+        return started[-1]
+
+    yield begin
+    for run in started:
+        for process in [*run.process.children(recursive=True), run.process] if run.process.is_running() else []:
+            process.kill()
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=SOON)
+    assert not alive
+
+
+def test_a_killed_rank_ends_the_run_and_resuming_it_gives_the_uninterrupted_run(
+    start: Callable[..., Started], train: Callable[..., Path]
+) -> None:
+    whole = train("whole", *LONG, **LEFT_OVER)
+    broken = start("broken", *LONG)
+    broken.wait_for_step(6)
+    ranks = broken.ranks()
+    assert len(ranks) == 2
+    ranks[1].send_signal(signal.SIGKILL)
+    assert broken.process.wait(timeout=SOON) == 6
+    assert_gone(ranks)
+    assert "Rank 1 failed with SIGKILL" in broken.output.read_text()
+    assert manifest(broken.run)["status"] == "failed"
+
+    again = start("broken", *LONG, "resume=auto")
+    assert again.process.wait(timeout=240) == 0, again.output.read_text()
+    assert "Continuing" in again.output.read_text()
+    assert losses(again.run) == losses(whole)
+    assert manifest(again.run)["status"] == "done"
+
+
+def test_an_exception_in_one_rank_is_shown_once_with_its_rank(start: Callable[..., Started], tmp_path: Path) -> None:
+    """The other rank's lost connection follows from it and is not what the user is told."""
+    (tmp_path / "faulty").mkdir()
+    (tmp_path / "faulty" / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1' and 'TUNEWRIGHT_LAUNCHER_PID' in os.environ:\n"
+        "    import torch.optim.lr_scheduler as schedules\n"
+        "    def broken(self, *args):\n"
+        "        if self.last_epoch >= 2:\n"
+        "            raise RuntimeError('the disk of this rank is on fire')\n"
+        "        return step(self, *args)\n"
+        "    step = schedules.LambdaLR.step\n"
+        "    schedules.LambdaLR.step = broken\n"
+    )
+    failing = start("failing", *LONG, PYTHONPATH=str(tmp_path / "faulty"))
+    failing.wait_for_step(1)
+    ranks = failing.ranks()
+    assert failing.process.wait(timeout=SOON) == 70
+    assert_gone(ranks)
+    shown = failing.output.read_text()
+    assert shown.count("the disk of this rank is on fire") == 1
+    assert "Rank 1 failed with RuntimeError" in shown
+    assert "Traceback" not in shown
+    assert "on fire" in (failing.run / "logs" / "rank1.log").read_text()
+    assert (failing.run / "logs" / "rank0.log").is_file()
+
+
+def test_stopping_promises_only_a_checkpoint_that_is_there(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert "Stopped before a checkpoint was written" in stopped(run)
+    half, whole = (run.checkpoints / f"checkpoint-{step}" for step in (8, 4))
+    for folder in (half, whole):
+        folder.mkdir(parents=True)
+    assert "Stopped before a checkpoint was written" in stopped(run)
+    (whole / "trainer_state.json").write_text("{}")
+    assert "with resume=auto goes on from checkpoint-4" in stopped(run)
+
+
+def test_what_an_earlier_attempt_said_is_kept_and_not_told_again(tmp_path: Path) -> None:
+    run, log = RunDir(tmp_path), tmp_path / "logs" / "launch.log"
+    run.logs.mkdir()
+    log.write_text("rank : 1 (local_rank: 1)\n  exitcode : -9 (pid: 1)\n")
+    record = {"rank": 0, "time": 1.0, "type": "DataError", "exit_code": 3, "message": "of the first attempt"}
+    (run.logs / "rank0.error.json").write_text(json.dumps(record))
+    assert first_error(run, log).message == "of the first attempt"
+    assert first_error(run, log, since=2.0).kind == "SIGKILL"
+    assert first_error(run, log, since=2.0, offset=log.stat().st_size).kind == "an unexplained exit"
+
+
+@pytest.mark.parametrize(
+    ("rank", "whom"), [(0, "ranks 1, 2"), (2, "rank 0 at 127.0.0.1:")], ids=["the first", "another"]
+)
+def test_a_rank_says_for_whom_it_waits_and_gives_up(rank: int, whom: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr("tunewright.process.PATIENCE", 0.5)
+    for key, value in {"RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(key, str(value))
+    said: list[str] = []
+    with pytest.raises(PeerError, match=rf"Rank {rank} of 3 on .* has waited 0:00:02 .* for {whom}.*unset them"):
+        meet(timedelta(seconds=2), said.append)
+    assert said
+    assert all(f"Rank {rank} of 3" in line and f"waits for {whom}" in line for line in said)
+
+
+@pytest.mark.parametrize("wrong", [{"MASTER_ADDR": ""}, {"MASTER_PORT": "x"}, {"RANK": "3"}])
+def test_a_rank_that_no_launcher_made_is_refused(wrong: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for key, value in {**right, **wrong}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match="unset RANK and WORLD_SIZE"):
+        meet(timedelta(seconds=1), print)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_leaves_no_process_behind(start: Callable[..., Started], number: int) -> None:
+    running = start("stopped", *LONG)
+    running.wait_for_step(1)
+    ranks = running.ranks()
+    running.process.send_signal(number)
+    assert running.process.wait(timeout=SOON) == 130
+    assert_gone(ranks)
+    assert "Stopped before a checkpoint was written" in running.output.read_text()
+    assert manifest(running.run)["status"] == "stopped"
+
+
+def test_ranks_die_with_a_launcher_that_is_killed(start: Callable[..., Started]) -> None:
+    running = start("orphaned", *LONG)
+    running.wait_for_step(1)
+    below = running.process.children(recursive=True)
+    running.process.kill()
+    assert_gone(below)
+
+
+def test_a_loss_that_is_not_finite_ends_with_its_own_code(start: Callable[..., Started]) -> None:
+    running = start("diverged", "train.learning_rate=1e30", "train.max_grad_norm=0", "train.logging_steps=1")
+    assert running.process.wait(timeout=120) == 5
+    assert "NumericError: " in running.output.read_text().replace("failed with NumericError", "NumericError")
+    assert "Lower `train.learning_rate`" in running.output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "stage"),
+    [
+        (["--use_deepspeed", "--deepspeed_config_file", "configs/deepspeed/zero2.json"], "DEEPSPEED", 2),
+        (["--config_file", "ACCELERATE_YAML"], "DEEPSPEED", 3),
+        (["--multi_gpu"], "MULTI_CPU", None),
+    ],
+    ids=["flags", "their own yaml", "ddp"],
+)
+def test_accelerate_launch_works_without_the_launcher(
+    flags: list[str], kind: str, stage: int | None, tmp_path: Path
+) -> None:
+    yaml = tmp_path / "accelerate.yaml"
+    yaml.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 2\n"
+        "machine_rank: 0\ndeepspeed_config:\n  zero_stage: 3\n  gradient_accumulation_steps: 4\n"
+        "  zero3_init_flag: true\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
+    command += [str(yaml) if flag == "ACCELERATE_YAML" else flag for flag in flags]
+    command += [
+        "-m",
+        "tunewright.trainer",
+        "train.max_steps=2",
+        f"output_root={tmp_path}",
+        "name=direct",
+        "data.eval_names=[]",
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = manifest(tmp_path / "direct")["distributed"]
+    assert (facts["type"], facts["zero_stage"], facts["world_size"]) == (kind, stage, 2)
+
+
+def test_a_strategy_that_is_not_what_was_started_is_refused(tmp_path: Path) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process without a word (accelerate 1.15)."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+    command += [
+        "-m",
+        "tunewright.trainer",
+        "strategy=zero2",
+        "train.max_steps=2",
+        f"output_root={tmp_path}",
+        "name=pretended",
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    assert "is not what runs" in done.stdout + done.stderr
+
+
+def test_ctrl_c_before_ranks_start_leaves_nothing_and_says_one_line(tmp_path: Path, tiny_model: Path) -> None:
+    """Two processes are importing then, for the data and for the launcher."""
+    settings = [f"output_root={tmp_path}", "name=early", "model=folder", f"model.path={tiny_model}"]
+    settings.append(f"data.cache_dir={tmp_path / 'cache'}")
+    process = psutil.Popen(
+        [sys.executable, "-m", "tunewright.launch.cli", "train", *settings],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + SOON
+    while len(begun := process.children()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=SOON)[0] == "Stopped.\n"
+    assert process.returncode == 130
+    assert not psutil.wait_procs(begun, timeout=SOON)[1]
+    assert not (tmp_path / "early").exists()
+
+
+def test_imports_are_left_out_of_later_collections() -> None:
+    code = """
+import gc
+from tunewright.process import imports_that_stay
+kept = []
+try:
+    with imports_that_stay():
+        assert not gc.isenabled()
+        kept.append([])
+        raise ImportError
+except ImportError:
+    pass
+assert gc.isenabled()
+assert gc.get_freeze_count() > 1000
+gc.collect()
+assert not any(kept[0] is one for one in gc.get_objects())
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

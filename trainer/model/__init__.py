@@ -1,0 +1,1 @@
+"""The model in memory: loading, adapters, attention, the head, what is recomputed."""

@@ -1,0 +1,254 @@
+"""From a model's config.json to its `Architecture` and to exact parameter counts, without any weight.
+
+The model is built on the meta device, where tensors have shapes and no memory. It happens in a process of its own
+(`python -m tunewright.trainer.model.architecture < config.yaml`), since the launcher does not import torch; what comes
+out is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from tunewright.config.compose import load_config
+from tunewright.config.schema import Source
+from tunewright.errors import ConfigError, StorageError, TunewrightError
+from tunewright.launch.aside import ask
+from tunewright.plan.architecture import Architecture, plain
+from tunewright.process import imports_that_stay, leave
+from tunewright.run_folder import write_json
+from tunewright.trainer.model import hub, tiny
+from tunewright.trainer.model.load import cache_folder, find_model, quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+FORMAT = 7  # of the kept files
+
+
+def model_numbers(config: DictConfig) -> dict[str, Any]:
+    """Return the content of the model's config.json, fetched where it is not on this machine: it is small.
+
+    Where that fails, `model.architecture` stands in for it, if it is this model's.
+
+    Raises:
+        ConfigError: it is damaged.
+        StorageError: it cannot be fetched, and the configuration brings no numbers of its own.
+    """
+    model = config.model
+    if model.source is Source.embedded:
+        return tiny.NUMBERS
+    folder = find_model(model, config.data.cache_dir)
+    given = _given_numbers(config)
+    if folder:
+        file: Path | None = folder / "config.json"
+    else:
+        file = hub.find_config(model)
+        if file is None and not (given and config.offline):
+            try:
+                file = hub.fetch_config(model, offline=config.offline)
+            except StorageError as error:
+                if given is None:
+                    raise _without_numbers(config, error) from error
+    if file is None:
+        assert given is not None
+        return given
+    return _read_numbers(file)
+
+
+def _given_numbers(config: DictConfig) -> dict[str, Any] | None:
+    """Return `model.architecture`, unless it says that it is `of` other models than `model.path`."""
+    given = plain(config.model.architecture) or {}
+    return given or None if config.model.path in given.pop("of", [config.model.path]) else None
+
+
+def _without_numbers(config: DictConfig, error: StorageError) -> StorageError:
+    of = config.model.architecture and config.model.architecture.get("of")
+    other = f" (The numbers of `model.architecture` are those of {', '.join(of)} alone.)" if of else ""
+    return StorageError(f"{error}{other}")
+
+
+def _read_numbers(file: Path) -> dict[str, Any]:
+    try:
+        numbers = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"`model.path` is '{file.parent}', a folder without a config.json.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is damaged: {error}.") from error
+    if not isinstance(numbers, dict) or "model_type" not in numbers:
+        raise ConfigError(f"{file} names no `model_type`: it is not the config.json of a model.")
+    return numbers
+
+
+def find_architecture(config: DictConfig) -> Architecture | None:
+    """Return what was worked out of the model's config.json before, without importing torch.
+
+    Raises:
+        StorageError: see `model_numbers`.
+    """
+    return Architecture.read(_file(config, model_numbers(config)))
+
+
+def ensure_architecture(config: DictConfig) -> Architecture:
+    """Return what is known of the model, worked out in a process of its own, for seconds, where it is not kept yet.
+
+    Raises:
+        StorageError, ConfigError: the model's config.json cannot be had, or transformers cannot use it.
+    """
+    found = find_architecture(config)
+    if found:
+        return found
+    ask("tunewright.trainer.model.architecture", "describe", config)
+    found = find_architecture(config)
+    if found is None:
+        raise StorageError(f"The configuration of '{config.model.path}' vanished while it was read.")
+    return found
+
+
+def ensure_counts(config: DictConfig) -> tuple[int, int]:
+    """Return (trainable, total) parameters that the configuration will train, counted on the meta device."""
+    trainable, total = json.loads(ask("tunewright.trainer.model.architecture", "count", config).splitlines()[-1])
+    return int(trainable), int(total)
+
+
+def _file(config: DictConfig, numbers: dict[str, Any]) -> Path:
+    known = [FORMAT, version("transformers"), version("peft"), numbers, _wants_ia3(config)]
+    key = json.dumps(known, sort_keys=True, default=str)
+    return (
+        cache_folder(config.data.cache_dir) / "architectures" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    )
+
+
+def _wants_ia3(config: DictConfig) -> bool:
+    """Whether to look up IA3's modules: PEFT, which knows them, takes a second or two to import."""
+    return bool(config.method.name == "ia3")
+
+
+def hf_config(config: DictConfig, numbers: dict[str, Any]) -> PreTrainedConfig:
+    """Return transformers' configuration for the numbers of a config.json.
+
+    Raises:
+        ConfigError: a model type that this transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    if config.model.trust_remote_code:  # the code lies beside the file
+        return AutoConfig.from_pretrained(
+            find_model(config.model, config.data.cache_dir) or config.model.path, trust_remote_code=True
+        )
+    try:
+        return AutoConfig.for_model(**numbers)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"`model.path` is '{config.model.path}', whose config.json transformers {version('transformers')} cannot "
+            f"use: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def empty_model(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build a causal language model on the meta device.
+
+    Raises:
+        ConfigError: the architecture is no causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ConfigError(
+            f"The model is a '{config.model_type}', which transformers cannot load as a causal language model."
+        ) from error
+
+
+def describe(model: PreTrainedModel, *, ia3: bool = True) -> Architecture:
+    """Return what settings can name in a model, and what its attention allows; without `ia3` not what IA3 trains."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from tunewright.trainer.methods import decoder_layers
+    from tunewright.trainer.model.attention import padding_free_problem
+
+    def kind(module: nn.Module) -> str:
+        if isinstance(module, (nn.Linear, Conv1D)):
+            return "linear"
+        return "embedding" if isinstance(module, nn.Embedding) else ""
+
+    def sizes(module: nn.Module) -> list[int]:
+        rows, columns = module.weight.shape
+        return [columns, rows] if isinstance(module, Conv1D) else [rows, columns]
+
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head, layers = model.get_input_embeddings(), model.get_output_embeddings(), decoder_layers(model)
+    model_type, tables = model.config.model_type, [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    learnt = [table.num_embeddings for table in tables if table is not embedding]
+    return Architecture(
+        model_type=model_type,
+        modules={name: kind(module) for name, module in model.named_modules() if name},
+        sizes={name: sizes(module) for name, module in model.named_modules() if kind(module) == "linear"},
+        head=names[head],
+        embedding=names[embedding],
+        vocabulary=embedding.weight.shape[0],
+        layers=names[layers],
+        num_layers=len(layers),
+        tied=bool(model.config.get_text_config().tie_word_embeddings),
+        padding_free_problem=padding_free_problem(model.config, type(model)),
+        positions=min(learnt) if learnt and _learns_positions(model.config) else None,
+        ia3=_ia3_modules(model_type) if ia3 else None,
+        recomputes=bool(model.supports_gradient_checkpointing),
+    )
+
+
+def _ia3_modules(model_type: str) -> list[list[str]] | None:
+    from peft.utils.constants import (
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
+    )
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3
+
+    return [list(IA3[model_type]), list(FEEDFORWARD.get(model_type, []))] if model_type in IA3 else None
+
+
+def _learns_positions(config: PreTrainedConfig) -> bool:
+    """Tell whether positions are looked up in a table, as in GPT-2 and OPT, rather than computed."""
+    return not hasattr(config, "rope_parameters") and hasattr(config, "max_position_embeddings")
+
+
+def count(config: DictConfig, model: PreTrainedModel) -> tuple[int, int]:
+    """Return (trainable, total) parameters of a model on the meta device once the method has adapted it."""
+    from tunewright.trainer.methods import adapt, parameter_counts
+
+    return parameter_counts(adapt(model, config.method))
+
+
+def main(task: str) -> int:
+    """Describe the model of the configuration on standard input, or count its parameters and print them."""
+    quiet_libraries()
+    try:
+        config = load_config(sys.stdin)
+        numbers = model_numbers(config)
+        with imports_that_stay():
+            model = empty_model(hf_config(config, numbers), trust_remote_code=config.model.trust_remote_code)
+        if task == "count":
+            print(json.dumps(count(config, model)))
+            return 0
+        file = _file(config, numbers)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, describe(model, ia3=_wants_ia3(config)).as_json())
+    except TunewrightError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1]))  # the launcher waits, and torch would take half a second to go

@@ -1,0 +1,290 @@
+"""Attention over a flat row of documents: each token sees its own document only, without a mask over the row.
+
+Registered with transformers' attention interface, so that every model that uses the interface can run on it. No mask
+function is registered beside it: transformers then builds none, which is right for flat rows only. Padded batches and
+generation use a model loaded with one of transformers' own implementations (`padded_implementation`).
+
+`padding_free_problem` tells from the architecture alone whether a model may run on flat rows. What only shows when the
+model runs (an argument that changes the scores, a mask of the model's own) is refused by `varlen_attention` itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedConfig
+
+from tunewright.errors import ConfigError
+from tunewright.trainer.model.document_attention import document_attention
+from tunewright.trainer.versions import flash_attention_runs_on, kernel_is_told_of_grouped_heads
+
+NAME = "tunewright_varlen"
+
+# Layers that see a document through this attention alone. Others (linear, convolution, chunked, indexed) mix tokens in
+# ways that know nothing of where a document ends.
+PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+
+# Tensors that models hand to every attention function and that do not change the scores.
+HARMLESS_TENSORS = {"cu_seq_lens_q", "cu_seq_lens_k", "position_ids", "cache_position"}
+
+# The largest head of PyTorch's flash attention, and what the size of a head must be a multiple of.
+KERNEL_HEAD_DIM, KERNEL_HEAD_STEP = 256, 8
+
+ADVICE = ". Set `train.padding_free=false`."
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each document.
+
+    Args:
+        query: (1, heads, T, head_dim), where T counts the tokens of all documents.
+        key: (1, kv_heads, T, head_dim).
+        value: (1, kv_heads, T, value_dim).
+        dropout: probability with which a weight is dropped; models give 0 outside training.
+        kwargs: `cu_seq_lens_q` (documents + 1,) int32 and `max_length_q` from `FlatCollator`, and from models that have
+            one `sliding_window`: how many tokens a token sees, itself among them, or None for all before it.
+
+    Returns:
+        (1, T, heads, value_dim) and no weights.
+
+    Raises:
+        ConfigError: the model asks for something that this attention would leave out.
+    """
+    _refuse_what_is_left_out(module, attention_mask, kwargs)
+    cu_seq_lens, sliding_window = kwargs["cu_seq_lens_q"], kwargs.get("sliding_window")
+    if query.device.type == "meta":  # shapes only, see `_dry_run`
+        return query.new_empty(1, query.size(2), query.size(1), value.size(-1)), None
+    if _kernel_can(query, value, dropout):
+        longest = kwargs["max_length_q"]
+        return _varlen_kernel(query, key, value, cu_seq_lens, longest, scaling, sliding_window), None
+    return _per_document(query, key, value, cu_seq_lens, scaling, sliding_window, dropout), None
+
+
+def _refuse_what_is_left_out(module: torch.nn.Module, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Raise ConfigError for an argument that would change the result, were it not ignored here.
+
+    Attention sinks, position biases and chosen blocks are tensors, under a name of each model's own. So an unknown
+    tensor is refused, whereas unknown flags, which models pass down by the dozen, are let through.
+    """
+    unknown = [
+        name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in HARMLESS_TENSORS
+    ]
+    if mask is not None:
+        unknown.append("attention_mask")
+    if kwargs.get("softcap") is not None:
+        unknown.append("softcap")
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        unknown.append("is_causal=False")
+    if "sliding_window" not in kwargs and _slides(module):
+        unknown.append("sliding_window, in a mask of its own")
+    if unknown:
+        raise ConfigError(
+            f"{type(module).__name__} asks for {', '.join(unknown)}, which attention without padding leaves out"
+            + ADVICE
+        )
+    if "cu_seq_lens_q" not in kwargs:
+        raise ConfigError(f"{type(module).__name__} is not told where the rows of a batch end" + ADVICE)
+
+
+def _slides(module: torch.nn.Module) -> bool:
+    """Whether a layer has a sliding window. Some models put it into the mask only, and there is none here."""
+    config = getattr(module, "config", None)
+    layer_types, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if layer_types and layer is not None:
+        return bool(layer_types[layer] == "sliding_attention")
+    return bool(getattr(config, "sliding_window", None))
+
+
+def _kernel_can(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
+    """Whether PyTorch's kernel takes this: half precision, heads of a size that it has, no dropout, a GPU it is for."""
+    size = query.size(-1)
+    fits = size == value.size(-1) <= KERNEL_HEAD_DIM and size % KERNEL_HEAD_STEP == 0
+    if query.device.type != "cuda" or query.dtype == torch.float32 or not fits or dropout > 0:
+        return False
+    return flash_attention_runs_on(query.device)
+
+
+def _varlen_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """PyTorch's flash attention for ragged rows, on CUDA and ROCm. It wants (T, heads, head_dim)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    flat = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
+    # A window of n tokens counts the token itself; the kernel counts those to its left. -1 is all of them.
+    left = -1 if sliding_window is None else sliding_window - 1
+    grouped = {"enable_gqa": query.size(1) != key.size(1)} if kernel_is_told_of_grouped_heads() else {}
+    out = varlen_attn(
+        *flat,
+        cu_seq_lens,
+        cu_seq_lens,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(left, 0),  # causal: nothing to the right
+        **grouped,
+    )
+    return out[None]  # type: ignore[index, no-any-return]
+
+
+@torch.compiler.disable  # it reads the rows' lengths, for which a graph would have to be cut anyway
+def _per_document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    dropout: float,
+) -> torch.Tensor:
+    lengths = cu_seq_lens.diff().tolist()
+    if query.device.type == "cpu" and dropout == 0:
+        return document_attention(query, key, value, lengths, scaling, sliding_window)
+    parts = []
+    # One split instead of a slice for each document: the gradient of a slice is a whole tensor of zeros around it.
+    for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
+        mask = _band(q.size(2), sliding_window, q.device)
+        out = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        parts.append(out)
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()  # some models take a view of it
+
+
+def _band(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Return what each token of a document sees, (length, length), or None where it is every token before it."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - sliding_window)
+
+
+def register() -> str:
+    """Make the attention known to transformers and return the name to load models with."""
+    AttentionInterface.register(NAME, varlen_attention)
+    return NAME
+
+
+def padding_free_problem(config: PreTrainedConfig, model_class: type) -> str | None:
+    """Return why this architecture cannot train on flat rows, in words for the user, or None where it can.
+
+    Decided by what the configuration and the class say of themselves, so that unknown architectures are judged too, and
+    last by what its layers ask of the attention.
+
+    Args:
+        config: the model's configuration, with or without text part of its own.
+        model_class: the class that will be loaded, for example LlamaForCausalLM. No weights are needed.
+    """
+    name = model_class.__name__
+    text = _text_config(config)
+    if text is None or text.is_encoder_decoder:
+        return f"{name} is more than one stack of layers"
+    others = sorted(set(getattr(text, "layer_types", None) or []) - PLAIN_LAYERS)
+    if others:
+        return f"{name} has layers that do not stop at the end of a row ({', '.join(others)})"
+    if getattr(model_class, "_is_stateful", False):
+        return f"{name} carries a state from token to token, which does not stop at the end of a row"
+    if _has_alibi(text, model_class):
+        return f"{name} has ALiBi, which its own attention code adds to the scores"
+    if _softcap(text) is not None:
+        return f"{name} caps attention scores (attn_logit_softcapping), which variable-length attention cannot"
+    if not getattr(model_class, "_supports_attention_backend", False):
+        return f"{name} has attention code of its own, which cannot be exchanged"
+    if not getattr(model_class, "_supports_sdpa", False):
+        return f"{name} has more in its attention, for example sinks, than variable-length attention offers"
+    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", False):
+        return f"{name} lets a token see those after it"
+    if "position_ids" not in inspect.signature(model_class.forward).parameters:  # type: ignore[attr-defined]
+        return f"{name} cannot be told that positions begin anew with each row"
+    if any(hasattr(member, "create_position_ids_from_input_ids") for member in _beside(model_class).values()):
+        return f"{name} counts positions in a way of its own, from its padding token on"
+    return _dry_run(config, model_class)
+
+
+def padded_implementation(config: PreTrainedConfig, model_class: type) -> str:
+    """Return the attention implementation of transformers that is right for padded batches: "sdpa" or "eager".
+
+    "eager" is slower and supports everything. "sdpa" stops at a soft cap and leaves out attention sinks without a word.
+    """
+    text = _text_config(config)
+    capped = text is not None and _softcap(text) is not None
+    return "sdpa" if getattr(model_class, "_supports_sdpa", False) and not capped else "eager"
+
+
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """Return the part of a configuration that describes the text model, or None where there are several."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return None
+
+
+def _softcap(text: PreTrainedConfig) -> float | None:
+    return getattr(text, "attn_logit_softcapping", None)
+
+
+def _has_alibi(text: PreTrainedConfig, model_class: type) -> bool:
+    """Falcon and MPT say so in their configuration. BLOOM always has it, and only its code tells."""
+    for holder in (text, getattr(text, "attn_config", None)):
+        said = getattr(holder, "alibi", None)
+        if said is not None:
+            return bool(said)
+    return any("alibi" in name for name in _beside(model_class))
+
+
+def _beside(model_class: type) -> dict[str, Any]:
+    """Return what is defined in the module of a class, the layers of the model among it."""
+    return vars(sys.modules[model_class.__module__])
+
+
+def _dry_run(config: PreTrainedConfig, model_class: Any) -> str | None:
+    """Return what `varlen_attention` refuses of the model, run on two rows of two tokens without weights or values."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = register()
+    bounds = torch.tensor([0, 2, 4], dtype=torch.int32, device="meta")
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+            ids = torch.zeros(1, 4, dtype=torch.long)
+        with torch.no_grad():
+            model(
+                input_ids=ids,
+                position_ids=ids,
+                cu_seq_lens_q=bounds,
+                cu_seq_lens_k=bounds,
+                max_length_q=2,
+                max_length_k=2,
+                use_cache=False,
+            )
+    except ConfigError as error:
+        return str(error).removesuffix(ADVICE)
+    except Exception:  # experts, for one, need values; what is refused then shows at the first step
+        return None
+    return None

@@ -1,0 +1,79 @@
+"""What can end a command, and the exit code that says so to a script.
+
+0 done, 2 configuration, 3 data, 4 storage, 5 numeric, 6 peer or network, 70 a bug of ours, 75 preempted and resumable.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from tunewright.redaction import redact
+
+
+class TunewrightError(Exception):
+    """A failure that the user can act on; its text is shown without a traceback, and without secrets."""
+
+    exit_code = 70
+    shown = False  # True when another process has shown the reason already
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
+
+
+class ConfigError(TunewrightError):
+    """A setting, a choice or a combination of them cannot work."""
+
+    exit_code = 2
+
+
+class DataError(TunewrightError):
+    """A registry, a file or a row cannot be used."""
+
+    exit_code = 3
+
+
+class StorageError(TunewrightError):
+    """A folder is not writable, a disk is full, or a file is missing or damaged."""
+
+    exit_code = 4
+
+
+class NumericError(TunewrightError):
+    """Training produced a value that is not finite."""
+
+    exit_code = 5
+
+
+class PeerError(TunewrightError):
+    """Another rank, node or server failed or went silent."""
+
+    exit_code = 6
+
+
+class Preempted(TunewrightError):
+    """Stopped from outside at a point from which `resume=auto` continues."""
+
+    exit_code = 75
+
+
+def code_of(returncode: int) -> int:
+    """Return our exit code for that of a Python process of ours: 1 is its own for an exception that nobody expected."""
+    return TunewrightError.exit_code if returncode == 1 else returncode
+
+
+EXIT_CODES = {
+    cls.__name__: cls.exit_code for cls in (ConfigError, DataError, StorageError, NumericError, PeerError, Preempted)
+}
+
+
+def closest(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """Return the choice most similar to `name`, or None when nothing is similar."""
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest choice, or an empty string."""
+    match = closest(name, choices)
+    return f" Did you mean '{match}'?" if match else ""

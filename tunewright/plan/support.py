@@ -1,0 +1,142 @@
+"""The legality table: which method runs under which strategy, batch layout and device, and why the others do not.
+
+One function decides, `verdict`. `legality.check` asks it about a configuration, `docs/methods.md` is written from it
+(`python -m tunewright.plan.support`), and the tests train every cell that it allows on this machine's kind of device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunewright.config.schema import METHODS, PROMPT_LEARNING
+
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zeropp")
+PARTITIONED = ("zero3", "zero3_offload", "zeropp")
+DEVICES = ("cpu", "cuda", "rocm")
+LAYOUTS = ("padding-free", "padded")
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+BEGIN, END = "<!-- table: python -m tunewright.plan.support -->", "<!-- end of table -->"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of choices."""
+
+    method: str
+    bits: int  # of the frozen base: 16 (its own format), 8 or 4
+    strategy: str
+    layout: str
+    device: str
+    init: str = "default"  # of LoRA's weights
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a cell: it trains, it trains in another layout, or it is refused."""
+
+    outcome: str  # "trains", "padded" or "refused"
+    reason: str = ""
+
+
+def verdict(cell: Cell) -> Verdict:
+    """Return what becomes of a combination, with the reason and the way out where it is refused."""
+    if cell.strategy == "zeropp" and cell.device != "cuda":
+        found = "AMD GPUs" if cell.device == "rocm" else "no GPU"
+        return Verdict(
+            "refused",
+            f"`strategy=zeropp` needs NVIDIA GPUs: its quantised collectives are CUDA kernels, and this machine has "
+            f"{found}. Use strategy=zero3.",
+        )
+    if cell.bits < 16 and cell.strategy in PARTITIONED:
+        return Verdict(
+            "refused",
+            f"`method={cell.method}` cannot run under `strategy={cell.strategy}`: ZeRO-3 splits weights over the "
+            f"ranks, "
+            f"and weights quantised to {cell.bits} bits cannot be split, so each rank would hold them whole. "
+            f"Use strategy=zero2 or strategy=ddp with method={cell.method}, or method=lora with "
+            f"strategy={cell.strategy}.",
+        )
+    if cell.init.startswith("pissa") and cell.bits < 16:
+        return Verdict(
+            "refused",
+            f"`method.init={cell.init}` takes the main components out of the base weights, which a base quantised to "
+            f"{cell.bits} bits cannot give. Use method=lora, or method.init=default.",
+        )
+    if cell.init.startswith("pissa") and cell.strategy in PARTITIONED:
+        return Verdict(
+            "refused",
+            f"`method.init={cell.init}` takes the main components of whole weights, and under "
+            f"`strategy={cell.strategy}` no rank has them whole. Use strategy=zero2, or method.init=default.",
+        )
+    if cell.method in PROMPT_LEARNING and cell.layout == "padding-free":
+        return Verdict(
+            "padded",
+            f"Padded batches: `method={cell.method}` puts virtual tokens before every row, which rows that lie end to "
+            f"end would share, and their tokens would see each other.",
+        )
+    return Verdict("trains")
+
+
+def cells(device: str) -> Iterator[Cell]:
+    """Yield every combination on a kind of device."""
+    for method, strategy, layout in itertools.product(METHODS, STRATEGIES, LAYOUTS):
+        for bits in (4, 8) if method == "qlora" else (16,):
+            for init in ("default", "pissa") if method in ("lora", "qlora") else ("default",):
+                yield Cell(method, bits, strategy, layout, device, init)
+
+
+def table() -> str:
+    """Return the table of every combination as Markdown, with the reasons below it."""
+    signs = {"trains": "yes", "padded": "padded"}
+    reasons: dict[str, int] = {}
+    lines = [
+        f"| method | {' | '.join(f'`{strategy}`' for strategy in STRATEGIES)} |",
+        f"|---|{'---|' * len(STRATEGIES)}",
+    ]
+    for method, bits, init in dict.fromkeys((cell.method, cell.bits, cell.init) for cell in cells("cpu")):
+        shown = []
+        for strategy in STRATEGIES:
+            by_device = {
+                device: [verdict(Cell(method, bits, strategy, layout, device, init)) for layout in LAYOUTS]
+                for device in DEVICES
+            }
+            parts: dict[str, list[str]] = {}
+            for device, (flat, _) in by_device.items():
+                text = signs.get(flat.outcome) or f"no [{reasons.setdefault(_general(flat), len(reasons) + 1)}]"
+                parts.setdefault(text, []).append(device)
+            shown.append(
+                next(iter(parts)) if len(parts) == 1 else "; ".join(f"{'/'.join(d)}: {t}" for t, d in parts.items())
+            )
+        lines.append(f"| {_name(method, bits, init)} | {' | '.join(shown)} |")
+    numbered = [f"{number}. {reason}" for reason, number in reasons.items()]
+    return "\n".join([*lines, "", *numbered])
+
+
+def _name(method: str, bits: int, init: str) -> str:
+    extra = [f"{bits} bits"] * (bits < 16) + [f"init={init}"] * (init != "default")
+    return f"`{method}`" + (f" ({', '.join(extra)})" if extra else "")
+
+
+def _general(verdict: Verdict) -> str:
+    """Return the reason without the particulars of one cell, so that alike ones share a number."""
+    text = verdict.reason
+    for strategy in PARTITIONED:
+        text = text.replace(f"strategy={strategy}", "strategy=zero3")
+    if "needs NVIDIA" in text:
+        return "`zeropp` needs NVIDIA GPUs: its quantised collectives are CUDA kernels. Use `strategy=zero3`."
+    return text.replace("8 bits", "4 bits")
+
+
+def main() -> None:
+    """Write the table into its document."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    DOCUMENT.write_text(f"{head}{BEGIN}\n\n{table()}\n\n{END}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
