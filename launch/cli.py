@@ -14,7 +14,7 @@ from tunewright import __version__
 from tunewright.datagen.cli import add_parser as add_datagen
 from tunewright.errors import TunewrightError, did_you_mean
 from tunewright.launch.data.cli import add_parser as add_data
-from tunewright.process import imports_that_stay
+from tunewright.ranks import imports_that_stay
 from tunewright.redaction import redact, typed_secrets
 
 if TYPE_CHECKING:

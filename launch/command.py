@@ -17,7 +17,7 @@ from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.plan.devices import Devices
-from tunewright.process import rank_variables
+from tunewright.ranks import rank_variables
 from tunewright.run_folder import RunDir
 
 

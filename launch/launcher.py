@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-from tunewright.process import interrupt_may_come
+from tunewright.ranks import interrupt_may_come
 
 
 def main() -> None:

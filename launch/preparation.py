@@ -11,7 +11,7 @@ import sys
 
 from omegaconf import DictConfig, OmegaConf
 
-from tunewright.process import die_with_parent, interrupt_waits, without_ranks
+from tunewright.ranks import die_with_parent, interrupt_waits, without_ranks
 
 
 class Preparation:

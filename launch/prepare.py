@@ -28,7 +28,7 @@ from tunewright.launch.preparation import Preparation
 from tunewright.plan.batch_plan import batch_plan
 from tunewright.plan.devices import find_devices
 from tunewright.plan.rules import needs_held_out, world_size
-from tunewright.process import imports_that_stay, interrupt_may_come, leave
+from tunewright.ranks import imports_that_stay, interrupt_may_come, leave
 from tunewright.redaction import redact
 from tunewright.run_folder import write_json
 from tunewright.safetensors_header import shapes

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tunewright.errors import EXIT_CODES
 from tunewright.launch.command import Command
-from tunewright.process import die_with_parent, interrupt_waits, without_ranks
+from tunewright.ranks import die_with_parent, interrupt_waits, without_ranks
 from tunewright.run_folder import RunDir
 
 GRACE_SECONDS = 10.0  # between asking the ranks to stop and killing them

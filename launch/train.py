@@ -23,7 +23,7 @@ from tunewright.plan.batch_plan import BatchPlan
 from tunewright.plan.devices import Devices, find_devices
 from tunewright.plan.rules import check
 from tunewright.plan.substitutes import settle
-from tunewright.process import rank_variables
+from tunewright.ranks import rank_variables
 from tunewright.run_folder import Claim, check_inputs, claim, prepare_folder, sole_user
 
 if TYPE_CHECKING:

@@ -22,21 +22,12 @@ from tunewright.launch.prepare import Prepared, ensure_prepared
 from tunewright.launch.train import check_all
 from tunewright.plan.batch_plan import BatchPlan, batch_plan
 from tunewright.plan.devices import find_devices
-from tunewright.process import (
-    LAUNCHED_BY,
-    Console,
-    die_with_parent,
-    imports_that_stay,
-    join,
-    launched,
-    leave,
-    rank,
-    reported_errors,
-    world_size,
-)
+from tunewright.ranks import LAUNCHED_BY, die_with_parent, imports_that_stay, launched, leave, rank, world_size
 from tunewright.redaction import redact, typed_secrets
 from tunewright.run_folder import Claim, RunDir, check_inputs, claim, prepare_folder, run_dir, sole_user
+from tunewright.trainer.console import Console, reported_errors
 from tunewright.trainer.inputs import planned_inputs, prepared_inputs
+from tunewright.trainer.process_group import join
 
 if TYPE_CHECKING:
     from accelerate import PartialState

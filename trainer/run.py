@@ -25,9 +25,10 @@ from tunewright.errors import ConfigError, StorageError
 from tunewright.launch.deepspeed_check import for_trainer
 from tunewright.metrics import final_train_loss, mean_train_loss, read_metrics
 from tunewright.plan.batch_plan import BatchPlan, batch_plan
-from tunewright.process import Console, launched
+from tunewright.ranks import launched
 from tunewright.run_folder import RunDir
 from tunewright.trainer.checkpoints import keep_pissa_start, plain_data_only, save_as_plain_lora, starts_as_pissa
+from tunewright.trainer.console import Console
 from tunewright.trainer.data.cache import TokenCache, as_json
 from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.data.stream import TokenStream

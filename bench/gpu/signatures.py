@@ -114,7 +114,7 @@ def quantised_layers() -> None:
 
 
 def process_group() -> None:
-    """tunewright/process.py: accelerate's state on a GPU, with a timeout."""
+    """trainer/process_group.py: accelerate's state on a GPU, with a timeout."""
     from accelerate import PartialState
 
     bind(PartialState.__init__, 1, "timeout")

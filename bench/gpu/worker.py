@@ -74,8 +74,8 @@ def train_here(job: Job, lever: tuple[str, ...], console: Console) -> None:
     from tunewright.launch.prepare import prepare
     from tunewright.launch.train import check_all
     from tunewright.plan.devices import find_devices
-    from tunewright.process import join
     from tunewright.run_folder import Claim, RunDir, prepare_folder
+    from tunewright.trainer.process_group import join
     from tunewright.trainer.run import train
 
     config = compose_config([*settings(job), *lever])

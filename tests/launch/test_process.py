@@ -19,8 +19,8 @@ import pytest
 from tests.conftest import REPOSITORY, losses, manifest
 from tunewright.errors import ConfigError, PeerError
 from tunewright.launch.supervise import first_error, stopped
-from tunewright.process import meet
 from tunewright.run_folder import RunDir
+from tunewright.trainer.process_group import meet
 
 LONG = ["strategy=zero2", "train.logging_steps=1", "train.max_steps=12", "data.eval_names=[]", "train.save_steps=4"]
 # Of a launch that is not this one; with any of them ranks would wait for others, or be started otherwise.
@@ -70,7 +70,11 @@ class Started:
     def ranks(self) -> list[psutil.Process]:
         """The processes of the ranks, in the order of their ranks."""
         found = [child for child in self.process.children(recursive=True) if "RANK" in child.environ()]
-        ranks = [child for child in found if "trainer" in child.cmdline() and "accelerate" not in str(child.cmdline())]
+        ranks = [
+            child
+            for child in found
+            if "tunewright.trainer" in child.cmdline() and "accelerate" not in str(child.cmdline())
+        ]
         return sorted(ranks, key=lambda child: int(child.environ()["RANK"]))
 
 
@@ -170,7 +174,7 @@ def test_a_rank_says_for_whom_it_waits_and_gives_up(rank: int, whom: str, monkey
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    monkeypatch.setattr("tunewright.process.PATIENCE", 0.5)
+    monkeypatch.setattr("tunewright.trainer.process_group.PATIENCE", 0.5)
     for key, value in {"RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(key, str(value))
     said: list[str] = []
@@ -292,7 +296,7 @@ def test_ctrl_c_before_ranks_start_leaves_nothing_and_says_one_line(tmp_path: Pa
 def test_imports_are_left_out_of_later_collections() -> None:
     code = """
 import gc
-from tunewright.process import imports_that_stay
+from tunewright.ranks import imports_that_stay
 kept = []
 try:
     with imports_that_stay():

@@ -17,7 +17,7 @@ from tunewright.launch.supervise import AccelerateLauncher
 
 SCRIPT = """
 import json, os, sys
-from tunewright.process import rank_variables
+from tunewright.ranks import rank_variables
 ranks = {name: os.environ[name] for name in rank_variables(os.environ)}
 json.dump([sys.argv[1:], os.environ['GREETING'], sys.stdin.read(), ranks], open('out', 'w'))
 """

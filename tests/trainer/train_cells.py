@@ -24,8 +24,8 @@ from tunewright.config.compose import load_config
 from tunewright.launch.prepare import prepare
 from tunewright.launch.train import check_all
 from tunewright.plan.devices import find_devices
-from tunewright.process import join
 from tunewright.run_folder import Claim, RunDir, prepare_folder
+from tunewright.trainer.process_group import join
 
 
 class Quiet:

@@ -183,7 +183,7 @@ def test_what_ends_a_rank_is_written_without_it(token: None, tmp_path: Path) -> 
 
     code = (
         "import pathlib, sys\n"
-        "from tunewright.process import Console, reported_errors\n"
+        "from tunewright.trainer.console import Console, reported_errors\n"
         "logs = pathlib.Path(sys.argv[1])\n"
         "console = Console(logs)\n"
         "with reported_errors(logs, console):\n"

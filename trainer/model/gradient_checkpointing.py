@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunewright.errors import ConfigError
-from tunewright.process import Console
 from tunewright.run_folder import RunDir
+from tunewright.trainer.console import Console
 from tunewright.trainer.telemetry import over_ranks
 
 # Share of a device's memory that stays free: the allocator's gaps, workspaces of kernels, the chunk of the head.

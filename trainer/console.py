@@ -1,0 +1,84 @@
+"""What the user sees of a rank: the lines of the first one, and the error that ended any of them."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from tunewright.errors import PeerError, TunewrightError
+from tunewright.ranks import launched, rank
+from tunewright.redaction import redact
+
+PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out waiting")
+
+
+class Console:
+    """What the user sees of a rank: the first rank speaks, everything else goes to logs/rankN.log."""
+
+    def __init__(self, logs: Path) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self.log_path = logs / f"rank{rank()}.log"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The descriptors themselves are turned over, so that what libraries write from C++ is kept as well.
+        self._terminal: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
+        log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        faulthandler.enable()
+
+    def say(self, text: str) -> None:
+        """Show a line to the user, from the first rank only, and keep it in the log."""
+        text = redact(text)
+        print(text)
+        if rank() == 0:
+            # Nobody reads any more (`| head`): the log has the line.
+            with suppress(BrokenPipeError):
+                print(text, file=self._terminal, flush=True)
+
+    def fail(self, text: str) -> None:
+        """Show a failure of any rank, unless a launcher does it for all of them."""
+        if not launched():
+            print(text, file=self._terminal, flush=True)
+
+
+@contextmanager
+def reported_errors(logs: Path, console: Console) -> Iterator[None]:
+    """Write what ends this rank to logs/rankN.error.json and exit with the code of its class."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        known = as_known_error(error)
+        record = {
+            "rank": rank(),
+            "time": time.time(),
+            "type": type(known).__name__,
+            "exit_code": getattr(known, "exit_code", 70),
+            "message": redact(str(known)) or type(known).__name__,
+            "traceback": redact(traceback.format_exc()),
+        }
+        print(record["traceback"], file=sys.stderr)
+        (logs / f"rank{rank()}.error.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        console.fail(f"Rank {rank()} failed: {record['type']}: {record['message']} (log: {console.log_path})")
+        # Without waiting for the others: a rank that still sits in a collective would hold the exit up.
+        sys.stdout.flush()
+        os._exit(int(record["exit_code"]))
+
+
+def as_known_error(error: BaseException) -> BaseException:
+    """Tell a failed peer from a failure of this rank's own."""
+    if isinstance(error, TunewrightError):
+        return error
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_SIGNS):
+        return PeerError(f"lost contact with another rank: {str(error).splitlines()[0]}")
+    return error

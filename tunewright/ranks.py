@@ -1,0 +1,111 @@
+"""One rank as a process: what its environment says, and how it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NoReturn
+
+# Set by `tunewright train`: it reads the error files and shows one of them, so that ranks need not.
+LAUNCHED_BY = "TUNEWRIGHT_LAUNCHER_PID"
+# What launchers tell their ranks, and torchrun (PET_) and MPI theirs. Whoever starts ranks owns these: what another
+# launch left in the environment would make them wait for ranks that nobody starts.
+RANK_NAMES = {
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_NAME",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "FORK_LAUNCHED",
+    LAUNCHED_BY,
+}
+RANK_PREFIXES = (
+    "ACCELERATE_",
+    "FSDP_",
+    "MV2_COMM_WORLD_",
+    "OMPI_COMM_WORLD_",
+    "PET_",
+    "PMI_",
+    "TORCHELASTIC_",
+)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process at once: what it printed is shown, what libraries do at the interpreter's end is not done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+@contextmanager
+def interrupt_waits() -> Iterator[None]:
+    """Let Ctrl-C wait, for this process until the end and for one begun here until it calls `interrupt_may_come`.
+
+    A new Python process answers it with a traceback before and while it imports.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def interrupt_may_come() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def imports_that_stay() -> Iterator[None]:
+    """Import without garbage collection, and leave what was imported out of every later one.
+
+    torch, transformers, PEFT and TRL make a million objects, none of them garbage; Python looks through them again and
+    again while they grow, for a quarter of the time that a rank's imports take.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def rank_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return the names of the variables that make a process a rank, sorted."""
+    return sorted(name for name in environment if name in RANK_NAMES or name.startswith(RANK_PREFIXES))
+
+
+def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which a process is no rank of anything."""
+    left_out = set(rank_variables(environment))
+    return {name: value for name, value in environment.items() if name not in left_out}
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched() -> bool:
+    return LAUNCHED_BY in os.environ
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the process that started it dies: no orphan goes on training."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
