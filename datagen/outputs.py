@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +19,8 @@ from tunewright.datagen.replies import ReplyLog, Row, scrubbed
 from tunewright.datagen.settings import DatagenConfig, Endpoint, Format, as_plain, prices
 from tunewright.datagen.split import split
 from tunewright.errors import ConfigError, DataError
+from tunewright.files import write_json, write_text
 from tunewright.registry import edited_registry, read_registry
-from tunewright.run_folder import write_json
 
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
 OURS = ("file_name", "formatting", "columns", "tags")  # keys of a registry entry that follow from the rows
@@ -90,7 +89,7 @@ def write_outputs(
         if rows:
             write_json(path, [shaped(row, plan.system, config.format) for row in rows])
             entries[name] = entry(path, config.format, rows)
-    _write_text(files.system, plan.system + "\n")
+    write_text(files.system, plan.system + "\n")
     plan.write(files.plan)
     with edited_registry(files.registry) as registry:
         for name in (config.name, f"{config.name}_eval"):
@@ -105,8 +104,8 @@ def write_outputs(
     manifest["counts"] |= {"train": len(train), "eval": len(test)}
     manifest["similarity"] = {"highest_train_test": dealt.highest, "pair": list(dealt.pair) if dealt.pair else None}
     write_json(files.manifest, manifest)
-    _write_text(files.card, card(manifest, train))
-    _write_text(files.preview, preview_page(manifest, train, test, harvest.rejected))
+    write_text(files.card, card(manifest, train))
+    write_text(files.preview, preview_page(manifest, train, test, harvest.rejected))
     return Written(train, test, dealt.highest)
 
 
@@ -167,10 +166,3 @@ def _manifest(
             if path.is_file()
         },
     }
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write text so that a reader sees the old file or the new one, never half of it."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)

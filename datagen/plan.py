@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.errors import ConfigError, did_you_mean
-from tunewright.run_folder import write_json
+from tunewright.files import write_json
 
 DIFFICULTIES = (
     "an easy case that a beginner meets first",

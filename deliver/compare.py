@@ -26,6 +26,7 @@ import yaml
 
 from tunewright.deliver.scores import CONFIDENCE, score_text, told_apart
 from tunewright.errors import ConfigError, StorageError
+from tunewright.files import write_bytes, write_text
 from tunewright.metrics import final_train_loss
 from tunewright.redaction import redact_tree
 
@@ -698,17 +699,6 @@ def _answers_markdown(runs: Sequence[Run]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` so that a reader sees the old file or the new one, never half of it."""
-    # Not tempfile: its files are private (0600) and would stay so after the rename.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def compare(run_paths: list[Path], out_dir: Path, *, echo: Callable[[str], Any] = print) -> Path:
     """Compare the runs: print the text, write text, Markdown, PNG and HTML, and return ``out_dir``."""
     # Imported here because report builds on this module, and only this function needs it.
@@ -721,9 +711,9 @@ def compare(run_paths: list[Path], out_dir: Path, *, echo: Callable[[str], Any] 
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         curves = curves_png_bytes(runs)
-        write_atomically(out_dir / "comparison.txt", f"{text}\n".encode())
-        write_atomically(out_dir / "comparison.md", f"{markdown_report(runs, 'comparison.png')}\n".encode())
-        write_atomically(out_dir / "comparison.png", curves)
+        write_text(out_dir / "comparison.txt", f"{text}\n")
+        write_text(out_dir / "comparison.md", f"{markdown_report(runs, 'comparison.png')}\n")
+        write_bytes(out_dir / "comparison.png", curves)
         comparison_html(runs, out_dir / "comparison.html", curves=curves)
     except OSError as error:
         raise StorageError(f"cannot write the comparison to {out_dir}: {error}") from error

@@ -35,8 +35,8 @@ from tunewright.deliver.compare import (
     run_labels,
     score_notes,
     series,
-    write_atomically,
 )
+from tunewright.files import write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,7 @@ COINCIDENT = 0.01
 
 def loss_curves_png(runs: Sequence[Run], path: Path) -> None:
     """Draw train and eval loss of all runs over steps, and over tokens when they were logged."""
-    write_atomically(Path(path), curves_png_bytes(runs))
+    write_bytes(Path(path), curves_png_bytes(runs))
 
 
 def curves_png_bytes(runs: Sequence[Run]) -> bytes:
@@ -358,7 +358,7 @@ def comparison_html(runs: Sequence[Run], path: Path, *, curves: bytes | None = N
         sections="\n".join(sections),
     )
     # A lone surrogate (half a character a model emitted) has no UTF-8 form.
-    write_atomically(Path(path), page.encode("utf-8", errors="replace"))
+    write_text(Path(path), page)
 
 
 def _section(title: str, note: str, body: str) -> str:

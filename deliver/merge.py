@@ -26,9 +26,10 @@ from tunewright.deliver.generate import open_run
 from tunewright.deliver.merge_check import Comparison, Judge, pick_rows
 from tunewright.deliver.merge_weights import Adapted, Checkpoint, Written, adapter_config, size_of, write_merged
 from tunewright.errors import ConfigError, StorageError
+from tunewright.files import write_json
 from tunewright.folders import check_name, set_aside
 from tunewright.launch.prepare import find_prepared, prepare
-from tunewright.run_folder import RunDir, write_json
+from tunewright.run_folder import RunDir
 from tunewright.trainer.inputs import check_base
 from tunewright.trainer.model.load import load_tokenizer, quiet_libraries, stop_tokens
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from tunewright.errors import ConfigError, StorageError
-from tunewright.run_folder import write_json
+from tunewright.files import write_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = ((WHOLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))

@@ -19,9 +19,9 @@ from omegaconf import DictConfig
 from tunewright.config.compose import load_config
 from tunewright.config.deepspeed_file import SIMILAR, DeepSpeedFile, deepspeed_file
 from tunewright.errors import ConfigError, TunewrightError, closest
+from tunewright.files import write_json
 from tunewright.launch.aside import ask
 from tunewright.ranks import leave
-from tunewright.run_folder import write_json
 from tunewright.trainer.model.load import cache_folder
 
 FORMAT = 1  # of the kept files

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from tunewright.config.compose import load_config
 from tunewright.config.schema import Source
 from tunewright.errors import ConfigError, TunewrightError, code_of
+from tunewright.files import write_json
 from tunewright.launch.data.report import Report, known_positions, make_report
 from tunewright.launch.data.report_text import remarks, report_text
 from tunewright.launch.preparation import Preparation
@@ -30,7 +31,6 @@ from tunewright.plan.devices import find_devices
 from tunewright.plan.rules import needs_held_out, world_size
 from tunewright.ranks import imports_that_stay, interrupt_may_come, leave
 from tunewright.redaction import redact
-from tunewright.run_folder import write_json
 from tunewright.safetensors_header import shapes
 from tunewright.trainer.data.cache import (
     TokenCache,

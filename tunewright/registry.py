@@ -19,7 +19,7 @@ from typing import Any
 
 from tunewright.config.schema import Compat, DataConfig
 from tunewright.errors import DataError, did_you_mean
-from tunewright.run_folder import write_json
+from tunewright.files import write_json
 
 REGISTRY_NAME = "dataset_info.json"
 FORMATTINGS = ("alpaca", "sharegpt", "openai", "prompt_completion", "text")

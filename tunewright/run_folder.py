@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tunewright.config.schema import Resume
 from tunewright.errors import ConfigError, StorageError
+from tunewright.files import write_json
 from tunewright.folders import LOCK, check_name, is_locked, locked, set_aside
 from tunewright.identity import differing_settings, digest, identity, table
 from tunewright.redaction import redact_tree
@@ -116,13 +117,6 @@ class RunDir:
             if step.isdigit() and (path / "trainer_state.json").is_file():
                 numbered.append((int(step), path))
         return max(numbered)[1] if numbered else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
-    staging.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(staging, path)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError, DataError, StorageError, did_you_mean
+from tunewright.files import written_aside
 from tunewright.launch.data.check import compose
 from tunewright.launch.data.show import shown
 from tunewright.registry import REGISTRY_NAME, edited_registry, read_registry
@@ -174,22 +175,19 @@ def copy_in(file: Path, folder: Path) -> None:
         StorageError: it cannot be written.
     """
     target = folder / file.resolve().name
-    staging = folder / f".{target.name}.{os.getpid()}.part"
     if target.exists():
         if _content(target) == _content(file):
             return
         raise DataError(f"{target} is there already and is not the same as {file}. Rename one of them.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if file.is_dir():
-            shutil.copytree(file, staging)
-        else:
-            shutil.copyfile(file, staging)
-        staging.rename(target)
+        with written_aside(target) as staging:
+            if file.is_dir():
+                shutil.copytree(file, staging)
+            else:
+                shutil.copyfile(file, staging)
     except OSError as error:  # copytree's gathers several, and has no strerror
         raise StorageError(f"Cannot copy {file} to {target}: {error.strerror or error}.") from error
-    finally:
-        staging.unlink(missing_ok=True) if staging.is_file() else shutil.rmtree(staging, ignore_errors=True)
 
 
 def _content(path: Path) -> list[tuple[str, bytes]]:

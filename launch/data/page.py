@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from tunewright.deliver.compare import write_atomically
 from tunewright.deliver.comparison_page import PAGE, STYLE
 from tunewright.errors import StorageError
+from tunewright.files import write_text
 from tunewright.launch.data.report import DatasetReport, Histogram, Overlap, Repeats, Report
 from tunewright.launch.data.report_text import (
     ALL_WELL,
@@ -52,8 +52,7 @@ def write_page(report: Report, file: Path) -> None:
         StorageError: the file cannot be written.
     """
     try:
-        # Half of a surrogate pair, which a broken row may hold, has no UTF-8 form.
-        write_atomically(file, report_html(report).encode("utf-8", errors="replace"))
+        write_text(file, report_html(report))
     except OSError as error:
         raise StorageError(f"Cannot write {file}: {error.strerror}.") from error
 

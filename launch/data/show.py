@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunewright.errors import DataError, StorageError
+from tunewright.files import written_aside
 from tunewright.launch.data.check import compose, make_tokens, settle
 from tunewright.plan.devices import find_devices
 from tunewright.plan.rules import check
@@ -163,15 +164,11 @@ def dump(cached: CachedDataset, file: Path) -> int:
     Raises:
         StorageError: the file cannot be written.
     """
-    staging = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        with staging.open("w", encoding="utf-8") as out:
+        with written_aside(file) as staging, staging.open("w", encoding="utf-8") as out:
             for part in cached.examples().iter(COPIED_AT_ONCE):
                 for row, ids, labels in zip(part["row"], part["input_ids"], part["labels"], strict=True):
                     out.write(json.dumps({"row": row, "input_ids": ids, "labels": labels}) + "\n")
-        os.replace(staging, file)
     except OSError as error:
         raise StorageError(f"Cannot write {file}: {error.strerror}.") from error
-    finally:
-        staging.unlink(missing_ok=True)
     return cached.outcome.examples

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError, StorageError
+from tunewright.files import write_json
 from tunewright.launch.train import sweep_jobs
 from tunewright.run_folder import (
     Claim,
@@ -22,7 +23,6 @@ from tunewright.run_folder import (
     claim,
     prepare_folder,
     sole_user,
-    write_json,
 )
 
 
@@ -343,10 +343,3 @@ def test_a_damaged_manifest_is_told(tmp_path: Path) -> None:
     run.manifest.write_text('{"status": ')
     with pytest.raises(StorageError, match="damaged"):
         claim(config_in(tmp_path))
-
-
-def test_json_is_replaced_whole(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"a": object()})
-    assert (tmp_path / "a.json").read_text() == '{\n  "a": 1\n}\n'

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from omegaconf import DictConfig
 from tunewright.config.chat_templates import template_file
 from tunewright.config.schema import DataConfig
 from tunewright.errors import DataError
+from tunewright.files import write_json, written_aside
 from tunewright.plan.rules import longest_row
 from tunewright.trainer.data.packing import pack
 from tunewright.trainer.data.select import Part, held_out_rows, training_examples
@@ -322,15 +322,9 @@ def _build(rows: Rows, folder: Path, write: Callable[[Path], Outcome]) -> Cached
         found = _find(rows, folder)  # another process may have made it meanwhile
         if found:
             return found
-        staging = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        shutil.rmtree(staging, ignore_errors=True)
-        try:
+        with written_aside(folder) as staging:
             outcome = write(staging)
-            text = json.dumps(asdict(outcome), ensure_ascii=False, indent=1)
-            (staging / OUTCOME_NAME).write_text(text, encoding="utf-8")
-            staging.rename(folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            write_json(staging / OUTCOME_NAME, asdict(outcome))
     return CachedDataset(rows, folder, outcome)
 
 

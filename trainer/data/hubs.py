@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.errors import ConfigError, DataError, StorageError
+from tunewright.files import write_json
 from tunewright.registry import Entry, Place
 from tunewright.trainer.data.columnar import BATCH, rows_of
 from tunewright.trainer.data.files import Row
@@ -54,7 +55,7 @@ def _commit(entry: Entry, records: Path, *, offline: bool) -> str:
         try:
             commit = str(HfApi().dataset_info(entry.location, timeout=TIMEOUT).sha)
             records.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps({"commit": commit}), encoding="utf-8")
+            write_json(record, {"commit": commit})
             return commit
         except GatedRepoError as error:
             raise StorageError(

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,6 +14,7 @@ from typing import Any
 
 from tunewright.config.schema import DataConfig
 from tunewright.errors import DataError, StorageError, did_you_mean
+from tunewright.files import write_json, written_aside
 from tunewright.registry import REQUIRED_COLUMNS, Entry, Place, check_inside, check_trainable, load_entry, parse_entry
 from tunewright.trainer.data import files
 from tunewright.trainer.data.detect import detect
@@ -173,11 +173,9 @@ def _fetch_cloud(entry: Entry, cache: Path, *, offline: bool) -> Path:
         }
         version = hashlib.sha256(json.dumps([entry.location, stamps], sort_keys=True).encode()).hexdigest()[:16]
         if not (cache / version).is_dir():
-            staging = cache / f"{version}.{os.getpid()}.part"
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-            store.get(path, str(staging / name), recursive=store.isdir(path))
-            staging.rename(cache / version)
+            with written_aside(cache / version) as staging:
+                staging.mkdir(parents=True)
+                store.get(path, str(staging / name), recursive=store.isdir(path))
     except DataError:
         raise
     except ImportError as error:
@@ -186,7 +184,7 @@ def _fetch_cloud(entry: Entry, cache: Path, *, offline: bool) -> Path:
         raise StorageError(
             f"{entry.where}: {entry.location} cannot be read ({type(error).__name__}: {error})."
         ) from error
-    record.write_text(json.dumps({"version": version}), encoding="utf-8")
+    write_json(record, {"version": version})
     return cache / version / name
 
 

@@ -19,10 +19,10 @@ from omegaconf import DictConfig
 from tunewright.config.compose import load_config
 from tunewright.config.schema import Source
 from tunewright.errors import ConfigError, StorageError, TunewrightError
+from tunewright.files import write_json
 from tunewright.launch.aside import ask
 from tunewright.plan.architecture import Architecture, plain
 from tunewright.ranks import imports_that_stay, leave
-from tunewright.run_folder import write_json
 from tunewright.trainer.model import hub, tiny
 from tunewright.trainer.model.load import cache_folder, find_model, quiet_libraries
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from tunewright.errors import DataError, StorageError
+from tunewright.files import written_aside
 from tunewright.shipped import shipped
 
 if TYPE_CHECKING:
@@ -85,13 +84,11 @@ def build_tiny(cache_dir: Path, progress: Progress = lambda step, steps, loss: N
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not is_built(cache_dir):
-            staging = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-            shutil.rmtree(staging, ignore_errors=True)
-            _build(staging, progress)
-            if not (staging / "model.safetensors").is_file():
-                # transformers saves nothing from a rank other than the first.
-                raise StorageError(f"The embedded model was not saved to {staging}.")
-            staging.rename(folder)
+            with written_aside(folder) as staging:
+                _build(staging, progress)
+                if not (staging / "model.safetensors").is_file():
+                    # transformers saves nothing from a rank other than the first.
+                    raise StorageError(f"The embedded model was not saved to {staging}.")
     return folder
 
 

@@ -1,0 +1,47 @@
+"""The one way to write a file: a reader sees the old file or the new one, never half of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give a place beside `path` for a file or a folder, which gets the name `path` once the block has ended well."""
+    # Not tempfile: its files are private (0600), and would stay so under their new name.
+    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _remove(staging)  # of a process that was killed and had the same number
+    try:
+        yield staging
+        os.replace(staging, path)
+    finally:
+        _remove(staging)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file."""
+    with written_aside(path) as staging:
+        staging.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8; half of a surrogate pair, which a broken row may hold, becomes a question mark."""
+    write_bytes(path, text.encode("utf-8", errors="replace"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, indented."""
+    write_bytes(path, f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode())
+
+
+def _remove(staging: Path) -> None:
+    if staging.is_dir() and not staging.is_symlink():
+        shutil.rmtree(staging, ignore_errors=True)
+    else:
+        staging.unlink(missing_ok=True)
