@@ -130,7 +130,9 @@ def main() -> None:
             report["starts"][name] = times
             medians = [statistics.median(one[phase] for one in times) for phase in ("total", *PHASES)]
             print(f"| {name} | {' | '.join(f'{value:.1f} s' for value in medians)} |", flush=True)
-    report["imports"] = {module: imports(module) for module in ("tunewright.launch.train", "tunewright.trainer.run")}
+    report["imports"] = {
+        module: imports(module) for module in ("tunewright.launch.train", "tunewright.trainer.training")
+    }
     for module, parts in report["imports"].items():
         print(f"\nimport {module}: {', '.join(f'{name} {value:.2f} s' for name, value in parts.items())}")
     args.out.parent.mkdir(parents=True, exist_ok=True)

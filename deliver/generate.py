@@ -18,7 +18,7 @@ from tunewright.run_folder import RunDir
 from tunewright.trainer.checkpoints import learns_prompt
 from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.model.load import load_model, load_tokenizer, quiet_libraries, stop_tokens, torch_dtype
-from tunewright.trainer.model.templates import stop_ids
+from tunewright.trainer.model.tokenizer import stop_ids
 from tunewright.trust import check_code, check_ours
 
 if TYPE_CHECKING:

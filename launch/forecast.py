@@ -12,7 +12,7 @@ from tunewright.launch.prepare import find_prepared
 from tunewright.plan.batch_plan import BatchPlan, planned_steps
 from tunewright.trainer.data.cache import TokenCache, epoch_size, open_rows
 from tunewright.trainer.data.select import rows_to_train
-from tunewright.trainer.model.architecture import ensure_counts
+from tunewright.trainer.model.meta_model import ensure_counts
 
 
 def forecast(config: DictConfig, plan: BatchPlan) -> Iterator[str]:

@@ -44,8 +44,8 @@ from tunewright.trainer.data.cache import (
 from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.data.workers import started_workers
 from tunewright.trainer.model import tiny
-from tunewright.trainer.model.architecture import ensure_architecture, find_architecture, model_numbers
 from tunewright.trainer.model.load import cache_folder, fetch_model, find_model, load_tokenizer
+from tunewright.trainer.model.meta_model import ensure_architecture, find_architecture, model_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

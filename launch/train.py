@@ -64,7 +64,7 @@ def check_all(config: DictConfig, devices: Devices) -> tuple[BatchPlan, list[str
         ConfigError, StorageError: see `legality.check`, `architecture.check_modules` and `settle`.
     """
     plan = check(config, devices)
-    from tunewright.trainer.model.architecture import (
+    from tunewright.trainer.model.meta_model import (
         ensure_architecture,  # not before: a configuration error should come at once
     )
 

@@ -90,7 +90,7 @@ def train_here(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     """Train on one device in this process, and return the run folder."""
     from accelerate import PartialState
 
-    from tunewright.trainer.run import train
+    from tunewright.trainer.training import train
 
     root = tmp_path_factory.mktemp("here")
 
@@ -164,14 +164,14 @@ def small_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The trainers that trainings of this test used, with their models as training left them."""
-    import tunewright.trainer.run
+    import tunewright.trainer.training
 
     made: list[Any] = []
 
-    class Remembered(tunewright.trainer.run.TunewrightTrainer):
+    class Remembered(tunewright.trainer.training.TunewrightTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr(tunewright.trainer.run, "TunewrightTrainer", Remembered)
+    monkeypatch.setattr(tunewright.trainer.training, "TunewrightTrainer", Remembered)
     return made

@@ -63,7 +63,7 @@ def modules() -> dict[str, list[str]]:
     """{short name: files} of our modules."""
     found: dict[str, list[str]] = {}
     for name in tracked():
-        if name.startswith(("launch/", "trainer/", "datagen/")) and name.endswith(".py"):
+        if name.startswith(("tunewright/", "launch/", "trainer/", "deliver/", "datagen/")) and name.endswith(".py"):
             found.setdefault(name.rpartition("/")[2].removesuffix(".py"), []).append(name)
     return found
 

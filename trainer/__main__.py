@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     with reported_errors(run.logs, console):
         with imports_that_stay():
             state = state or join(config.strategy.launcher.name, config.train.timeout_minutes, console.say)
-            from tunewright.trainer.run import train
+            from tunewright.trainer.training import train
 
         train(config, run, prepared.cache, prepared.model_path, state, console, claimed.checkpoint)
         state.destroy_process_group()

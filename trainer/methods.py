@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def adapt(model: PreTrainedModel, method: Any, tokenizer: Path | None = None) -> Any:
     """Return the model with what `method` trains ready to train, everything else frozen.
 
-    Adapters are kept in the format of the base: the optimiser holds the float32 copy (see `optimizer.py`).
+    Adapters are kept in the format of the base: the optimiser holds the float32 copy (see `master_weights.py`).
     PEFT's default, float32 adapters, casts the activations twice in every adapted layer.
 
     Args:
@@ -30,7 +30,7 @@ def adapt(model: PreTrainedModel, method: Any, tokenizer: Path | None = None) ->
         return model
     import peft
 
-    from tunewright.trainer.model import lora
+    from tunewright.trainer.model import fused_lora
 
     if method.name == "qlora":
         _keep_differentiable(model)
@@ -40,7 +40,7 @@ def adapt(model: PreTrainedModel, method: Any, tokenizer: Path | None = None) ->
         )
     else:
         adapted = peft.get_peft_model(model, peft_config(method, model, tokenizer), autocast_adapter_dtype=False)
-    lora.fuse(adapted)
+    fused_lora.fuse(adapted)
     return adapted
 
 

@@ -89,7 +89,7 @@ def losses(overrides: list[str], device: torch.device, model: Path, folder: Path
     from tunewright.launch.train import check_all
     from tunewright.plan.devices import Devices
     from tunewright.run_folder import Claim, RunDir, prepare_folder
-    from tunewright.trainer.run import train
+    from tunewright.trainer.training import train
 
     forget()
     settings = ["model=folder", f"model.path={model}", f"output_root={folder}"]

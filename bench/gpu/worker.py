@@ -76,7 +76,7 @@ def train_here(job: Job, lever: tuple[str, ...], console: Console) -> None:
     from tunewright.plan.devices import find_devices
     from tunewright.run_folder import Claim, RunDir, prepare_folder
     from tunewright.trainer.process_group import join
-    from tunewright.trainer.run import train
+    from tunewright.trainer.training import train
 
     config = compose_config([*settings(job), *lever])
     check_all(config, find_devices())

@@ -20,7 +20,7 @@ from tunewright.plan.rules import longest_row
 from tunewright.trainer.data.cache import SAMPLE, SPLITS, CachedDataset, TokenCache, epoch_size
 from tunewright.trainer.data.formats import OLDER_TOOLS
 from tunewright.trainer.data.similar import PERMUTATIONS, similar_pairs
-from tunewright.trainer.model.architecture import model_numbers
+from tunewright.trainer.model.meta_model import model_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

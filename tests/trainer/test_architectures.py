@@ -23,7 +23,7 @@ from tunewright.trainer.data.batches import FlatCollator, PaddedCollator
 from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.methods import adapt
 from tunewright.trainer.model import attention
-from tunewright.trainer.sft import TunewrightTrainer, scored_loss_sum
+from tunewright.trainer.sft_trainer import TunewrightTrainer, cross_entropy_sum
 
 VOCABULARY = 512
 LENGTHS = (3, 40, 11, 2)
@@ -145,7 +145,7 @@ def test_flat_rows_are_padded_rows_and_rows_alone(name: str) -> None:
     flat, padded = model_of(name, attention.register()), padded_model(name)
     assert flat.config.get_text_config()._attn_implementation == attention.NAME
     assert attention.padding_free_problem(flat.config, type(flat)) is None
-    loss, expected = scored_loss_sum(flat, FlatCollator(0)(rows)), padded_loss_sum(padded, rows)
+    loss, expected = cross_entropy_sum(flat, FlatCollator(0)(rows)), padded_loss_sum(padded, rows)
     alone = sum(loss_alone(padded, row) for row in rows)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-4)
@@ -173,7 +173,7 @@ def test_dropout_of_attention_is_for_training_only() -> None:
     for layer in model.transformer.h:
         layer.attn.attn_dropout.p = 0.5
     batch = FlatCollator(0)(rows_of(*LENGTHS))
-    plain, dropped = (scored_loss_sum(model.train(mode), batch).item() for mode in (False, True))
+    plain, dropped = (cross_entropy_sum(model.train(mode), batch).item() for mode in (False, True))
     assert plain != pytest.approx(dropped, rel=1e-3)
     assert plain == pytest.approx(padded_loss_sum(padded_model("gpt2").eval(), rows_of(*LENGTHS)).item(), rel=1e-5)
 
@@ -182,7 +182,7 @@ def test_what_a_layer_asks_for_ends_training_rather_than_being_left_out() -> Non
     """Were the architecture not judged first: Gemma 2's own arguments reach the attention and are refused there."""
     model = model_of("gemma2", attention.register())
     with pytest.raises(ConfigError, match=r"softcap.*train\.padding_free=false"):
-        scored_loss_sum(model, FlatCollator(0)(rows_of(*LENGTHS)))
+        cross_entropy_sum(model, FlatCollator(0)(rows_of(*LENGTHS)))
 
 
 # Training, with the trainer that runs use

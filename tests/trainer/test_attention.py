@@ -64,8 +64,8 @@ def test_it_does_not_matter_how_a_row_is_cut_into_blocks(
     block: int, kept: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor whether probabilities are kept for the backward pass or computed again."""
-    monkeypatch.setattr("tunewright.trainer.model.document_attention.BLOCK", block)
-    monkeypatch.setattr("tunewright.trainer.model.document_attention.KEPT", kept)
+    monkeypatch.setattr("tunewright.trainer.model.cpu_varlen_attention.BLOCK", block)
+    monkeypatch.setattr("tunewright.trainer.model.cpu_varlen_attention.KEPT", kept)
     compare("cpu", torch.float32, 1e-5, window)
     compare("cpu", torch.bfloat16, 0.02, window)
 

@@ -20,11 +20,11 @@ from tests.conftest import losses, manifest, read_metrics
 from tunewright.config.compose import compose_config
 from tunewright.trainer.data.batches import FlatCollator
 from tunewright.trainer.data.render import IGNORED
+from tunewright.trainer.master_weights import attach_master_weights
 from tunewright.trainer.methods import adapt, peft_config
 from tunewright.trainer.model import attention
-from tunewright.trainer.optimizer import attach_master_weights
-from tunewright.trainer.run import Proof
-from tunewright.trainer.sft import scored_loss_sum
+from tunewright.trainer.sft_trainer import cross_entropy_sum
+from tunewright.trainer.training import Proof
 
 STEPS, HALF = 6, 3
 
@@ -176,7 +176,7 @@ def curve(model: Any, *, masters: bool, steps: int = 200) -> np.ndarray:
     found = []
     for step in range(steps):
         batch = FlatCollator(0)([rows[(4 * step + index) % 16] for index in range(4)])
-        loss = scored_loss_sum(model, batch) / batch["targets"].numel()
+        loss = cross_entropy_sum(model, batch) / batch["targets"].numel()
         loss.backward()
         optimizer.step()
         for parameter in trained:

@@ -143,7 +143,7 @@ def outcome(config: DictConfig, changes: dict[str, Any], *, train: bool) -> str:
         job = plan_job(config, find_devices())
         list(steps(config, job.plan))
         if train:
-            from tunewright.trainer.run import train as run_rank
+            from tunewright.trainer.training import train as run_rank
 
             folder = RunDir(Path(config.output_root) / config.name)
             prepared = prepare(config, lambda line: None)

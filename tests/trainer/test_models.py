@@ -18,7 +18,7 @@ from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError
 from tunewright.trainer.methods import adapt, parameter_counts
 from tunewright.trainer.model import tiny
-from tunewright.trainer.model.hub import has_weights
+from tunewright.trainer.model.download import has_weights
 from tunewright.trainer.model.load import find_model, load_model, load_tokenizer, stop_tokens, torch_dtype
 
 

@@ -21,7 +21,7 @@ from tunewright.errors import ConfigError, DataError
 from tunewright.trainer.data.formats import Conversation, Plain
 from tunewright.trainer.data.render import IGNORED, Example, Renderer
 from tunewright.trainer.data.turns import Message, Unusable
-from tunewright.trainer.model.templates import install_template, settle_end_of_turn
+from tunewright.trainer.model.tokenizer import install_template, set_end_of_turn
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}, "required": ["city"]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "tells rain", "parameters": CITY}}]
@@ -56,7 +56,7 @@ def renderer(small_tokenizer: Any) -> Any:
             install_template(tokenizer, template)
         else:
             tokenizer.chat_template = template
-        settle_end_of_turn(tokenizer)
+        set_end_of_turn(tokenizer)
         return Renderer(tokenizer, cutoff_len, **options)
 
     return make
@@ -211,7 +211,7 @@ def test_the_template_of_a_model_gives_its_own_ids_and_labels_from_its_generatio
     tokenizer = of_model(name)
     conversation = chat("Hi there", "Hello you", "Bye", "So long", system="Be brief.")
     made = copy.deepcopy(tokenizer)
-    settle_end_of_turn(made)
+    set_end_of_turn(made)
     (examples,) = Renderer(made, 10_000).render([conversation])
     assert not isinstance(examples, Unusable)
     for example, end in zip(examples, (5,) if len(examples) == 1 else (3, 5), strict=True):
@@ -239,7 +239,7 @@ def test_the_template_of_a_model_learns_its_tool_calls(name: str) -> None:
         {"role": "assistant", "content": "It rains."},
     ]
     made = copy.deepcopy(tokenizer)
-    settle_end_of_turn(made)
+    set_end_of_turn(made)
     renderer = Renderer(made, 10_000)
     (examples,) = renderer.render([Conversation(messages, [False, True, False, True], TOOLS)])
     assert not isinstance(examples, Unusable)
@@ -466,7 +466,7 @@ def test_a_template_whose_markers_are_no_tokens_is_refused_with_those_that_fit(t
 def test_the_templates_end_of_turn_becomes_the_end_token(small_tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(small_tokenizer)
     install_template(tokenizer, "llama3")
-    settle_end_of_turn(tokenizer)
+    set_end_of_turn(tokenizer)
     assert tokenizer.eos_token == "<|eot_id|>"
 
 

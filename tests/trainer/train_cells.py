@@ -19,7 +19,7 @@ import torch
 from accelerate.state import AcceleratorState
 from omegaconf import DictConfig
 
-import tunewright.trainer.run
+import tunewright.trainer.training
 from tunewright.config.compose import load_config
 from tunewright.launch.prepare import prepare
 from tunewright.launch.train import check_all
@@ -54,7 +54,7 @@ def train_one(config: DictConfig, state: Any) -> dict[str, Any]:
     state.wait_for_everyone()
     prepared = prepare(config, lambda line: None)
     seen: dict[str, Any] = {}
-    adapt = tunewright.trainer.run.adapt
+    adapt = tunewright.trainer.training.adapt
 
     def adapt_and_look(*args: Any) -> Any:
         model = adapt(*args)
@@ -62,11 +62,11 @@ def train_one(config: DictConfig, state: Any) -> dict[str, Any]:
         seen.update(model=model, trained=trained, before={n: whole(p) for n, p in model.named_parameters()})
         return model
 
-    tunewright.trainer.run.adapt = adapt_and_look
+    tunewright.trainer.training.adapt = adapt_and_look
     try:
-        tunewright.trainer.run.train(config, run, prepared.cache, prepared.model_path, state, Quiet(), None)
+        tunewright.trainer.training.train(config, run, prepared.cache, prepared.model_path, state, Quiet(), None)
     finally:
-        tunewright.trainer.run.adapt = adapt
+        tunewright.trainer.training.adapt = adapt
     after = {name: whole(parameter) for name, parameter in seen["model"].named_parameters()}
     before, trained = seen["before"], seen["trained"]
     moved = {name for name in after if not torch.equal(after[name].to(before[name].dtype), before[name])}

@@ -20,7 +20,7 @@ from tunewright.trainer.data.draw import THOUGHT_MARKS, Drawer, Drawn
 from tunewright.trainer.data.encode import Encoded, Encoder
 from tunewright.trainer.data.formats import Conversation, Plain
 from tunewright.trainer.data.turns import Message, Unusable
-from tunewright.trainer.model.templates import stop_ids
+from tunewright.trainer.model.tokenizer import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedConfig
 
 from tunewright.errors import ConfigError
-from tunewright.trainer.model.document_attention import document_attention
+from tunewright.trainer.model.cpu_varlen_attention import cpu_varlen_attention
 from tunewright.trainer.versions import flash_attention_runs_on, kernel_is_told_of_grouped_heads
 
 NAME = "tunewright_varlen"
@@ -160,7 +160,7 @@ def _per_document(
 ) -> torch.Tensor:
     lengths = cu_seq_lens.diff().tolist()
     if query.device.type == "cpu" and dropout == 0:
-        return document_attention(query, key, value, lengths, scaling, sliding_window)
+        return cpu_varlen_attention(query, key, value, lengths, scaling, sliding_window)
     parts = []
     # One split instead of a slice for each document: the gradient of a slice is a whole tensor of zeros around it.
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tunewright.errors import ConfigError
 from tunewright.run_folder import RunDir
 from tunewright.trainer.console import Console
-from tunewright.trainer.telemetry import over_ranks
+from tunewright.trainer.throughput import over_ranks
 
 # Share of a device's memory that stays free: the allocator's gaps, workspaces of kernels, the chunk of the head.
 SPARE = 0.1
@@ -44,7 +44,7 @@ class Activations:
         return self.layers - min(max(kept, 0), self.layers)
 
 
-class FitRecomputation(TrainerCallback):
+class FitCheckpointing(TrainerCallback):
     """Decides before the first step, on all ranks alike."""
 
     def __init__(self, trainer: Any, run: RunDir, console: Console) -> None:

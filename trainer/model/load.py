@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright.config.schema import ComputeDtype, Dtype, ModelConfig, Source
 from tunewright.errors import ConfigError, StorageError
-from tunewright.trainer.model import hub, tiny
-from tunewright.trainer.model.templates import install_template, settle_end_of_turn, stop_ids
+from tunewright.trainer.model import download, tiny
+from tunewright.trainer.model.tokenizer import install_template, set_end_of_turn, stop_ids
 
 if TYPE_CHECKING:
     import torch
@@ -32,14 +32,14 @@ def find_model(model: ModelConfig, cache_dir: str) -> Path | None:
         return tiny.tiny_folder(cache_folder(cache_dir)) if tiny.is_built(cache_folder(cache_dir)) else None
     if model.source is Source.folder:
         folder = Path(model.path).expanduser()
-        if not (hub.has_weights(folder) or (model.random_weights and (folder / "config.json").is_file())):
+        if not (download.has_weights(folder) or (model.random_weights and (folder / "config.json").is_file())):
             problem = "holds no model weights" if folder.is_dir() else "does not exist"
             raise ConfigError(f"`model.path` is '{model.path}', a folder that {problem}.")
         return folder
     if model.random_weights:
-        config = hub.find_config(model)
+        config = download.find_config(model)
         return config.parent if config else None
-    return hub.find_hub(model) if model.source is Source.hub else None
+    return download.find_hub(model) if model.source is Source.hub else None
 
 
 def fetch_model(
@@ -54,7 +54,7 @@ def fetch_model(
         return found
     if model.source is Source.embedded:
         return tiny.build_tiny(cache_folder(cache_dir), progress)
-    fetch = hub.fetch_modelscope if model.source is Source.modelscope else hub.fetch_hub
+    fetch = download.fetch_modelscope if model.source is Source.modelscope else download.fetch_hub
     return fetch(model, offline=offline, weights=weights and not model.random_weights)
 
 
@@ -69,7 +69,7 @@ def load_tokenizer(path: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
     if model.template:
         install_template(tokenizer, model.template)
     if tokenizer.chat_template:
-        settle_end_of_turn(tokenizer)
+        set_end_of_turn(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """What is known of a model from its configuration alone, and the checks of a method's settings against it.
 
-`tunewright.trainer.model.architecture` works it out once for each model, on the meta device, and keeps it as JSON; here
+`tunewright.trainer.model.meta_model` works it out once for each model, on the meta device, and keeps it as JSON; here
 it is read, so that a wrong module name is answered before any weight is fetched or loaded, and without importing torch.
 """
 

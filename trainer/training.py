@@ -34,11 +34,11 @@ from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.data.stream import TokenStream
 from tunewright.trainer.methods import adapt, parameter_counts
 from tunewright.trainer.model import attention
-from tunewright.trainer.model.compiled import compile_layers
-from tunewright.trainer.model.gradient_checkpointing import FitRecomputation
+from tunewright.trainer.model.gradient_checkpointing import FitCheckpointing
 from tunewright.trainer.model.load import load_model, load_tokenizer, stop_tokens, torch_dtype
-from tunewright.trainer.sft import MetricsFile, StepTimer, TunewrightTrainer
-from tunewright.trainer.telemetry import hardware, over_ranks, peak_memory
+from tunewright.trainer.model.regional_compile import compile_layers
+from tunewright.trainer.sft_trainer import MetricsFile, StepTimer, TunewrightTrainer
+from tunewright.trainer.throughput import hardware, over_ranks, peak_memory
 
 SHARE_BELOW_ONE = math.nextafter(1.0, 0.0)  # transformers reads 1.0 of all steps as one step, and this as all of them
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "trl", "datasets", "bitsandbytes", "hydra-core")
@@ -105,7 +105,7 @@ def train(
     if state.is_main_process:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
     if config.train.gradient_checkpointing == "auto":
-        callbacks.append(FitRecomputation(trainer, run, console))
+        callbacks.append(FitCheckpointing(trainer, run, console))
     if config.train.early_stopping:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.train.early_stopping))
     for callback in callbacks:
@@ -199,7 +199,7 @@ def _arguments(
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
         remove_unused_columns=False,
-        # Base and adapters are in the computation's format already; see `optimizer.py` for what keeps precision.
+        # Base and adapters are in the computation's format already; see `master_weights.py` for what keeps precision.
         bf16=False,
         fp16=False,
         max_length=None,

@@ -24,7 +24,7 @@ BLOCK = 128
 KEPT = 512
 
 
-def document_attention(
+def cpu_varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -46,10 +46,10 @@ def document_attention(
         (1, T, heads, value_dim).
     """
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
-    return _DocumentAttention.apply(query, key, value, lengths, scale, sliding_window)  # type: ignore[no-any-return]
+    return _CpuVarlenAttention.apply(query, key, value, lengths, scale, sliding_window)  # type: ignore[no-any-return]
 
 
-class _DocumentAttention(torch.autograd.Function):
+class _CpuVarlenAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -26,14 +26,14 @@ FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_sca
 
 
 @dataclass
-class ScoredOutput(ModelOutput):
+class LossSumOutput(ModelOutput):
     """`loss_sum`: the cross-entropy summed over scored positions, a scalar in float32."""
 
     loss_sum: torch.Tensor | None = None
 
 
-def add_scored_head(model: Any) -> bool:
-    """Let `model(**inputs, labels=labels, loss_sum=True)` return a `ScoredOutput`, if its head is a plain one.
+def add_linear_cross_entropy(model: Any) -> bool:
+    """Let `model(**inputs, labels=labels, loss_sum=True)` return a `LossSumOutput`, if its head is a plain one.
 
     Without `loss_sum` the forward pass stays what it was. `labels` (batch, seq) are not shifted yet.
 
@@ -55,7 +55,7 @@ def add_scored_head(model: Any) -> bool:
         scored = labels != IGNORED
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         # The head is called as a module, so that ZeRO-3 gathers its weight.
-        return ScoredOutput(loss_sum=self.get_output_embeddings()(hidden[scored], labels[scored]))
+        return LossSumOutput(loss_sum=self.get_output_embeddings()(hidden[scored], labels[scored]))
 
     def head_forward(self: Any, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         if targets is None:

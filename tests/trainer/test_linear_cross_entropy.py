@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Cohere2Config, Cohere2ForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from tunewright.trainer.model.head import add_scored_head
+from tunewright.trainer.model.linear_cross_entropy import add_linear_cross_entropy
 
 
 @pytest.fixture
@@ -37,12 +37,12 @@ def test_loss_and_every_gradient_are_the_plain_ones(
     chunk: int, bias: bool, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the rows of a chunk: one, five, all."""
-    monkeypatch.setattr("tunewright.trainer.model.head.CHUNK", chunk)
+    monkeypatch.setattr("tunewright.trainer.model.linear_cross_entropy.CHUNK", chunk)
     if bias:
         model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 4096))
     expected_model = copy.deepcopy(model)
     ids, labels = batch()
-    assert add_scored_head(model)
+    assert add_linear_cross_entropy(model)
     loss = model(input_ids=ids, labels=labels, loss_sum=True).loss_sum
     expected = own_loss(expected_model, ids, labels)
     torch.testing.assert_close(loss, expected)
@@ -55,7 +55,7 @@ def test_loss_and_every_gradient_are_the_plain_ones(
 
 def test_a_batch_in_which_nothing_is_scored_has_a_gradient_of_zero(model: Any) -> None:
     ids, _ = batch()
-    assert add_scored_head(model)
+    assert add_linear_cross_entropy(model)
     loss = model(input_ids=ids, labels=torch.full_like(ids, -100), loss_sum=True).loss_sum
     loss.backward()
     assert loss.item() == 0
@@ -64,8 +64,8 @@ def test_a_batch_in_which_nothing_is_scored_has_a_gradient_of_zero(model: Any) -
 
 def test_the_logits_of_all_scored_positions_never_exist(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor that is made has the rows of a chunk, in the forward pass and in the backward pass."""
-    monkeypatch.setattr("tunewright.trainer.model.head.CHUNK", 4096 * 2)
-    add_scored_head(model)
+    monkeypatch.setattr("tunewright.trainer.model.linear_cross_entropy.CHUNK", 4096 * 2)
+    add_linear_cross_entropy(model)
     ids = torch.randint(0, 4096, (1, 60))
     largest, weight = 0, model.lm_head.weight.data_ptr()
 
@@ -86,7 +86,7 @@ def test_the_logits_of_all_scored_positions_never_exist(model: Any, monkeypatch:
 def test_without_the_flag_the_model_gives_logits_as_before(model: Any) -> None:
     ids, _ = batch()
     before = model(input_ids=ids).logits
-    add_scored_head(model)
+    add_linear_cross_entropy(model)
     torch.testing.assert_close(model(input_ids=ids).logits, before)
 
 
@@ -97,4 +97,4 @@ def test_heads_whose_logits_are_changed_afterwards_are_left_alone() -> None:
         Gemma2ForCausalLM(Gemma2Config(**shape, final_logit_softcapping=1.0)),
         Cohere2ForCausalLM(Cohere2Config(**shape, logit_scale=0.25)),
     ):
-        assert not add_scored_head(changed)
+        assert not add_linear_cross_entropy(changed)

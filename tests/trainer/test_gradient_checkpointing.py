@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tunewright.trainer.model.gradient_checkpointing as recomputation
 from tests.conftest import losses, manifest
 from tunewright.errors import ConfigError
+from tunewright.trainer.model import gradient_checkpointing
 from tunewright.trainer.model.gradient_checkpointing import Activations, measure, separate_layers
 
 QUICK = ["train.max_steps=4", "data.max_samples=12", "train.global_batch_size=4", "train.logging_steps=1"]
@@ -60,8 +60,8 @@ def test_what_is_trained_does_not_change(
     # Room for one layer and a half, beside the one whose backward pass runs.
     layers = separate_layers(trainers[-1].model, "auto")
     need = measure(trainers[-1], layers)
-    monkeypatch.setattr(recomputation, "states_to_come", lambda trainer: 0)
-    monkeypatch.setattr(recomputation, "free_bytes", lambda device: 3.5 * need.layer)
+    monkeypatch.setattr(gradient_checkpointing, "states_to_come", lambda trainer: 0)
+    monkeypatch.setattr(gradient_checkpointing, "free_bytes", lambda device: 3.5 * need.layer)
     tight = train_here(f"tight-{name}", *model, *QUICK, *settings, AUTO)
     assert manifest(tight)["recomputed_layers"] == 1
     assert [layer.gradient_checkpointing for layer in separate_layers(trainers[-1].model, "auto")] == [True, False]

@@ -43,7 +43,7 @@ def _fits(name: str, known: dict[str, int]) -> bool:
     return "eos_token" in text or all(marker in known for marker in MARKER.findall(text))
 
 
-def settle_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+def set_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make the token with which the template ends an answer the tokenizer's end token, and so what stops generation.
 
     Base models often end a text with one token and their template a turn with another, and never stop in a chat.

@@ -1,7 +1,7 @@
 """From a model's config.json to its `Architecture` and to exact parameter counts, without any weight.
 
 The model is built on the meta device, where tensors have shapes and no memory. It happens in a process of its own
-(`python -m tunewright.trainer.model.architecture < config.yaml`), since the launcher does not import torch; what comes
+(`python -m tunewright.trainer.model.meta_model < config.yaml`), since the launcher does not import torch; what comes
 out is kept.
 """
 
@@ -23,7 +23,7 @@ from tunewright.files import write_json
 from tunewright.launch.aside import ask
 from tunewright.plan.architecture import Architecture, plain
 from tunewright.ranks import imports_that_stay, leave
-from tunewright.trainer.model import hub, tiny
+from tunewright.trainer.model import download, tiny
 from tunewright.trainer.model.load import cache_folder, find_model, quiet_libraries
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ def model_numbers(config: DictConfig) -> dict[str, Any]:
     if folder:
         file: Path | None = folder / "config.json"
     else:
-        file = hub.find_config(model)
+        file = download.find_config(model)
         if file is None and not (given and config.offline):
             try:
-                file = hub.fetch_config(model, offline=config.offline)
+                file = download.fetch_config(model, offline=config.offline)
             except StorageError as error:
                 if given is None:
                     raise _without_numbers(config, error) from error
@@ -104,7 +104,7 @@ def ensure_architecture(config: DictConfig) -> Architecture:
     found = find_architecture(config)
     if found:
         return found
-    ask("tunewright.trainer.model.architecture", "describe", config)
+    ask("tunewright.trainer.model.meta_model", "describe", config)
     found = find_architecture(config)
     if found is None:
         raise StorageError(f"The configuration of '{config.model.path}' vanished while it was read.")
@@ -113,7 +113,7 @@ def ensure_architecture(config: DictConfig) -> Architecture:
 
 def ensure_counts(config: DictConfig) -> tuple[int, int]:
     """Return (trainable, total) parameters that the configuration will train, counted on the meta device."""
-    trainable, total = json.loads(ask("tunewright.trainer.model.architecture", "count", config).splitlines()[-1])
+    trainable, total = json.loads(ask("tunewright.trainer.model.meta_model", "count", config).splitlines()[-1])
     return int(trainable), int(total)
 
 

@@ -40,10 +40,10 @@ from tunewright.trainer.data.batches import (
 )
 from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.data.stream import StreamDataLoader, StreamedMicroBatches, TokenStream
-from tunewright.trainer.model.head import add_scored_head
+from tunewright.trainer.master_weights import attach_master_weights
+from tunewright.trainer.model.linear_cross_entropy import add_linear_cross_entropy
 from tunewright.trainer.model.neftune import EmbeddingNoise
-from tunewright.trainer.optimizer import attach_master_weights
-from tunewright.trainer.telemetry import Meter, device_peak_flops, matmul_parameters, over_ranks, peak_memory
+from tunewright.trainer.throughput import Meter, device_peak_flops, matmul_parameters, over_ranks, peak_memory
 
 
 class TunewrightTrainer(SFTTrainer):
@@ -79,8 +79,8 @@ class TunewrightTrainer(SFTTrainer):
         self.group_by_length, self.pack_to = group_by_length, pack_to
         in_format(self.model, dtype)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self.scored_head = self.args.device.type == "cpu" and add_scored_head(base)
-        self.noise = EmbeddingNoise(self.model, neftune_alpha) if neftune_alpha else None
+        self.linear_cross_entropy = self.args.device.type == "cpu" and add_linear_cross_entropy(base)
+        self.neftune = EmbeddingNoise(self.model, neftune_alpha) if neftune_alpha else None
         self.meter = Meter()
         self.matmuls = matmul_parameters(self.model)
         peaks = over_ranks([device_peak_flops(self.args.device, dtype) or math.nan], self.args.device)
@@ -145,11 +145,11 @@ class TunewrightTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        if self.noise is not None:
-            self.noise.see(inputs)
-        if "scored" not in inputs and not self.scored_head:
+        if self.neftune is not None:
+            self.neftune.see(inputs)
+        if "scored" not in inputs and not self.linear_cross_entropy:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        total = scored_loss_sum(model, inputs, scored_head=self.scored_head)
+        total = cross_entropy_sum(model, inputs, linear_cross_entropy=self.linear_cross_entropy)
         if num_items_in_batch is None:
             return total / (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
         # Ranks average their gradients, `num_items_in_batch` counts the tokens of all of them.
@@ -167,8 +167,8 @@ class TunewrightTrainer(SFTTrainer):
             for batch in self.get_eval_dataloader(eval_dataset):
                 scored = int((batch["labels"][..., 1:] != IGNORED).sum())
                 batch = self._prepare_inputs(batch)
-                if "scored" in batch or self.scored_head:
-                    total += float(scored_loss_sum(model, batch, scored_head=self.scored_head))
+                if "scored" in batch or self.linear_cross_entropy:
+                    total += float(cross_entropy_sum(model, batch, linear_cross_entropy=self.linear_cross_entropy))
                 else:
                     total += float(super().compute_loss(model, batch, num_items_in_batch=1)) / self.args.world_size
                 tokens += scored
@@ -264,14 +264,14 @@ class TunewrightTrainer(SFTTrainer):
         return figures
 
 
-def scored_loss_sum(model: Any, batch: Batch, *, scored_head: bool = False) -> torch.Tensor:
-    """Return the cross-entropy summed over the scored positions of a batch, flat or with a `scored_head` padded.
+def cross_entropy_sum(model: Any, batch: Batch, *, linear_cross_entropy: bool = False) -> torch.Tensor:
+    """Return the cross-entropy summed over the scored positions of a batch, flat, or padded with ours.
 
     On a GPU through TRL's fused head, on a CPU through ours: neither makes the (S, vocabulary) logits. For heads that
     ours does not take, the model's own `logits_to_keep` picks the scored positions before its head.
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "scored", "targets")}
-    if scored_head:
+    if linear_cross_entropy:
         output = model(**inputs, labels=batch["labels"], loss_sum=True, use_cache=False)
         return output.loss_sum  # type: ignore[no-any-return]
     if batch["input_ids"].device.type == "cuda":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tunewright.trainer.optimizer import attach_master_weights
+from tunewright.trainer.master_weights import attach_master_weights
 
 
 def small_steps(dtype: torch.dtype, masters: bool, steps: int = 200) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tunewright.trainer.model.lora import FusedSum, fuse
+from tunewright.trainer.model.fused_lora import FusedSum, fuse
 
 
 def adapted(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
