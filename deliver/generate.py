@@ -52,7 +52,7 @@ def open_run(path: Path, *, trusted: bool, checkpoints: bool = False) -> tuple[R
     """
     run = run_of(path, checkpoints=checkpoints)
     check_ours(run.config, run.read_manifest(), trusted=trusted, how="--trust")
-    config = load_config(run.config)
+    config = load_config(run.config, trusted=trusted)
     check_code(config.model.trust_remote_code, config.model.path, trusted=trusted)
     return run, config
 

@@ -181,11 +181,13 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> int:
+    from tunewright.config.compose import load_plugins
     from tunewright.config.describe import choices_text, keys_text
 
+    asked = [item for item in load_plugins(args.overrides) if item.key_or_group != "imports"]
     if args.keys:
         _say(keys_text())
-    elif args.overrides:
+    elif asked:
         from tunewright.launch.train import sweep_jobs
 
         return _print_configs(sweep_jobs(args.overrides, args.config_dir, multirun=False))

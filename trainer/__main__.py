@@ -110,7 +110,7 @@ def _join_and_prepare(
 def _from_launcher(argv: list[str]) -> tuple[DictConfig, Claim]:
     run = RunDir(Path(argv[1]))
     checkpoint = Path(argv[3]) if argv[2:3] == ["--checkpoint"] else None
-    config = load_config(run.config)
+    config = load_config(run.config, trusted=launched())
     # The launcher has fetched everything; a hub that changes meanwhile must not give the ranks other rows.
     config.offline = config.offline or not config.data.streaming
     return config, Claim(run, checkpoint)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright.config.schema import LoraInit
 from tunewright.plan.architecture import ends_with, plain
+from tunewright.plugins import PLUGINS
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -23,6 +24,8 @@ def adapt(model: PreTrainedModel, method: Any, tokenizer: Path | None = None) ->
     Args:
         tokenizer: its folder, for prompts that begin as a text.
     """
+    if method.name in PLUGINS.methods:
+        return PLUGINS.methods[method.name].build(model, method)
     if method.name == "full":
         return model
     if method.name == "freeze":

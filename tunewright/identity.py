@@ -10,7 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tunewright.config.compose import flatten
-from tunewright.config.schema import METHODS, Config
+from tunewright.config.schema import Config
+from tunewright.plugins import PLUGINS
 from tunewright.redaction import redact_tree
 
 # What may change when a run continues, in three kinds. Everything else decides what is trained, and is compared.
@@ -21,6 +22,7 @@ OPERATIONAL = {
     "resume",
     "overwrite",
     "trust",
+    "imports",
     "data.dir",
     "data.cache_dir",
     "data.workers",
@@ -43,6 +45,7 @@ ADJUSTABLE = {
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "train.compile",
+    "train.callbacks",
 }
 # What the model is called, where `inputs` has the digest of its files; written down.
 CALLED = {"model.name", "model.source", "model.revision"}
@@ -61,7 +64,7 @@ def digest(config: DictConfig) -> str:
 def differing_settings(manifest: Mapping[str, Any], config: DictConfig) -> list[tuple[str, Any, Any]]:
     """Return (key, there, now) of each setting that makes another run of the one that wrote a manifest."""
     schema = OmegaConf.structured(Config)
-    schema.method = OmegaConf.structured(METHODS[config.method.name])
+    schema.method = OmegaConf.structured(PLUGINS.method_settings()[config.method.name])
     now = identity(config)
     # A setting that is newer than the manifest had its default value.
     defaults = {key: value for key, value in flatten(OmegaConf.to_container(schema, enum_to_str=True)) if key in now}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -20,9 +20,9 @@ from typing import Any
 from tunewright.config.schema import Compat, DataConfig
 from tunewright.errors import DataError, did_you_mean
 from tunewright.files import write_json
+from tunewright.plugins import PLUGINS
 
 REGISTRY_NAME = "dataset_info.json"
-FORMATTINGS = ("alpaca", "sharegpt", "openai", "prompt_completion", "text")
 
 TEXT_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
 MEDIA_COLUMNS = ("images", "videos", "audios")
@@ -97,9 +97,10 @@ class Entry:
 
     def meaning(self) -> dict[str, Any]:
         """Return what decides how a row is read: part of the key of its tokens."""
+        added = PLUGINS.formats.get(self.formatting)
         return {
             "formatting": self.formatting, "columns": self.columns, "tags": self.tags, "compat": self.compat.value,
-            "without": sorted(self.without),
+            "without": sorted(self.without), **({"code": added.code} if added else {}),
         }  # fmt: skip
 
 
@@ -203,16 +204,18 @@ def parse_entry(
         _known_keys(raw, (*ENTRY_KEYS, *LEGACY_KEYS), where)
     given = raw.get("columns") or {}
     formatting = raw.get("formatting", "alpaca")
-    if formatting not in FORMATTINGS:
+    if formatting not in (known := PLUGINS.names("format")):
         raise DataError(
-            f"{where}: `formatting` is '{formatting}'.{did_you_mean(str(formatting), FORMATTINGS)} "
-            f"It can be {', '.join(FORMATTINGS)}."
+            f"{where}: `formatting` is '{formatting}'.{did_you_mean(str(formatting), known)} "
+            f"It can be {', '.join(known)}."
         )
+    added = PLUGINS.formats.get(formatting)
     texts = (*SOURCE_KEYS, "subset", "split", "folder")
     for key, kind in (*((key, str) for key in texts), ("num_samples", int), ("ranking", bool)):
         if raw.get(key) is not None and not isinstance(raw[key], kind):
             raise DataError(f"{where}: `{key}` is {json.dumps(raw[key])}; it must be {kind.__name__}.")
-    columns = _filled(raw, "columns", COLUMN_KEYS, DEFAULT_COLUMNS[formatting], where, compat)
+    keys, defaults = (tuple(added.columns), added.columns) if added else (COLUMN_KEYS, DEFAULT_COLUMNS[formatting])
+    columns = _filled(raw, "columns", keys, defaults, where, compat)
     tags = _filled(
         raw, "tags", tuple(SHAREGPT_TAGS), SHAREGPT_TAGS if formatting == "sharegpt" else OPENAI_TAGS, where, compat
     )
@@ -237,7 +240,7 @@ def _known_keys(block: dict[str, Any], known: tuple[str, ...], where: str) -> No
 
 
 def _filled(
-    raw: dict[str, Any], block: str, known: tuple[str, ...], defaults: dict[str, str], where: str, compat: Compat
+    raw: dict[str, Any], block: str, known: tuple[str, ...], defaults: Mapping[str, str], where: str, compat: Compat
 ) -> dict[str, str | None]:
     """Return the block `columns` or `tags` of an entry with the defaults of what it does not name."""
     given = raw.get(block) or {}

@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock
 from omegaconf import DictConfig
 
-from tunewright.config.chat_templates import template_file
+from tunewright.config.chat_templates import template_text
 from tunewright.config.schema import DataConfig
 from tunewright.errors import DataError
 from tunewright.files import write_json, written_aside
@@ -182,7 +182,11 @@ def cache_key(rows: Rows, config: DictConfig, model_path: Path | None, limit: in
                 for key in ("overlong", "train_on_prompt", "mask_history", "special_tokens_in_answers")
             ),
         ],
-        "template": [model.template, _template_text(model.template), dict(model.template_kwargs or {})],
+        "template": [
+            model.template,
+            model.template and template_text(model.template),
+            dict(model.template_kwargs or {}),
+        ],
         "versions": [version("transformers"), version("tokenizers")],
         "tokenizer": _tokenizer_files(model_path) if model_path else None,
     }
@@ -195,10 +199,6 @@ def _digest(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return getattr(value, "value", list(value) if hasattr(value, "__len__") and not isinstance(value, str) else value)
-
-
-def _template_text(template: str | None) -> str | None:
-    return template_file(template).read_text(encoding="utf-8") if template else None
 
 
 def _tokenizer_files(model_path: Path) -> list[str]:

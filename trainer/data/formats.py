@@ -9,7 +9,8 @@ from typing import Any
 
 from tunewright.config.schema import Compat
 from tunewright.errors import DataError
-from tunewright.registry import Entry
+from tunewright.plugins import PLUGINS
+from tunewright.registry import OPENAI_TAGS, Entry
 from tunewright.trainer.data.files import Row
 from tunewright.trainer.data.marks import bad_label, media_columns
 from tunewright.trainer.data.turns import Message, Unusable, read_turns, unread_keys
@@ -57,7 +58,20 @@ def to_conversation(row: Row, entry: Entry) -> Conversation | Plain:
         raise Unusable(f"`{media[0]}` is not empty, and tunewright trains on text")
     if label:
         raise Unusable(f"`{label}` marks its answer as a bad one")
-    return READERS[entry.formatting](row, entry)
+    return READERS.get(entry.formatting, _added)(row, entry)
+
+
+def _added(row: Row, entry: Entry) -> Conversation | Plain:
+    """Let a plug-in's format read a row: it may return the messages alone."""
+    try:
+        read = PLUGINS.formats[entry.formatting].read(row, entry)
+    except Unusable:
+        raise
+    except Exception as error:  # somebody else's code, which this row was too much for
+        raise Unusable(f"the format '{entry.formatting}' failed: {type(error).__name__}: {error}") from error
+    if isinstance(read, (Conversation, Plain)):
+        return read
+    return _checked(*read_turns(_objects(read, "messages"), dict(OPENAI_TAGS), strict=False), None)
 
 
 def _alpaca(row: Row, entry: Entry) -> Conversation:

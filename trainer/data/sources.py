@@ -199,7 +199,7 @@ def _checked(rows: Rows) -> Rows:
     elif entry.named.isdisjoint(ANSWERS):
         check_trainable(replace(entry, columns={**entry.columns, **preference_columns(first)}))
     found = columns_of(first)
-    for meaning in REQUIRED_COLUMNS[entry.formatting]:
+    for meaning in REQUIRED_COLUMNS.get(entry.formatting, ()):
         check_column(entry, meaning, found)
     return replace(rows, entry=entry, expected=_expected(first, rows.size))
 

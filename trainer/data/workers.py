@@ -18,12 +18,14 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from tunewright.plugins import PLUGINS
+
 
 @contextmanager
 def started_workers(count: int) -> Iterator[Executor]:
     """Give a pool of so many processes, on their way up."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, _begin) as pool:
+    with ProcessPoolExecutor(count, context, _begin, (PLUGINS.imports,)) as pool:
         for _ in range(count):  # a process starts with the first task that finds no idle one
             pool.submit(_warm)
         try:
@@ -49,9 +51,10 @@ def sent(value: Any) -> Iterator[Callable[..., Any] | None]:
         yield partial(_call, str(path))
 
 
-def _begin() -> None:
+def _begin(imports: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
+    PLUGINS.load(imports)
 
 
 def _warm() -> None:

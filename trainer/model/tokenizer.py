@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from tunewright.config.chat_templates import template_file, template_names
+from tunewright.config.chat_templates import template_names, template_text
 from tunewright.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def install_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     Raises:
         ConfigError: the template's markers are not tokens of this model.
     """
-    text = template_file(template).read_text(encoding="utf-8")
+    text = template_text(template)
     known = tokenizer.get_vocab()
     missing = sorted({marker for marker in MARKER.findall(text) if marker not in known})
     # Markers of a role alone may be plain text, as Zephyr's are; the one that ends a turn must be a token.
@@ -39,7 +39,7 @@ def install_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
 
 
 def _fits(name: str, known: dict[str, int]) -> bool:
-    text = template_file(name).read_text(encoding="utf-8")
+    text = template_text(name)
     return "eos_token" in text or all(marker in known for marker in MARKER.findall(text))
 
 

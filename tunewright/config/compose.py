@@ -7,6 +7,7 @@ and as a `ConfigError`; nothing here starts a process or imports torch.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
@@ -25,21 +26,22 @@ from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, Omega
 from tunewright.config import schema
 from tunewright.config.deepspeed_file import follow_file
 from tunewright.errors import ConfigError, closest, did_you_mean
+from tunewright.plugins import PLUGINS
 from tunewright.redaction import hide_credentials, name_variables, redact
 from tunewright.shipped import shipped
+from tunewright.trust import check_ours
 
 CONFIG_DIR = shipped("configs") / "hydra"
-TEMPLATE_DIR = CONFIG_DIR.parent / "templates"
 
 
 def _register_schema() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=schema.Config)
-    for name, cls in schema.METHODS.items():
+    for name, cls in PLUGINS.method_settings().items():
         store.store(group="schema/method", name=name, node=cls)
+    for name, method in PLUGINS.methods.items():  # which have no file of their own
+        store.store(group="method", name=name, node=method.settings)
 
-
-_register_schema()
 
 # `${short:hub:org/name}` is "name", `${short:data/mine.jsonl}` is "mine": datasets in run names.
 OmegaConf.register_new_resolver("short", lambda name: PurePath(name.rpartition(":")[2]).stem, replace=True)
@@ -80,6 +82,18 @@ def expand_sweep(overrides: Sequence[str]) -> Iterator[list[str]]:
         yield list(point)
 
 
+def load_plugins(overrides: Sequence[str]) -> list[Override]:
+    """Load the plug-ins that are installed and those that are typed as `imports=[...]`; return the overrides, parsed.
+
+    Raises:
+        ConfigError: see `Loaded.load`; or bad syntax.
+    """
+    parsed = _parse_overrides(overrides)
+    PLUGINS.load(_typed_imports(parsed))
+    _register_schema()
+    return parsed
+
+
 def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None) -> DictConfig:
     """Compose, type-check and resolve a configuration.
 
@@ -91,7 +105,7 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
         ConfigError: unknown key or choice, wrong type, missing value or bad syntax.
     """
     check_extra_dir(extra_dir)
-    parsed = _parse_overrides(overrides)
+    parsed = load_plugins(overrides)
     for item in parsed:
         if item.is_sweep_override():
             raise ConfigError(
@@ -122,8 +136,27 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
     return config
 
 
+def _manifest_beside(config_file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((config_file.parent / "manifest.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _typed_imports(overrides: list[Override]) -> list[str]:
+    """Return the modules to load before anything is composed, for a plug-in's names are choices of groups."""
+    value = next((item.value() for item in reversed(overrides) if item.key_or_group == "imports"), None)
+    return [str(name) for name in value] if isinstance(value, list) else []
+
+
 def _check_trust(config: DictConfig, overrides: list[Override]) -> None:
     """What runs code of others is typed each time: a file of settings may come from anywhere."""
+    if list(config.imports) != _typed_imports(overrides):
+        origin, _ = _origin("imports", overrides, None)
+        raise ConfigError(
+            f"`imports` is {list(config.imports)} ({origin}): Python code that would be run. Write imports=[...] on "
+            f"the command line; in a file of settings it does not count."
+        )
     typed = {item.key_or_group for item in overrides}
     for item in overrides:
         if isinstance(value := item.value(), dict):
@@ -151,10 +184,11 @@ def _refuse_secrets(config: DictConfig) -> None:
         raise ConfigError("`name` holds the value of a secret variable, and a folder's name is seen by everyone.")
 
 
-def load_config(source: Path | TextIO) -> DictConfig:
+def load_config(source: Path | TextIO, *, trusted: bool = False) -> DictConfig:
     """Read a resolved configuration, a run's config.yaml for example, and give it its types back.
 
-    Secrets are references to environment variables in it, and take their values here.
+    Secrets are references to environment variables in it, and take their values here. Modules that it imports are
+    loaded, those of a run's folder only where it is this user's own or `trusted`.
 
     Raises:
         ConfigError: no such file, it does not fit this version's settings, or it refers to a variable that is not set.
@@ -163,7 +197,11 @@ def load_config(source: Path | TextIO) -> DictConfig:
         raw = OmegaConf.load(source)
         config = OmegaConf.merge(OmegaConf.structured(schema.Config), raw)
         assert isinstance(config, DictConfig)
-        config.method = OmegaConf.merge(OmegaConf.structured(schema.METHODS[config.method.name]), config.method)
+        if config.imports and isinstance(source, Path):
+            check_ours(source, _manifest_beside(source), trusted=trusted, how="--trust")
+        PLUGINS.load(config.imports)
+        settings = PLUGINS.method_settings()[config.method.name]
+        config.method = OmegaConf.merge(OmegaConf.structured(settings), config.method)
         OmegaConf.resolve(config)
     except FileNotFoundError as error:
         raise ConfigError(f"There is no run configuration at {source}.") from error
@@ -242,7 +280,7 @@ def _known_keys(overrides: list[Override]) -> list[str]:
     groups: dict[str, type] = {
         "model": schema.ModelConfig,
         "data": schema.DataConfig,
-        "method": schema.METHODS.get(chosen, schema.LoraConfig),
+        "method": PLUGINS.method_settings().get(chosen, schema.LoraConfig),
         "strategy": schema.StrategyConfig,
         "train": schema.TrainConfig,
         "cluster": schema.ClusterConfig,

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from tunewright.config import schema
 from tunewright.config.compose import CONFIG_DIR, check_extra_dir, choices
+from tunewright.plugins import PLUGINS, SHIPPED
 
 
 def choices_text(extra_dir: Path | None = None) -> str:
@@ -24,6 +25,16 @@ def choices_text(extra_dir: Path | None = None) -> str:
         for root in filter(None, (CONFIG_DIR, extra_dir)):
             for name in choices(group, root):
                 lines.append(f"  {name:<18} {_first_comment(root / group / f'{name}.yaml')}".rstrip())
+        if group == "method":
+            lines += [f"  {name:<18} {one.help}".rstrip() for name, one in sorted(PLUGINS.methods.items())]
+    lines += [
+        f"{setting} (of plug-ins): {', '.join(added)}"
+        for kind, setting in (
+            ("template", "model.template"), ("loss", "train.loss"), ("callback", "train.callbacks"),
+            ("format", "formatting of a dataset"), ("metric", "figures of tunewright evaluate"),
+        )
+        if (added := [name for name in PLUGINS.names(kind) if name not in SHIPPED[kind]])
+    ]  # fmt: skip
     lines.append(
         "\n`tunewright config --keys` lists every key; `tunewright config strategy=zero2` prints a configuration."
     )
@@ -36,7 +47,7 @@ def keys_text() -> str:
         ("", schema.Config),
         ("model", schema.ModelConfig),
         ("data", schema.DataConfig),
-        *((f"method={name}", cls) for name, cls in schema.METHODS.items()),
+        *((f"method={name}", cls) for name, cls in PLUGINS.method_settings().items()),
         ("strategy", schema.StrategyConfig),
         ("train", schema.TrainConfig),
         ("cluster", schema.ClusterConfig),
@@ -47,7 +58,7 @@ def keys_text() -> str:
         if title:
             lines.append(f"\n{title}")
         for key, (kind, text, default) in schema.help_of(cls).items():
-            if not text:
+            if not text and default == MISSING:
                 continue
             shown = "required" if default in (MISSING, NO_DEFAULT) else getattr(default, "name", default)
             lines.append(f"  {prefix}{key:<28} {kind:<16} {text} [{shown}]")

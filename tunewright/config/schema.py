@@ -265,6 +265,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "prefix_tuning": PrefixTuningConfig,
     "ia3": Ia3Config,
 }
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zeropp")
 # They put virtual tokens before a row, so rows cannot lie end to end.
 PROMPT_LEARNING = ("prompt_tuning", "p_tuning", "prefix_tuning")
 
@@ -312,6 +313,10 @@ class TrainConfig:
     gradient_checkpointing: Union[bool, str] = option(
         False, "trade time for memory: recompute activations; auto: of as few layers as the memory of the device allows"
     )
+    loss: Optional[str] = option(
+        None, "a plug-in's loss instead of the mean cross-entropy of the tokens that are learnt"
+    )
+    callbacks: list[str] = option([], "plug-ins' callbacks, called while training")
     timeout_minutes: float = option(10.0, "a rank that is silent this long ends the run")
 
 
@@ -341,6 +346,9 @@ class Config:
     resume: Resume = option(Resume.never, "auto continues this run if it was begun; must fails when there is none")
     trust: bool = option(
         False, "continue a run that somebody else made, also where its checkpoint would run code that it brings"
+    )
+    imports: list[str] = option(
+        [], "Python modules of yours that add methods, formats, metrics, templates or callbacks: docs/extending.md"
     )
     overwrite: bool = option(False, "move what the run made before to OUTPUT_ROOT/.trash and start anew")
 

@@ -15,14 +15,15 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
-from tunewright.config.chat_templates import template_file
+from tunewright.config.chat_templates import template_text
 from tunewright.config.deepspeed_file import check_deepspeed, deepspeed_file
 from tunewright.config.ranges import check_ranges
-from tunewright.config.schema import PROMPT_LEARNING, Launcher, LoraInit, Mix, Source
+from tunewright.config.schema import PROMPT_LEARNING, STRATEGIES, Launcher, LoraInit, Mix, Source
 from tunewright.errors import ConfigError, did_you_mean
 from tunewright.plan.batch_plan import BatchPlan, batch_plan
 from tunewright.plan.devices import Devices
-from tunewright.plan.support import PARTITIONED, STRATEGIES, Cell, verdict
+from tunewright.plan.support import PARTITIONED, Cell, verdict
+from tunewright.plugins import PLUGINS, chosen
 
 CPU_RANKS = 2
 MOST_COPIES = 10_000  # of a row in an epoch
@@ -158,6 +159,9 @@ def _check_method(config: DictConfig) -> None:
         )
     if method.name in PROMPT_LEARNING:
         _check_prompt(config)
+    added = PLUGINS.methods.get(method.name)
+    if added and added.check:
+        added.check(config)
 
 
 def _are_names(value: Any) -> bool:
@@ -270,6 +274,10 @@ def _check_names(config: DictConfig) -> None:
     ):
         if value not in names:
             raise ConfigError(f"`{key}` is '{value}'.{did_you_mean(value, names)} Choices: {', '.join(names)}.")
+    if train.loss is not None:
+        chosen("loss", "train.loss", train.loss)
+    for name in train.callbacks:
+        chosen("callback", "train.callbacks", name)
     if train.scheduler == "polynomial" and train.learning_rate <= POLYNOMIAL_END:
         raise ConfigError(
             f"`train.learning_rate` is {train.learning_rate:g}, and `train.scheduler=polynomial` falls to "
@@ -314,7 +322,7 @@ def _check_model(config: DictConfig) -> None:
             f"it out."
         )
     if model.template:
-        template_file(model.template)
+        template_text(model.template)
     if model.source in (Source.hub, Source.modelscope) and not re.fullmatch(HUB_ID, model.path):
         raise ConfigError(
             f"`model.path` is '{model.path}', which is no name on a hub (ORG/NAME): for a folder write model=folder "

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunewright.config.schema import METHODS, PROMPT_LEARNING
+from tunewright.config.schema import METHODS, PROMPT_LEARNING, STRATEGIES
+from tunewright.plugins import PLUGINS
 
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zeropp")
 PARTITIONED = ("zero3", "zero3_offload", "zeropp")
 DEVICES = ("cpu", "cuda", "rocm")
 LAYOUTS = ("padding-free", "padded")
@@ -71,6 +71,14 @@ def verdict(cell: Cell) -> Verdict:
             f"`method.init={cell.init}` takes the main components of whole weights, and under "
             f"`strategy={cell.strategy}` no rank has them whole. Use strategy=zero2, or method.init=default.",
         )
+    if (added := PLUGINS.methods.get(cell.method)) and cell.strategy not in added.strategies:
+        return Verdict(
+            "refused",
+            f"`method={cell.method}` does not train under `strategy={cell.strategy}`, says the plug-in that adds it. "
+            f"Use strategy={' or strategy='.join(added.strategies)}.",
+        )
+    if added and not added.padding_free and cell.layout == "padding-free":
+        return Verdict("padded", f"Padded batches: `method={cell.method}` needs one row for each example.")
     if cell.method in PROMPT_LEARNING and cell.layout == "padding-free":
         return Verdict(
             "padded",
