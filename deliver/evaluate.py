@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tunewright.deliver.generate import Answerer, open_run, weights_of
@@ -14,6 +15,7 @@ from tunewright.errors import ConfigError, DataError
 from tunewright.files import write_json
 from tunewright.launch.prepare import prepare
 from tunewright.run_folder import RunDir
+from tunewright.plugins import PLUGINS
 from tunewright.trainer.data.cache import TokenCache
 from tunewright.trainer.data.formats import Conversation, Plain, to_conversation
 from tunewright.trainer.data.render import Renderer
@@ -21,6 +23,7 @@ from tunewright.trainer.data.turns import Unusable
 from tunewright.trainer.inputs import check_base, other_held_out
 
 BATCH = 16
+Metric = Callable[[str, str], float]  # (answer, expected)
 SPARE_TOKENS = 8  # an answer may be this much longer than the longest expected one before it is cut
 
 
@@ -68,9 +71,15 @@ class Asked:
 
 
 def evaluate_runs(
-    paths: list[Path], examples: int | None = None, say: Callable[[str], None] = print, *, trusted: bool = False
-) -> None:
-    """Write evaluation.json into each run: how often the base and the tuned model give the expected answer.
+    paths: list[Path],
+    examples: int | None = None,
+    say: Callable[[str], None] = print,
+    *,
+    trusted: bool = False,
+    metrics: Mapping[str, Metric] | None = None,
+) -> list[dict[str, Any]]:
+    """Write evaluation.json into each run, and return what is in them: how often the base and the tuned model give the
+    expected answer, and the mean of each of the `metrics` and of the plug-ins' ones.
 
     With `examples` fewer than a run holds out, evaluation-N.json takes what the first N rows gave, and a result on all
     of them stays. Runs on the same base model share one copy of its weights, and its answers where they ask the same.
@@ -83,9 +92,11 @@ def evaluate_runs(
     if examples is not None and examples < 1:
         raise ConfigError(f"`--examples` is {examples}: write a whole number from 1, or leave it out for all rows.")
     runs = [open_run(path, trusted=trusted) for path in paths]
+    known = {**PLUGINS.metrics, **(metrics or {})}
     weights: Any = None
     loaded: tuple[Any, ...] = ()
     base_answers: dict[tuple[Any, ...], list[str]] = {}
+    evaluations = []
     for run, config in runs:
         prepared = prepare(config, lambda line: None)
         check_base(run, prepared.model_path)
@@ -103,7 +114,10 @@ def evaluate_runs(
             tuned = _answers(answerer, asked, run.path.name, say)
         weights, loaded = answerer.model, wanted
         del answerer  # which would keep the weights while the next ones are loaded
-        _write(run, questions, count_held_out(prepared.cache), base_answers[wanted, asked], tuned, say)
+        evaluation = _scored(questions, count_held_out(prepared.cache), base_answers[wanted, asked], tuned, known)
+        _write(run, evaluation, say)
+        evaluations.append(evaluation)
+    return evaluations
 
 
 def count_held_out(cache: TokenCache) -> int:
@@ -159,25 +173,39 @@ def _answers(answerer: Answerer, asked: Asked, name: str, say: Callable[[str], N
     return answers
 
 
-def _write(
-    run: RunDir,
-    questions: list[Question],
-    available: int,
-    base: list[str],
-    tuned: list[str],
-    say: Callable[[str], None],
-) -> None:
+def _scored(
+    questions: list[Question], available: int, base: list[str], tuned: list[str], metrics: Mapping[str, Metric]
+) -> dict[str, Any]:
+    """Return what evaluation.json holds."""
     rows = [
         {"prompt": question.text, "expected": question.expected, "base": before, "tuned": after}
         for question, before, after in zip(questions, base, tuned, strict=True)
     ]
-    right = {key: sum(row[key] == row["expected"] for row in rows) for key in ("base", "tuned")}
-    scores = {
-        key: {"exact_match": count / len(rows), "interval_95": wilson(count, len(rows))} for key, count in right.items()
-    }
-    whole = len(rows) == available
-    file = run.evaluation if whole else run.partial_evaluation(len(rows))
-    write_json(file, {"examples": len(rows), "held_out": available, **scores, "rows": rows})
-    said = {key: score_text(count, len(rows)) for key, count in right.items()}
+    scores: dict[str, dict[str, Any]] = {}
+    for key in ("base", "tuned"):
+        right = sum(row[key] == row["expected"] for row in rows)
+        scores[key] = {"exact_match": right / len(rows), "interval_95": wilson(right, len(rows))}
+        if metrics:
+            pairs = [(row[key], row["expected"]) for row in rows]
+            scores[key]["metrics"] = {name: _mean(name, score, pairs) for name, score in metrics.items()}
+    return {"examples": len(rows), "held_out": available, **scores, "rows": rows}
+
+
+def _mean(name: str, score: Metric, pairs: list[tuple[str, str]]) -> float:
+    try:
+        return fmean(float(score(answer, expected)) for answer, expected in pairs)
+    except Exception as error:  # somebody else's code
+        raise ConfigError(f"The metric '{name}' failed: {type(error).__name__}: {error}.") from error
+
+
+def _write(run: RunDir, evaluation: dict[str, Any], say: Callable[[str], None]) -> None:
+    rows, available = evaluation["examples"], evaluation["held_out"]
+    whole = rows == available
+    file = run.evaluation if whole else run.partial_evaluation(rows)
+    write_json(file, evaluation)
+    base, tuned = evaluation["base"], evaluation["tuned"]
+    before, after = (score_text(round(one["exact_match"] * rows), rows) for one in (base, tuned))
     part = "" if whole else f", the first of {available} held-out rows: {file.name}"
-    say(f"  {run.path.name}: exact match {said['base']} before, {said['tuned']} after, on {len(rows)} rows{part}")
+    say(f"  {run.path.name}: exact match {before} before, {after} after, on {rows} rows{part}")
+    for name, value in tuned.get("metrics", {}).items():
+        say(f"  {run.path.name}: {name} {base['metrics'][name]:.4g} before, {value:.4g} after")
