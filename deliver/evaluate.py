@@ -14,8 +14,8 @@ from tunewright.deliver.scores import score_text, wilson
 from tunewright.errors import ConfigError, DataError
 from tunewright.files import write_json
 from tunewright.launch.prepare import prepare
-from tunewright.run_folder import RunDir
 from tunewright.plugins import PLUGINS
+from tunewright.run_folder import RunDir
 from tunewright.trainer.data.cache import TokenCache
 from tunewright.trainer.data.formats import Conversation, Plain, to_conversation
 from tunewright.trainer.data.render import Renderer
