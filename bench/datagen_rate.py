@@ -86,8 +86,8 @@ def cpu() -> float:
 
 def product(url: str, rows: int, mode: str, concurrency: int) -> dict[str, float]:
     """Run the product in this process."""
-    from tunewright.datagen import generate as module
-    from tunewright.datagen.harvest import Harvest
+    from tunewright.datagen import make_dataset as module
+    from tunewright.datagen.curation import Harvest
     from tunewright.datagen.settings import find_endpoint, load_settings
 
     selecting = 0.0

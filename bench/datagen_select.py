@@ -25,8 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tunewright.datagen.filtering import Row, Rules, Selector, opening, prompt_tokens
 from tunewright.datagen.rouge import Coder
-from tunewright.datagen.select import Row, Rules, Selector, opening, prompt_tokens
 from tunewright.datagen.split import split
 
 SIZES = (2500, 5000, 10000, 20000)

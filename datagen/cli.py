@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_settings([*args.overrides, *([f"push={args.push}"] if args.push else [])])
     endpoint = find_endpoint(config)
-    from tunewright.datagen.generate import generate
+    from tunewright.datagen.make_dataset import generate
 
     try:
         return generate(config, endpoint, dry_run=args.dry_run, plan_only=args.plan_only, say=_say)

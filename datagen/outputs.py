@@ -11,8 +11,8 @@ from typing import Any
 from tunewright import __version__
 from tunewright.datagen.budget import Budget
 from tunewright.datagen.card import card
-from tunewright.datagen.cells import PROMPTS_VERSION
-from tunewright.datagen.harvest import Harvest
+from tunewright.datagen.curation import Harvest
+from tunewright.datagen.grid import PROMPTS_VERSION
 from tunewright.datagen.plan import Plan
 from tunewright.datagen.preview import preview_page
 from tunewright.datagen.replies import ReplyLog, Row, scrubbed

@@ -12,7 +12,7 @@ from typing import Any
 import openai
 
 from tunewright.datagen.budget import Budget, Reservation
-from tunewright.datagen.cells import Message
+from tunewright.datagen.grid import Message
 from tunewright.datagen.limiter import Limiter
 from tunewright.datagen.replies import ReplyLog
 from tunewright.datagen.settings import DatagenConfig, Endpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tunewright.datagen.budget import taken
-from tunewright.datagen.cells import FIELDS
+from tunewright.datagen.grid import FIELDS
 from tunewright.errors import ConfigError, StorageError
 
 Record = dict[str, Any]

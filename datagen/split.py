@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tunewright.datagen.filtering import Row, opening, prompt_tokens
 from tunewright.datagen.rouge import Coder, Index, normal
-from tunewright.datagen.select import Row, opening, prompt_tokens
 
 CHUNK = 64  # test rows compared with all rows for training at once
 

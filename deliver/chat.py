@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tunewright.deliver.generate import Answerer, open_run
 from tunewright.launch.prepare import prepare
-from tunewright.trainer.data.turns import Message
+from tunewright.trainer.data.messages import Message
 from tunewright.trainer.inputs import check_base
 
 HELP = "Empty line or Ctrl-D ends, /reset forgets the conversation."

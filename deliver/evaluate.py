@@ -16,10 +16,10 @@ from tunewright.files import write_json
 from tunewright.launch.prepare import prepare
 from tunewright.plugins import PLUGINS
 from tunewright.run_folder import RunDir
-from tunewright.trainer.data.cache import TokenCache
 from tunewright.trainer.data.formats import Conversation, Plain, to_conversation
+from tunewright.trainer.data.messages import Unusable
 from tunewright.trainer.data.render import Renderer
-from tunewright.trainer.data.turns import Unusable
+from tunewright.trainer.data.token_cache import TokenCache
 from tunewright.trainer.inputs import check_base, other_held_out
 
 BATCH = 16

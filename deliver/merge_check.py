@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from tunewright.errors import StorageError
-from tunewright.trainer.data.cache import TokenCache
+from tunewright.trainer.data.token_cache import TokenCache
 from tunewright.trainer.model.load import load_model
 
 ROWS = 16

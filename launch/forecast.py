@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 from tunewright.errors import StorageError
 from tunewright.launch.prepare import find_prepared
 from tunewright.plan.batch_plan import BatchPlan, planned_steps
-from tunewright.trainer.data.cache import TokenCache, epoch_size, open_rows
-from tunewright.trainer.data.select import rows_to_train
+from tunewright.trainer.data.sampling import rows_to_train
+from tunewright.trainer.data.token_cache import TokenCache, epoch_size, open_rows
 from tunewright.trainer.model.meta_model import ensure_counts
 
 

@@ -32,7 +32,9 @@ from tunewright.plan.rules import needs_held_out, world_size
 from tunewright.ranks import imports_that_stay, interrupt_may_come, leave
 from tunewright.redaction import redact
 from tunewright.safetensors_header import shapes
-from tunewright.trainer.data.cache import (
+from tunewright.trainer.data.process_pool import started_workers
+from tunewright.trainer.data.render import Renderer
+from tunewright.trainer.data.token_cache import (
     TokenCache,
     build_cache,
     describe,
@@ -41,8 +43,6 @@ from tunewright.trainer.data.cache import (
     thread_count,
     wants_processes,
 )
-from tunewright.trainer.data.render import Renderer
-from tunewright.trainer.data.workers import started_workers
 from tunewright.trainer.model import tiny
 from tunewright.trainer.model.load import cache_folder, fetch_model, find_model, load_tokenizer
 from tunewright.trainer.model.meta_model import ensure_architecture, find_architecture, model_numbers

@@ -30,7 +30,7 @@ from tunewright.errors import EXIT_CODES, ConfigError
 from tunewright.identity import ADJUSTABLE, CALLED, OPERATIONAL
 from tunewright.launch.cli import parser
 from tunewright.launch.demo import WAYS
-from tunewright.trainer.data import turns
+from tunewright.trainer.data.messages import CALL, FLAGS, REASONING_KEYS, ROLES
 
 DOCUMENTS = documents()
 COMMANDS = [command for document in DOCUMENTS for command in document.commands]
@@ -369,9 +369,9 @@ def test_data_md_lists_the_roles_and_keys_of_turns() -> None:
     listed = {}
     for part in roles.split("; "):
         role, names = part.split(": ")
-        listed |= dict.fromkeys(names.split(", "), turns.CALL if role == "a call" else role)
-    assert listed == {name: role for name, role in turns.ROLES.items() if name != role}
-    for keys in (turns.FLAGS, turns.REASONING_KEYS):
+        listed |= dict.fromkeys(names.split(", "), CALL if role == "a call" else role)
+    assert listed == {name: role for name, role in ROLES.items() if name != role}
+    for keys in (FLAGS, REASONING_KEYS):
         row = next(line for line in text.splitlines() if line.startswith(f"| `{keys[0]}`, "))
         assert sorted(re.findall(r"`(\w+)`", row.split(" | ")[0])) == sorted(keys)
 

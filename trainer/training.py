@@ -29,9 +29,9 @@ from tunewright.ranks import launched
 from tunewright.run_folder import RunDir
 from tunewright.trainer.checkpoints import keep_pissa_start, plain_data_only, save_as_plain_lora, starts_as_pissa
 from tunewright.trainer.console import Console
-from tunewright.trainer.data.cache import TokenCache, as_json
 from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.data.stream import TokenStream
+from tunewright.trainer.data.token_cache import TokenCache, as_json
 from tunewright.trainer.methods import adapt, parameter_counts
 from tunewright.trainer.model import attention
 from tunewright.trainer.model.gradient_checkpointing import FitCheckpointing

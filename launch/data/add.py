@@ -23,8 +23,8 @@ from tunewright.launch.data.show import shown
 from tunewright.registry import REGISTRY_NAME, edited_registry, read_registry
 from tunewright.trainer.data.detect import detect
 from tunewright.trainer.data.formats import Plain, to_conversation
+from tunewright.trainer.data.messages import Unusable
 from tunewright.trainer.data.sources import PEEK, open_datasets
-from tunewright.trainer.data.turns import Unusable
 
 PLAIN = r"\w.+-"  # characters of names, as a class of a regular expression
 MESSAGE_SHOWN = 200  # characters of a message in a preview

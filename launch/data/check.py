@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
 
-    from tunewright.trainer.data.cache import TokenCache
+    from tunewright.trainer.data.token_cache import TokenCache
 
 
 def run(args: argparse.Namespace) -> int:
@@ -119,7 +119,7 @@ def make_tokens(config: DictConfig) -> Tokens:
 
 def _refused(config: DictConfig, error: DataError) -> tuple[Path, TokenCache]:
     """Return what was made before the error, or raise it again when it came before all was made."""
-    from tunewright.trainer.data.cache import find_unchecked, open_rows
+    from tunewright.trainer.data.token_cache import find_unchecked, open_rows
     from tunewright.trainer.model.load import fetch_model
     from tunewright.trainer.model.tiny import progress_lines
 

@@ -17,9 +17,9 @@ from omegaconf import DictConfig
 
 from tunewright.plan.batch_plan import BatchPlan, Steps, planned_steps
 from tunewright.plan.rules import longest_row
-from tunewright.trainer.data.cache import SAMPLE, SPLITS, CachedDataset, TokenCache, epoch_size
 from tunewright.trainer.data.formats import OLDER_TOOLS
-from tunewright.trainer.data.similar import PERMUTATIONS, similar_pairs
+from tunewright.trainer.data.minhash import PERMUTATIONS, similar_pairs
+from tunewright.trainer.data.token_cache import SAMPLE, SPLITS, CachedDataset, TokenCache, epoch_size
 from tunewright.trainer.model.meta_model import model_numbers
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from tunewright.plan.rules import check
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tunewright.trainer.data.cache import CachedDataset
+    from tunewright.trainer.data.token_cache import CachedDataset
 
 TRAINED, MASKED, RESET = ("\x1b[32m", "\x1b[92m"), ("\x1b[2m", "\x1b[90m"), "\x1b[0m"  # two shades: tokens alternate
 LONGEST_CHARACTER = 4  # tokens: of bytes, in UTF-8
@@ -70,7 +70,7 @@ def row_lines(
     import numpy as np
 
     from tunewright.trainer.data.render import IGNORED
-    from tunewright.trainer.data.tokens import excerpt
+    from tunewright.trainer.data.tokenization import excerpt
 
     read = cached.outcome.read
     if not 0 <= row < read:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from tunewright.datagen.filtering import opening, prompt_tokens
 from tunewright.datagen.replies import ReplyLog
 from tunewright.datagen.rouge import rouge_l
-from tunewright.datagen.select import opening, prompt_tokens
 from tunewright.registry import read_registry
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import openai
 import pytest
 
-from tunewright.datagen.cells import cell, score_prompt
+from tunewright.datagen.grid import cell, score_prompt
 from tunewright.datagen.plan import Plan, plan_prompt
 from tunewright.datagen.settings import load_settings
 

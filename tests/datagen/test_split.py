@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunewright.datagen.filtering import Row, opening, prompt_tokens
 from tunewright.datagen.rouge import normal, rouge_l
-from tunewright.datagen.select import Row, opening, prompt_tokens
 from tunewright.datagen.split import CHUNK, Split, split
 
 SHARE, SIMILARITY = 0.1, 0.6

@@ -8,11 +8,11 @@ import pytest
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from tunewright.errors import DataError
-from tunewright.trainer.data.draw import Drawn
 from tunewright.trainer.data.encode import Encoder
 from tunewright.trainer.data.formats import Conversation, Plain
+from tunewright.trainer.data.messages import Unusable
 from tunewright.trainer.data.render import IGNORED, Renderer
-from tunewright.trainer.data.turns import Unusable
+from tunewright.trainer.data.templating import TemplatedText
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 PROMPTED = TEMPLATE + "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -100,4 +100,4 @@ def test_a_tokenizer_in_python_learns_the_answer() -> None:
 def test_a_tokenizer_in_python_that_hides_its_borders_is_refused() -> None:
     text = "abcdef"
     with pytest.raises(DataError, match=r"does not tell where its tokens begin.*tokenizer\.json"):
-        list(Encoder(Letters(size=2)).encode([Drawn(text, [(3, 6)], Plain("", text))]))
+        list(Encoder(Letters(size=2)).encode([TemplatedText(text, [(3, 6)], Plain("", text))]))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tunewright.config.schema import Compat
 from tunewright.registry import Entry, parse_entry
 from tunewright.trainer.data.formats import Conversation, Plain, to_conversation, unread
-from tunewright.trainer.data.turns import Unusable
+from tunewright.trainer.data.messages import Unusable
 
 CALL = {"type": "function", "id": "call00000", "function": {"name": "sum", "arguments": {"a": 1}}}
 CALLED = {"name": "sum", "arguments": '{"a": 1}'}

@@ -19,8 +19,8 @@ from tunewright.config.chat_templates import template_names
 from tunewright.config.schema import Overlong
 from tunewright.errors import ConfigError, DataError
 from tunewright.trainer.data.formats import Conversation, Plain
+from tunewright.trainer.data.messages import Message, Unusable
 from tunewright.trainer.data.render import IGNORED, Example, Renderer
-from tunewright.trainer.data.turns import Message, Unusable
 from tunewright.trainer.model.tokenizer import install_template, set_end_of_turn
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}, "required": ["city"]}

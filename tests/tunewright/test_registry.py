@@ -14,7 +14,7 @@ from tunewright.config.compose import compose_config
 from tunewright.config.schema import Compat
 from tunewright.errors import DataError, StorageError
 from tunewright.registry import Entry, Place, edited_registry, load_entry, parse_entry
-from tunewright.trainer.data.hubs import read_snapshot
+from tunewright.trainer.data.hub_datasets import read_snapshot
 from tunewright.trainer.data.sources import Rows, open_datasets
 
 ROW = {"instruction": "Say hello.", "input": "", "output": "Hello."}

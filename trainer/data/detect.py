@@ -7,8 +7,8 @@ from collections import Counter
 from typing import Any
 
 from tunewright.registry import SHAREGPT_TAGS
-from tunewright.trainer.data.marks import marked_columns
-from tunewright.trainer.data.turns import TAG_ROLES, find_role
+from tunewright.trainer.data.messages import TAG_ROLES, find_role
+from tunewright.trainer.data.unsupported import marked_columns
 
 # Columns that datasets on the hubs use, each with the meaning it has in a registry; the first that is there counts.
 PROMPTS = ("instruction", "prompt", "question", "query", "input", "problem", "content")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunewright.errors import DataError
-from tunewright.trainer.data.draw import Drawn, Span, special_strings
-from tunewright.trainer.data.turns import Unusable
+from tunewright.trainer.data.messages import Unusable
+from tunewright.trainer.data.templating import Span, TemplatedText, special_strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,11 +33,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How drawn texts become tokens."""
+    """How texts become tokens."""
 
     tokenizer: PreTrainedTokenizerBase
 
-    def encode(self, items: list[Drawn]) -> Iterator[Encoded | Unusable]:
+    def encode(self, items: list[TemplatedText]) -> Iterator[Encoded | Unusable]:
         """Yield the tokens of each text, or why they cannot be made.
 
         Raises:
@@ -63,12 +63,12 @@ class Encoder:
             return self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # type: ignore[no-any-return]
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
 
-    def _encode_with_offsets(self, item: Drawn) -> Encoded:
+    def _encode_with_offsets(self, item: TemplatedText) -> Encoded:
         encoding = self.tokenizer.backend_tokenizer.encode(item.text, add_special_tokens=False)
         spans = [_tokens_of(encoding, item.text, span) for span in item.spans]
         return Encoded(np.array(encoding.ids, np.int32), spans)
 
-    def _spans_by_specials(self, ids: np.ndarray, item: Drawn) -> list[Span] | None:
+    def _spans_by_specials(self, ids: np.ndarray, item: TemplatedText) -> list[Span] | None:
         """Find spans without offsets, or return None where that is not certain.
 
         A tokenizer cuts a text at its special tokens, so these are at the same places in the text and in the ids. From
@@ -118,7 +118,7 @@ class Encoder:
             ends.append(len(prefix))
         return ends[0], ends[1]
 
-    def _encode_literally(self, item: Drawn) -> Encoded | Unusable:
+    def _encode_literally(self, item: TemplatedText) -> Encoded | Unusable:
         """Encode a text in which stand-ins become their strings without becoming special tokens.
 
         The tokenizer itself splits a text at its special tokens and encodes what is between them one by one; so it is

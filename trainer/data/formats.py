@@ -11,9 +11,9 @@ from tunewright.config.schema import Compat
 from tunewright.errors import DataError
 from tunewright.plugins import PLUGINS
 from tunewright.registry import OPENAI_TAGS, Entry
-from tunewright.trainer.data.files import Row
-from tunewright.trainer.data.marks import bad_label, media_columns
-from tunewright.trainer.data.turns import Message, Unusable, read_turns, unread_keys
+from tunewright.trainer.data.messages import Message, Unusable, read_turns, unread_keys
+from tunewright.trainer.data.readers import Row
+from tunewright.trainer.data.unsupported import bad_label, media_columns
 
 OLDER_TOOLS = "functions"  # what OpenAI's older files call the column of tools
 

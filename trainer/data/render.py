@@ -1,8 +1,8 @@
 """The one renderer: conversation -> token ids and labels, through the tokenizer's own chat template.
 
 A token carries a label when the model has to produce it itself: everything of an assistant turn after the generation
-prompt, its end-of-turn token included. `draw` makes text of a conversation and `encode` tokens of the text; here the
-tokens get their labels, and rows that are too long are cut.
+prompt, its end-of-turn token included. `templating` makes text of a conversation and `encode` tokens of the text; here
+the tokens get their labels, and rows that are too long are cut.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from omegaconf import DictConfig
 
 from tunewright.config.schema import Overlong
 from tunewright.plan.rules import longest_row
-from tunewright.trainer.data.draw import THOUGHT_MARKS, Drawer, Drawn
 from tunewright.trainer.data.encode import Encoded, Encoder
 from tunewright.trainer.data.formats import Conversation, Plain
-from tunewright.trainer.data.turns import Message, Unusable
+from tunewright.trainer.data.messages import Message, Unusable
+from tunewright.trainer.data.templating import THOUGHT_MARKS, TemplatedText, Templater
 from tunewright.trainer.model.tokenizer import stop_ids
 
 if TYPE_CHECKING:
@@ -72,11 +72,11 @@ class Renderer:
         Raises:
             DataError: there is a conversation, and the tokenizer has no chat template.
         """
-        drawn = self._drawer.draw(sources)
-        whole = [item for items in drawn if not isinstance(items, Unusable) for item in items]
+        texts = self._templater.texts(sources)
+        whole = [item for items in texts if not isinstance(items, Unusable) for item in items]
         encoded = iter(self._encoder.encode(whole))
         results: list[list[Example] | Unusable] = []
-        for items in drawn:
+        for items in texts:
             if isinstance(items, Unusable):
                 results.append(items)
                 continue
@@ -88,11 +88,11 @@ class Renderer:
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> str:
         """Return what the model is given when it has to answer the last message."""
-        return self._drawer.prompt(messages, tools)
+        return self._templater.prompt(messages, tools)
 
     @cached_property
-    def _drawer(self) -> Drawer:
-        return Drawer(self.tokenizer, self.mask_history, self.template_kwargs, self.special_tokens_in_answers)
+    def _templater(self) -> Templater:
+        return Templater(self.tokenizer, self.mask_history, self.template_kwargs, self.special_tokens_in_answers)
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -102,7 +102,7 @@ class Renderer:
     def _stop_ids(self) -> set[int]:
         return stop_ids(self.tokenizer)
 
-    def _finish(self, item: Drawn, encoded: Encoded | Unusable) -> Example | Unusable:
+    def _finish(self, item: TemplatedText, encoded: Encoded | Unusable) -> Example | Unusable:
         if isinstance(encoded, Unusable):
             return encoded
         try:
@@ -125,7 +125,7 @@ class Renderer:
         ended = not self._stop_ids.isdisjoint(ids[max(first, end - 4) : end].tolist())
         return Example(ids, labels, scored, truncated, ended)
 
-    def _shortened(self, item: Drawn, encoded: Encoded) -> Example:
+    def _shortened(self, item: TemplatedText, encoded: Encoded) -> Example:
         """Shorten a row to `cutoff_len`: its oldest exchanges go first, then the end of its last answer.
 
         What stays in any case: the system message, the last user turn, the assistant's header, the answer's start and
@@ -142,7 +142,7 @@ class Renderer:
         fitting = None
         while low <= high:
             middle = (low + high) // 2
-            shorter = self._redrawn(_since(conversation, users[middle]))
+            shorter = self._retemplated(_since(conversation, users[middle]))
             if shorter and len(shorter.ids) <= self.cutoff_len:
                 fitting, high = shorter, middle - 1
             else:
@@ -150,7 +150,7 @@ class Renderer:
         if fitting:
             return self._labelled(fitting, truncated=True)
         conversation = _since(conversation, users[-1])
-        last = self._redrawn(conversation)
+        last = self._retemplated(conversation)
         if last is None:
             raise Unusable("no turn is learnt once the row is cut to data.cutoff_len")
         learnt = max(turn for turn, flag in enumerate(conversation.learnt) if flag)
@@ -161,12 +161,12 @@ class Renderer:
             raise Unusable("an answer that is thought about would be cut by data.cutoff_len, from its end")
         return self._cut_answer(last)
 
-    def _redrawn(self, conversation: Conversation) -> Encoded | None:
+    def _retemplated(self, conversation: Conversation) -> Encoded | None:
         """Return a shorter conversation's tokens, or None when nothing of it is learnt."""
-        drawn = self._drawer.draw([conversation])[0]
-        if isinstance(drawn, Unusable):
+        texts = self._templater.texts([conversation])[0]
+        if isinstance(texts, Unusable):
             return None
-        encoded = next(iter(self._encoder.encode(drawn[-1:])))
+        encoded = next(iter(self._encoder.encode(texts[-1:])))
         return None if isinstance(encoded, Unusable) else encoded
 
     def _cut_answer(self, encoded: Encoded) -> Example:

@@ -16,10 +16,9 @@ from tunewright.config.schema import DataConfig
 from tunewright.errors import DataError, StorageError, did_you_mean
 from tunewright.files import write_json, written_aside
 from tunewright.registry import REQUIRED_COLUMNS, Entry, Place, check_inside, check_trainable, load_entry, parse_entry
-from tunewright.trainer.data import files
 from tunewright.trainer.data.detect import detect
-from tunewright.trainer.data.files import Row
-from tunewright.trainer.data.marks import preference_columns
+from tunewright.trainer.data.readers import CHUNK, SUFFIXES, Row, is_saved_dataset, read_file, saved_files
+from tunewright.trainer.data.unsupported import preference_columns
 
 SPLIT_WORD = re.compile(r"(?<![a-z0-9])(train|valid|validation|dev|test|eval)(?![a-z])", re.IGNORECASE)
 ANSWERS = ("response", "messages", "completion", "text")  # an entry that names one of them has chosen what is learnt
@@ -49,7 +48,7 @@ def open_datasets(
     `split` goes before the split that an entry names, `other_split` is for entries that name none.
 
     Raises:
-        DataError: see `load_entry`, `files.read_file`; or a column that the entry needs is not there.
+        DataError: see `load_entry`, `read_file`; or a column that the entry needs is not there.
         StorageError: something must be fetched and cannot be.
     """
     opened, problems = [], []
@@ -73,23 +72,24 @@ def _open(entry: Entry, data: DataConfig, *, offline: bool) -> Rows:
         return _open_path(entry, Path(entry.location))
     if entry.place is Place.cloud:
         return _open_path(entry, _fetch_cloud(entry, cache / "cloud", offline=offline))
-    from tunewright.trainer.data import hubs
 
-    return Rows(entry, *hubs.open_hub(entry, cache / "hubs", offline=offline, streaming=data.streaming))
+    from tunewright.trainer.data.hub_datasets import open_hub
+
+    return Rows(entry, *open_hub(entry, cache / "hubs", offline=offline, streaming=data.streaming))
 
 
 def _open_path(entry: Entry, path: Path) -> Rows:
     if not path.exists():
         near = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
         raise DataError(f"{entry.where}: there is no file or folder {path}.{near}")
-    saved = path.is_dir() and files.is_saved_dataset(path)
-    paths = files.saved_files(path, entry.split) if saved else _files_of(path, entry)
+    saved = path.is_dir() and is_saved_dataset(path)
+    paths = saved_files(path, entry.split) if saved else _files_of(path, entry)
     for file in paths:
         check_inside(entry, file)
 
     def read() -> Iterator[Row]:
         for file in paths:
-            yield from files.read_file(file)
+            yield from read_file(file)
 
     size = sum(file.stat().st_size for file in paths) if paths and paths[0].suffix not in COLUMNAR else None
     return Rows(entry, read, tuple(_file_identity(file) for file in paths), size)
@@ -98,9 +98,9 @@ def _open_path(entry: Entry, path: Path) -> Rows:
 def _files_of(path: Path, entry: Entry) -> list[Path]:
     """Return the data files of a path in order of name; with a split, those that carry its name where any does."""
     if path.is_file():
-        if path.suffix not in files.SUFFIXES:
+        if path.suffix not in SUFFIXES:
             raise DataError(
-                f"{entry.where}: {path} is {path.suffix or 'without suffix'}; files can be {', '.join(files.SUFFIXES)}."
+                f"{entry.where}: {path} is {path.suffix or 'without suffix'}; files can be {', '.join(SUFFIXES)}."
             )
         if entry.split not in (None, "train"):
             raise DataError(f"{entry.where}: {path} is one file, which has no split '{entry.split}'.")
@@ -108,11 +108,11 @@ def _files_of(path: Path, entry: Entry) -> list[Path]:
     found = [
         file
         for file in sorted(path.rglob("*"))
-        if file.suffix in files.SUFFIXES and not file.name.startswith(".") and not file.is_dir()
+        if file.suffix in SUFFIXES and not file.name.startswith(".") and not file.is_dir()
     ]
     found = [file for file in found if file.name != "dataset_info.json"]
     if not found:
-        raise DataError(f"{entry.where}: the folder {path} holds no {', '.join(files.SUFFIXES)} file.")
+        raise DataError(f"{entry.where}: the folder {path} holds no {', '.join(SUFFIXES)} file.")
     if entry.split:
         word = re.compile(rf"(?<![a-z0-9]){re.escape(entry.split)}(?![a-z])", re.IGNORECASE)
         chosen = [file for file in found if word.search(str(file.relative_to(path)))]
@@ -142,7 +142,7 @@ def _file_identity(path: Path) -> str:
     """Return the digest of what a file holds; what it is called decides nothing."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(files.CHUNK):
+        while part := file.read(CHUNK):
             digest.update(part)
     return digest.hexdigest()
 

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from tunewright.config.schema import DataConfig, Mix
 from tunewright.errors import DataError
 from tunewright.plan.batch_plan import BatchPlan
-from tunewright.trainer.data.cache import SAMPLE
 from tunewright.trainer.data.formats import to_conversation
+from tunewright.trainer.data.messages import Unusable
 from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.data.sources import Rows
-from tunewright.trainer.data.turns import Unusable
+from tunewright.trainer.data.token_cache import SAMPLE
 
 RENDERED = 64  # rows rendered at once
 STOPPING = {

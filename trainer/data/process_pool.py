@@ -61,7 +61,7 @@ def _warm() -> None:
     """Import what unpickling a tokenizer will need."""
     from transformers import PreTrainedTokenizerFast  # noqa: F401
 
-    import tunewright.trainer.data.tokens  # noqa: F401
+    import tunewright.trainer.data.tokenization  # noqa: F401
 
     # The collector would look through the rows of a chunk again and again, and find nothing: a tenth of the time.
     gc.freeze()

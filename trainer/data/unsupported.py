@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunewright.registry import Entry
-from tunewright.trainer.data.files import Row
+from tunewright.trainer.data.readers import Row
 
 # The columns that hold media, for each meaning of a registry, where an entry does not name them.
 MEDIA = {"images": ("images", "image"), "videos": ("videos", "video"), "audios": ("audios", "audio")}

@@ -20,7 +20,7 @@ from jinja2.meta import find_undeclared_variables
 from tunewright.config.chat_templates import template_names
 from tunewright.errors import DataError
 from tunewright.trainer.data.formats import Conversation, Plain
-from tunewright.trainer.data.turns import REASONING_KEYS, Message, Unusable
+from tunewright.trainer.data.messages import REASONING_KEYS, Message, Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ _Request = tuple[list[Message], list[Any] | None, bool]  # messages, tools, with
 
 
 @dataclass(frozen=True)
-class Drawn:
+class TemplatedText:
     """A text with the [start, end) characters that are learnt, and what it was made from."""
 
     text: str
@@ -60,7 +60,7 @@ class _Plan:
 
 
 @dataclass(frozen=True)
-class Drawer:
+class Templater:
     """How conversations become text: a tokenizer's chat template, and the variables it gets."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -68,17 +68,17 @@ class Drawer:
     template_kwargs: dict[str, Any]
     special_tokens_in_answers: bool = False
 
-    def draw(self, sources: list[Conversation | Plain]) -> list[list[Drawn] | Unusable]:
+    def texts(self, sources: list[Conversation | Plain]) -> list[list[TemplatedText] | Unusable]:
         """Return for each source its texts (more than one where the template rewrites history), or why it has none.
 
         Raises:
             DataError: there is a conversation, and the tokenizer has no chat template.
         """
         requests: list[_Request] = []
-        plans: list[_Plan | list[Drawn] | Unusable] = []
+        plans: list[_Plan | list[TemplatedText] | Unusable] = []
         for source in sources:
             if isinstance(source, Plain):
-                plans.append([self._draw_plain(source)])
+                plans.append([self._plain_text(source)])
                 continue
             try:
                 _check_text(source)
@@ -93,7 +93,7 @@ class Drawer:
                 requests.append((given.messages, given.tools, False))
             plans.append(_Plan(source, given, literals, kept_as_text, turns, slice(first, len(requests))))
         texts = self._templated(requests)
-        return [self._drawn(plan, texts[plan.texts]) if isinstance(plan, _Plan) else plan for plan in plans]
+        return [self._with_spans(plan, texts[plan.texts]) if isinstance(plan, _Plan) else plan for plan in plans]
 
     def _turns(self, conversation: Conversation) -> list[int]:
         """Return the positions of the turns that are learnt."""
@@ -104,13 +104,13 @@ class Drawer:
             raise Unusable("no turn is learnt")
         return turns
 
-    def _draw_plain(self, source: Plain) -> Drawn:
+    def _plain_text(self, source: Plain) -> TemplatedText:
         """Text as it is, begun and ended the way the tokenizer marks the beginning and the end of a text."""
         tokenizer, text = self.tokenizer, source.prompt + source.completion
         bos = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("")["input_ids"] else None
         begin = bos if bos and not text.startswith(bos) else ""
         end = "" if text.rstrip().endswith(tokenizer.eos_token) else tokenizer.eos_token
-        return Drawn(begin + text + end, [(len(begin + source.prompt), len(begin + text + end))], source)
+        return TemplatedText(begin + text + end, [(len(begin + source.prompt), len(begin + text + end))], source)
 
     def _templated(self, requests: list[_Request]) -> list[str | TemplateError]:
         """Return for each request what the template makes of it, or why it refuses."""
@@ -225,8 +225,8 @@ class Drawer:
 
     # ---- from texts to spans ----------------------------------------------------------------------------------------
 
-    def _drawn(self, plan: _Plan, texts: list[str | TemplateError]) -> list[Drawn] | Unusable:
-        """Find the learnt turns in the text of a conversation, or draw one text for each of them."""
+    def _with_spans(self, plan: _Plan, texts: list[str | TemplateError]) -> list[TemplatedText] | Unusable:
+        """Find the learnt turns in the text of a conversation, or give one text for each of them."""
         for text in texts:
             if isinstance(text, TemplateError):
                 return Unusable(f"the chat template refuses it: {text}")
@@ -249,14 +249,14 @@ class Drawer:
             stable = stable and full.startswith(through)
             spans.append((len(before), len(through)))
         if stable:
-            return [Drawn(full, spans, plan.source, plan.literals, plan.kept_as_text)]
-        drawn = []
+            return [TemplatedText(full, spans, plan.source, plan.literals, plan.kept_as_text)]
+        parts = []
         for number, turn in enumerate(plan.turns):
             learnt = [position == turn for position in range(turn + 1)]
-            part = replace(plan.source, messages=plan.source.messages[: turn + 1], learnt=learnt)
+            source = replace(plan.source, messages=plan.source.messages[: turn + 1], learnt=learnt)
             text = str(texts[2 * number + 1])
-            drawn.append(Drawn(text, [spans[number]], part, plan.literals, plan.kept_as_text))
-        return drawn
+            parts.append(TemplatedText(text, [spans[number]], source, plan.literals, plan.kept_as_text))
+        return parts
 
     def _problem(self, given: Conversation, turn: int, before: str, through: str) -> str:
         """Return what is wrong with what a turn adds to a text, if anything is.
@@ -272,16 +272,16 @@ class Drawer:
 
     def _advice(self, given: Conversation, turns: list[int]) -> str:
         """Return what to write for a row whose answers do not begin as the generation prompt does: tried out."""
-        for advice, drawer in self._others:
-            texts = drawer._templated(_requests(given, turns))
+        for advice, templater in self._others:
+            texts = templater._templated(_requests(given, turns))
             pairs = zip(texts[::2], texts[1::2], strict=True)
             if all(isinstance(before, str) and str(through).startswith(before) for before, through in pairs):
                 return advice
         return "set another model.template"
 
     @cached_property
-    def _others(self) -> list[tuple[str, Drawer]]:
-        """Drawers with the other values of what in a template says whether the model thinks, and how to get them."""
+    def _others(self) -> list[tuple[str, Templater]]:
+        """Templaters with the other values of what in a template says whether the model thinks, and how to get them."""
         others = []
         for name in sorted(find_undeclared_variables(self._syntax).intersection(SWITCHES)):
             rest = {key: value for key, value in self.template_kwargs.items() if key != name}

@@ -9,7 +9,7 @@ import pytest
 
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError, DataError
-from tunewright.trainer.data.select import Part, held_out_rows, mixture, training_examples
+from tunewright.trainer.data.sampling import Part, held_out_rows, mixture, training_examples
 
 
 def settings(*overrides: str, names: str = "[a,b]") -> Any:

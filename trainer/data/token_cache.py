@@ -28,9 +28,9 @@ from tunewright.errors import DataError
 from tunewright.files import write_json, written_aside
 from tunewright.plan.rules import longest_row
 from tunewright.trainer.data.packing import pack
-from tunewright.trainer.data.select import Part, held_out_rows, training_examples
+from tunewright.trainer.data.sampling import Part, held_out_rows, training_examples
 from tunewright.trainer.data.sources import Rows, open_datasets
-from tunewright.trainer.data.tokens import Outcome, no_row_left, tokenize
+from tunewright.trainer.data.tokenization import Outcome, no_row_left, tokenize
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -155,7 +155,7 @@ class TokenCache:
             table = cached.table()
             rows, times = np.unique(cached.part.rows[chosen], return_counts=True)
             examples += len(chosen)
-            # A row of several examples holds the sum of their tokens, and is drawn with all of them.
+            # A row of several examples holds the sum of their tokens, and is sampled with all of them.
             each = np.bincount(cached.part.rows, minlength=cached.part.read)[rows]
             tokens += int((table["tokens"].to_numpy()[rows] * times / each).sum())
             scored += int((table["scored"].to_numpy()[rows] * times / each).sum())

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pypdf import PdfReader, PdfWriter
 
-from tunewright.datagen.sources import SIZE, Chunk, cut, read_sources
+from tunewright.datagen.documents import SIZE, Chunk, cut, read_sources
 from tunewright.errors import DataError
 
 

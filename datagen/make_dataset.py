@@ -14,11 +14,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tunewright.datagen.batch import Batches
+from tunewright.datagen.batch_api import Batches
 from tunewright.datagen.budget import Budget, BudgetSpent, Reservation
-from tunewright.datagen.cells import PROMPTS_VERSION, SCORE_SCHEMA, Cell, cell_count, digest, schema_of, score_prompt
+from tunewright.datagen.curation import Harvest, score_id
 from tunewright.datagen.display import Display, Progress
-from tunewright.datagen.harvest import Harvest, score_id
+from tunewright.datagen.documents import Chunk, read_sources
+from tunewright.datagen.grid import PROMPTS_VERSION, SCORE_SCHEMA, Cell, cell_count, digest, schema_of, score_prompt
 from tunewright.datagen.limiter import Limiter, Stopped
 from tunewright.datagen.outputs import Files, write_outputs
 from tunewright.datagen.plan import SCHEMA as PLAN_SCHEMA
@@ -26,7 +27,6 @@ from tunewright.datagen.plan import Plan, as_plan, plan_prompt, read_plan
 from tunewright.datagen.provider import Ask, Provider, RequestFailed
 from tunewright.datagen.replies import ReplyLog, object_of, row_of, scrubbed
 from tunewright.datagen.settings import DatagenConfig, Endpoint, Mode, identity, prices
-from tunewright.datagen.sources import Chunk, read_sources
 from tunewright.errors import ConfigError, DataError, PeerError, StorageError
 
 TICK = 0.5  # seconds between two looks at the clock

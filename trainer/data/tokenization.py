@@ -25,13 +25,13 @@ import pyarrow
 
 from tunewright.errors import DataError
 from tunewright.registry import Entry
-from tunewright.trainer.data.files import Row
 from tunewright.trainer.data.formats import Conversation, Plain, to_conversation, unread
+from tunewright.trainer.data.messages import Unusable
+from tunewright.trainer.data.minhash import PERMUTATIONS, sketches
+from tunewright.trainer.data.process_pool import sent
+from tunewright.trainer.data.readers import Row
 from tunewright.trainer.data.render import Renderer
-from tunewright.trainer.data.similar import PERMUTATIONS, sketches
 from tunewright.trainer.data.sources import Rows, check_column
-from tunewright.trainer.data.turns import Unusable
-from tunewright.trainer.data.workers import sent
 
 CHUNK = 500  # rows handed to a worker at once
 EXCERPTS = 3  # dropped rows shown for each reason

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from tunewright.errors import DataError
 from tunewright.registry import Entry, Place
-from tunewright.trainer.data.files import CHUNK, is_saved_dataset, read_file, saved_files
-from tunewright.trainer.data.hubs import read_snapshot
+from tunewright.trainer.data.hub_datasets import read_snapshot
+from tunewright.trainer.data.readers import CHUNK, is_saved_dataset, read_file, saved_files
 
 ROWS = [
     {"instruction": "Say hello.", "input": "", "output": "Hello,\n“world”\t!"},

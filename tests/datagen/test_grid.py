@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tunewright.datagen.cells import Cell, cells
+from tunewright.datagen.documents import Chunk
+from tunewright.datagen.grid import Cell, cells
 from tunewright.datagen.plan import Plan
 from tunewright.datagen.settings import DatagenConfig
-from tunewright.datagen.sources import Chunk
 
 PLAN = Plan("You are {0}.", ("a", "b", "c", "d", "e"), ("p", "q"))
 CHUNKS = [Chunk("f.md", number, f"fact {{x}} {number} %s", str(number)) for number in range(1, 8)]

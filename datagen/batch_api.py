@@ -12,8 +12,8 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from tunewright.datagen.budget import BudgetSpent
-from tunewright.datagen.cells import Cell, digest, schema_of
-from tunewright.datagen.harvest import Harvest
+from tunewright.datagen.curation import Harvest
+from tunewright.datagen.grid import Cell, digest, schema_of
 from tunewright.datagen.provider import Ask, Provider, as_usage, client_of
 from tunewright.datagen.replies import Record, ReplyLog
 from tunewright.datagen.settings import DatagenConfig, Endpoint

@@ -12,7 +12,7 @@ from tunewright.errors import ConfigError, DataError, StorageError
 from tunewright.files import write_json
 from tunewright.registry import Entry, Place
 from tunewright.trainer.data.columnar import BATCH, rows_of
-from tunewright.trainer.data.files import Row
+from tunewright.trainer.data.readers import Row
 
 TIMEOUT = 10.0  # seconds to ask a hub for the commit of a dataset
 

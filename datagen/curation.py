@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunewright.datagen.cells import Cell, cell, cell_count, digest, score_prompt, sequential_cell
+from tunewright.datagen.documents import Chunk
+from tunewright.datagen.filtering import Rules, Selector
+from tunewright.datagen.grid import Cell, cell, cell_count, digest, score_prompt, sequential_cell
 from tunewright.datagen.plan import Plan
 from tunewright.datagen.preview import Rejected
 from tunewright.datagen.replies import Record, ReplyLog, Row, row_of, score_of
-from tunewright.datagen.select import Rules, Selector
 from tunewright.datagen.settings import DatagenConfig, Mode
-from tunewright.datagen.sources import Chunk
 
 REJECTS_SHOWN = 200  # kept for the preview
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunewright.datagen.filtering import Row, Rules, Selector
 from tunewright.datagen.rouge import Coder, Index, rouge_l, tokens
-from tunewright.datagen.select import Row, Rules, Selector
 from tunewright.errors import ConfigError
 
 SIMILARITIES = st.sampled_from([0.2, 0.35, 0.5, 0.6, 0.7, 0.85, 0.9, 1.0])
@@ -206,7 +206,7 @@ def test_rules_that_cannot_be_kept_are_refused(rules: dict[str, object], said: s
 
 
 def test_importing_it_loads_nothing_heavy() -> None:
-    code = "import sys, tunewright.datagen.select, tunewright.datagen.split, tunewright.datagen.sources; "
+    code = "import sys, tunewright.datagen.filtering, tunewright.datagen.split, tunewright.datagen.documents; "
     code += "heavy = {'torch', 'py3langid', 'pypdf', 'rapidfuzz'}"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; print(sorted(heavy & sys.modules.keys()))"],

@@ -16,13 +16,21 @@ from tunewright.config.compose import compose_config
 from tunewright.errors import DataError
 from tunewright.launch.preparation import Preparation
 from tunewright.launch.prepare import ensure_prepared
-from tunewright.trainer.data import cache as cache_module
-from tunewright.trainer.data.cache import TokenCache, as_json, build_cache, cache_key, describe, find_cache, open_rows
+from tunewright.trainer.data import token_cache
 from tunewright.trainer.data.formats import to_conversation
+from tunewright.trainer.data.process_pool import started_workers
 from tunewright.trainer.data.render import IGNORED, Renderer
-from tunewright.trainer.data.select import held_out_rows
-from tunewright.trainer.data.tokens import tokenize
-from tunewright.trainer.data.workers import started_workers
+from tunewright.trainer.data.sampling import held_out_rows
+from tunewright.trainer.data.token_cache import (
+    TokenCache,
+    as_json,
+    build_cache,
+    cache_key,
+    describe,
+    find_cache,
+    open_rows,
+)
+from tunewright.trainer.data.tokenization import tokenize
 from tunewright.trainer.model.load import load_tokenizer
 
 ROWS = [{"instruction": f"Say {number}.", "input": "", "output": f"{number} it is"} for number in range(40)]
@@ -77,7 +85,7 @@ def test_several_workers_write_what_one_writes(
     if kind == "threads":
         several = made("several", 3)
     else:
-        monkeypatch.setattr(cache_module, "PROCESSES_FROM", 1000)
+        monkeypatch.setattr(token_cache, "PROCESSES_FROM", 1000)
         with started_workers(2) as pool:
             several = made("several", 2, pool)
     assert several.open("train")[:] == one.open("train")[:]
@@ -248,7 +256,7 @@ def test_two_processes_at_once_make_one_cache(tmp_path: Path, tiny_model: Path) 
         "import sys\n"
         "from pathlib import Path\n"
         "from tunewright.config.compose import compose_config\n"
-        "from tunewright.trainer.data.cache import build_cache\n"
+        "from tunewright.trainer.data.token_cache import build_cache\n"
         "from tunewright.trainer.data.render import Renderer\n"
         "from tunewright.trainer.model.load import load_tokenizer\n"
         "root, model = sys.argv[1:]\n"

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from tunewright.datagen.documents import Chunk
 from tunewright.datagen.plan import Plan
 from tunewright.datagen.settings import DatagenConfig
-from tunewright.datagen.sources import Chunk
 
 PROMPTS_VERSION = 2  # part of a log's identity: raise it with every change of wording here or in plan.py
 
