@@ -32,17 +32,11 @@ from tunewright.plan.rules import needs_held_out, world_size
 from tunewright.ranks import imports_that_stay, interrupt_may_come, leave
 from tunewright.redaction import redact
 from tunewright.safetensors_header import shapes
+from tunewright.trainer.data.build_cache import build_cache, find_cache, open_rows, thread_count, wants_processes
 from tunewright.trainer.data.process_pool import started_workers
 from tunewright.trainer.data.render import Renderer
-from tunewright.trainer.data.token_cache import (
-    TokenCache,
-    build_cache,
-    describe,
-    find_cache,
-    open_rows,
-    thread_count,
-    wants_processes,
-)
+from tunewright.trainer.data.token_cache import TokenCache, describe
+from tunewright.trainer.data.tokenization import warm_up
 from tunewright.trainer.model import tiny
 from tunewright.trainer.model.load import cache_folder, fetch_model, find_model, load_tokenizer
 from tunewright.trainer.model.meta_model import ensure_architecture, find_architecture, model_numbers
@@ -132,7 +126,7 @@ def prepare(config: DictConfig, say: Callable[[str], None] = print, *, weights: 
     cache = find_cache(config, model_path)
     if cache is None:
         say(f"Tokenising {', '.join([*config.data.names, *config.data.eval_names])}")
-        with started_workers(thread_count(config)) if wants_processes(config) else nullcontext() as processes:
+        with started_workers(thread_count(config), warm_up) if wants_processes(config) else nullcontext() as processes:
             renderer = Renderer.of(config, load_tokenizer(model_path, config.model))
             cache = build_cache(config, model_path, renderer, _row_lines(say), processes)
     _check_held_out(config, cache)

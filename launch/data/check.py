@@ -119,7 +119,7 @@ def make_tokens(config: DictConfig) -> Tokens:
 
 def _refused(config: DictConfig, error: DataError) -> tuple[Path, TokenCache]:
     """Return what was made before the error, or raise it again when it came before all was made."""
-    from tunewright.trainer.data.token_cache import find_unchecked, open_rows
+    from tunewright.trainer.data.build_cache import find_unchecked, open_rows
     from tunewright.trainer.model.load import fetch_model
     from tunewright.trainer.model.tiny import progress_lines
 

@@ -19,7 +19,7 @@ READ = """
 import sys
 from tunewright.config.compose import compose_config
 from tunewright.errors import TunewrightError
-from tunewright.trainer.data.token_cache import open_rows
+from tunewright.trainer.data.build_cache import open_rows
 config = compose_config(["data=registry", "data.names=[placeholder]", "data.dir=" + sys.argv[1], *sys.argv[3:]])
 config.data.names = [sys.argv[2]]
 if config.offline:

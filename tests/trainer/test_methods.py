@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 from tests.conftest import losses, manifest
 from tunewright.config.compose import compose_config, load_config
 from tunewright.config.schema import PROMPT_LEARNING
+from tunewright.trainer.data.build_cache import find_cache
 from tunewright.trainer.data.render import IGNORED
-from tunewright.trainer.data.token_cache import find_cache
 from tunewright.trainer.methods import adapt, parameter_counts
 from tunewright.trainer.model.load import load_model
 

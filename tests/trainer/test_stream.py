@@ -14,9 +14,9 @@ import pytest
 from tunewright.config.compose import compose_config
 from tunewright.errors import DataError
 from tunewright.plan.batch_plan import BatchPlan
+from tunewright.trainer.data.build_cache import open_rows
 from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.data.stream import StreamedMicroBatches, TokenStream
-from tunewright.trainer.data.token_cache import open_rows
 
 
 def rows(word: str, count: int) -> str:

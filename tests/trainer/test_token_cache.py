@@ -16,21 +16,14 @@ from tunewright.config.compose import compose_config
 from tunewright.errors import DataError
 from tunewright.launch.preparation import Preparation
 from tunewright.launch.prepare import ensure_prepared
-from tunewright.trainer.data import token_cache
+from tunewright.trainer.data.build_cache import build_cache, find_cache, open_rows
+from tunewright.trainer.data.cache_key import cache_key
 from tunewright.trainer.data.formats import to_conversation
 from tunewright.trainer.data.process_pool import started_workers
 from tunewright.trainer.data.render import IGNORED, Renderer
 from tunewright.trainer.data.sampling import held_out_rows
-from tunewright.trainer.data.token_cache import (
-    TokenCache,
-    as_json,
-    build_cache,
-    cache_key,
-    describe,
-    find_cache,
-    open_rows,
-)
-from tunewright.trainer.data.tokenization import tokenize
+from tunewright.trainer.data.token_cache import TokenCache, as_json, describe
+from tunewright.trainer.data.tokenization import tokenize, warm_up
 from tunewright.trainer.model.load import load_tokenizer
 
 ROWS = [{"instruction": f"Say {number}.", "input": "", "output": f"{number} it is"} for number in range(40)]
@@ -85,8 +78,8 @@ def test_several_workers_write_what_one_writes(
     if kind == "threads":
         several = made("several", 3)
     else:
-        monkeypatch.setattr(token_cache, "PROCESSES_FROM", 1000)
-        with started_workers(2) as pool:
+        monkeypatch.setattr("tunewright.trainer.data.build_cache.PROCESSES_FROM", 1000)
+        with started_workers(2, warm_up) as pool:
             several = made("several", 2, pool)
     assert several.open("train")[:] == one.open("train")[:]
     assert several.train[0].outcome == one.train[0].outcome
@@ -99,7 +92,7 @@ def test_a_tokenizer_that_cannot_be_sent_is_used_in_threads(tmp_path: Path, tiny
     renderer = _renderer(config, tiny_model)
     renderer.tokenizer.from_elsewhere = lambda text: text  # has no name that another process could import
     rows = replace(open_rows(config)[0][0], expected=None)
-    with started_workers(2) as pool:
+    with started_workers(2, warm_up) as pool:
         outcome = tokenize(rows, renderer, tmp_path / "tokens", threads=2, processes=pool)
     assert outcome.kept == 1200
 
@@ -108,7 +101,7 @@ def test_an_error_in_a_process_is_told_as_it_is(tmp_path: Path, tiny_model: Path
     config = configured(tmp_path, rows=ROWS * 30)
     renderer = _renderer(config, tiny_model)
     renderer.tokenizer.chat_template = None
-    with started_workers(2) as pool, pytest.raises(DataError, match="has no chat template"):
+    with started_workers(2, warm_up) as pool, pytest.raises(DataError, match="has no chat template"):
         tokenize(open_rows(config)[0][0], renderer, tmp_path / "tokens", threads=2, processes=pool)
 
 
@@ -256,7 +249,7 @@ def test_two_processes_at_once_make_one_cache(tmp_path: Path, tiny_model: Path) 
         "import sys\n"
         "from pathlib import Path\n"
         "from tunewright.config.compose import compose_config\n"
-        "from tunewright.trainer.data.token_cache import build_cache\n"
+        "from tunewright.trainer.data.build_cache import build_cache\n"
         "from tunewright.trainer.data.render import Renderer\n"
         "from tunewright.trainer.model.load import load_tokenizer\n"
         "root, model = sys.argv[1:]\n"

@@ -5,7 +5,6 @@ They are spawned: a forked process would stop for ever in a tokenizer that has b
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import pickle
@@ -22,12 +21,12 @@ from tunewright.plugins import PLUGINS
 
 
 @contextmanager
-def started_workers(count: int) -> Iterator[Executor]:
-    """Give a pool of so many processes, on their way up."""
+def started_workers(count: int, warm_up: Callable[[], None]) -> Iterator[Executor]:
+    """Give a pool of so many processes, on their way up, each of which begins with `warm_up`."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _begin, (PLUGINS.imports,)) as pool:
         for _ in range(count):  # a process starts with the first task that finds no idle one
-            pool.submit(_warm)
+            pool.submit(warm_up)
         try:
             yield pool
         finally:
@@ -55,17 +54,6 @@ def _begin(imports: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
     PLUGINS.load(imports)
-
-
-def _warm() -> None:
-    """Import what unpickling a tokenizer will need."""
-    from transformers import PreTrainedTokenizerFast  # noqa: F401
-
-    import tunewright.trainer.data.tokenization  # noqa: F401
-
-    # The collector would look through the rows of a chunk again and again, and find nothing: a tenth of the time.
-    gc.freeze()
-    gc.set_threshold(200_000)
 
 
 def _call(path: str, function: Callable[..., Any], *args: Any) -> Any:

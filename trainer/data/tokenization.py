@@ -8,13 +8,14 @@ Rows pass through in chunks, and only a few chunks are under way at a time, so t
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,11 +24,11 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from tunewright.errors import DataError
 from tunewright.registry import Entry
 from tunewright.trainer.data.formats import Conversation, Plain, to_conversation, unread
 from tunewright.trainer.data.messages import Unusable
 from tunewright.trainer.data.minhash import PERMUTATIONS, sketches
+from tunewright.trainer.data.outcome import Outcome
 from tunewright.trainer.data.process_pool import sent
 from tunewright.trainer.data.readers import Row
 from tunewright.trainer.data.render import Renderer
@@ -78,26 +79,6 @@ class Chunk:
     unread: Counter[str]  # key of a turn that nobody reads -> rows
 
 
-@dataclass
-class Outcome:
-    """What became of the rows of a dataset; kept beside its tokens as JSON."""
-
-    read: int = 0
-    kept: int = 0
-    examples: int = 0
-    tokens: int = 0
-    scored: int = 0
-    truncated: int = 0
-    unended: int = 0
-    longest: int = 0
-    reasons: list[str] = field(default_factory=list)  # why rows were dropped
-    dropped: list[int] = field(default_factory=list)  # how many, for each reason
-    excerpts: list[list[dict[str, Any]]] = field(default_factory=list)  # a few of them, for each reason
-    columns: list[str] = field(default_factory=list)  # that some row has
-    specials: dict[str, int] = field(default_factory=dict)  # special token's string that is learnt as text -> rows
-    unread: dict[str, int] = field(default_factory=dict)  # key of a turn that nobody reads -> rows
-
-
 def tokenize(
     rows: Rows,
     renderer: Renderer,
@@ -131,6 +112,15 @@ def tokenize(
         for meaning in sorted(rows.entry.named):
             check_column(rows.entry, meaning, set(outcome.columns))
     return outcome
+
+
+def warm_up() -> None:
+    """Import in a process, together with this module, what unpickling a tokenizer will need."""
+    from transformers import PreTrainedTokenizerFast  # noqa: F401
+
+    # The collector would look through the rows of a chunk again and again, and find nothing: a tenth of the time.
+    gc.freeze()
+    gc.set_threshold(200_000)
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
@@ -290,9 +280,3 @@ def _row_batch(chunk: Chunk) -> Any:
     buffer = pyarrow.py_buffer(np.ascontiguousarray(chunk.sketches, np.uint32))
     sketch = pyarrow.Array.from_buffers(ROWS.field("sketch").type, len(chunk.sketches), [None, buffer])
     return pyarrow.record_batch([*columns, sketch], schema=ROWS)
-
-
-def no_row_left(name: str, outcome: Outcome) -> DataError:
-    """Return the error of a dataset all of whose rows were dropped."""
-    reasons = "; ".join(f"{count:,} x {reason}" for reason, count in zip(outcome.reasons, outcome.dropped, strict=True))
-    return DataError(f"No row of {name} can be trained on. {reasons}.")
