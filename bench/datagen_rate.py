@@ -87,20 +87,20 @@ def cpu() -> float:
 def product(url: str, rows: int, mode: str, concurrency: int) -> dict[str, float]:
     """Run the product in this process."""
     from tunewright.datagen import make_dataset as module
-    from tunewright.datagen.curation import Harvest
+    from tunewright.datagen.curation import Curation
     from tunewright.datagen.settings import find_endpoint, load_settings
 
     selecting = 0.0
-    plain = Harvest._reason
+    plain = Curation._reason
 
-    def timed(self: Harvest, row: Any, score: int | None) -> str | None:
+    def timed(self: Curation, row: Any, score: int | None) -> str | None:
         nonlocal selecting
         before = time.thread_time()
         found = plain(self, row, score)
         selecting += time.thread_time() - before
         return found
 
-    Harvest._reason = timed  # type: ignore[method-assign]
+    Curation._reason = timed  # type: ignore[method-assign]
     out = tempfile.mkdtemp()
     values = {"task": TASK, "name": "bench", "examples": rows, "out": out, "base_url": url, "mode": mode}
     config = load_settings([f"{key}={value}" for key, value in {**values, "concurrency": concurrency}.items()])
@@ -112,13 +112,13 @@ def product(url: str, rows: int, mode: str, concurrency: int) -> dict[str, float
     asyncio.run(job.run())
     seconds, used = time.perf_counter() - began, cpu() - used
     began = time.perf_counter()
-    assert job.harvest is not None
-    assert job.harvest.full
+    assert job.curation is not None
+    assert job.curation.full
     module._finish(job, module.Files(Path(out), "bench"), lambda text: None)
     written = time.perf_counter() - began
     log.close()
     shutil.rmtree(out)
-    Harvest._reason = plain  # type: ignore[method-assign]
+    Curation._reason = plain  # type: ignore[method-assign]
     return {
         "rows_per_s": rows / seconds,
         "seconds": seconds,

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tunewright.datagen.filtering import Row, Rules, Selector, opening, prompt_tokens
+from tunewright.datagen.filtering import Filter, Row, Rules, opening, prompt_tokens
 from tunewright.datagen.rouge import Coder
 from tunewright.datagen.split import split
 
@@ -97,12 +97,12 @@ def measure(count: int, *, all_pairs: bool) -> dict[str, Any]:
     for name, language in (("select", None), ("select_language", "en")):
         if language:
             py3langid.rank("loads the model")
-        selector = Selector(Rules(similarity=0.7, language=language))
-        found[name], verdicts = timed(lambda taker=selector: [taker.take(row) for row in rows])
+        row_filter = Filter(Rules(similarity=0.7, language=language))
+        found[name], verdicts = timed(lambda taker=row_filter: [taker.take(row) for row in rows])
         if not language:
             kept = [row for row, reason in zip(rows, verdicts, strict=True) if reason is None]
             found |= {"accepted": len(kept), "refused": dict(Counter(filter(None, verdicts)))}
-        del selector
+        del row_filter
     found["split"], parts = timed(lambda: split(kept, SHARE, 1, CLUSTERS))
     found |= {"test": len(parts.test), "highest": round(parts.highest, 3)}
     found |= {"rows_mib": round(before), "peak_mib": round(peak())}

@@ -1,13 +1,12 @@
 """From a task description to a dataset and its registry entry, through the `openai` client. Never imports torch.
 
-settings   what can be set, and the endpoint with its key
-plan       the system message and the grid of topics, people, difficulties and forms
-sources    documents and seed examples as pieces to build on
-cells      the independent requests that plan, sources and a seed mean
-provider   one request: retries, what the server accepts; limiter: how many at once; budget: what they may cost
-replies    the log of every reply, and what a reply says
-select     which rows are kept, by rouge's similarity; split: which of them are held out
-harvest    what a log holds, in the order of the cells
-outputs    the files made from it, with preview, card and push
-generate   ties these together; batch: through OpenAI's Batch API; display: how far it is
+settings      what can be set, and the endpoint with its key
+plan          the system message, and the topics, people, difficulties and forms that examples are spread over
+documents     documents and seed examples as pieces to build on
+grid          the independent requests that plan, pieces and a seed mean; prompts: their wording
+provider      one request: retries, what the server accepts; limiter: how many at once; budget: what they may cost
+replies       what a reply says; reply_log: the log of all of them
+curation      which replies become rows; filtering: by similarity (rouge), language, length; split: which are held out
+outputs       the files made from it, with preview, card and push
+make_dataset  ties these together; job: the asking; batch_api: through OpenAI's Batch API; display: how far it is
 """

@@ -12,10 +12,11 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from tunewright.datagen.budget import BudgetSpent
-from tunewright.datagen.curation import Harvest
-from tunewright.datagen.grid import Cell, digest, schema_of
+from tunewright.datagen.curation import Curation
+from tunewright.datagen.grid import Cell, digest
+from tunewright.datagen.prompts import schema_of
 from tunewright.datagen.provider import Ask, Provider, as_usage, client_of
-from tunewright.datagen.replies import Record, ReplyLog
+from tunewright.datagen.reply_log import Record, ReplyLog
 from tunewright.datagen.settings import DatagenConfig, Endpoint
 from tunewright.errors import ConfigError, PeerError, Preempted
 
@@ -39,7 +40,7 @@ class Batches:
         self._config, self._endpoint, self._provider, self._log, self._say = config, endpoint, provider, log, say
         self._client = client_of(endpoint, config.timeout)
 
-    async def run(self, harvest: Harvest, preflight: Callable[[Cell], Awaitable[None]]) -> None:
+    async def run(self, curation: Curation, preflight: Callable[[Cell], Awaitable[None]]) -> None:
         """Collect the batches that are done and submit what is missing then, the first one not in the batch.
 
         Raises:
@@ -50,11 +51,11 @@ class Batches:
         url = self._endpoint.base_url
         try:
             await self._find_unsure()
-            if await self._collect(harvest):
+            if await self._collect(curation):
                 raise Preempted("The batch is not done yet; the same command looks again.")
             self._provider.budget.count([*self._log.replies(), *self._log.orphans])
-            harvest.advance(self._log)
-            waiting = [] if harvest.full else _missing(harvest, self._log)
+            curation.advance(self._log)
+            waiting = [] if curation.full else _missing(curation, self._log)
             if waiting and not self._provider.negotiated:
                 await preflight(waiting.pop(0))  # what the server accepts
             if waiting:
@@ -136,7 +137,7 @@ class Batches:
         submitted = self._log.records[f"submit-{number}"]
         self._log.append({**submitted, "worst_case": None, **changed})
 
-    async def _collect(self, harvest: Harvest) -> bool:
+    async def _collect(self, curation: Curation) -> bool:
         """Put the replies of batches into the log; true when one is still under way."""
         under_way, refused = False, None
         for key in [key for key in self._log.records if key.startswith("batch-")]:
@@ -154,7 +155,7 @@ class Batches:
             # An expired or cancelled batch has the replies that were made, and bills them.
             for file in filter(None, (batch.output_file_id, batch.error_file_id)):
                 for line in (await self._client.files.content(file)).text.splitlines():
-                    self._take(line, cells, harvest)
+                    self._take(line, cells, curation)
             # What it did not answer is missing still.
             self._log.append({"id": f"done-{number}", "status": batch.status})
             self._settle(number)
@@ -165,7 +166,7 @@ class Batches:
             raise ConfigError(f"{self._endpoint.base_url} refuses the batch: {words}")
         return under_way
 
-    def _take(self, text: str, cells: dict[str, Any], harvest: Harvest) -> None:
+    def _take(self, text: str, cells: dict[str, Any], curation: Curation) -> None:
         try:
             line = json.loads(text)
             key, response = line["custom_id"], line.get("response") or {}
@@ -173,7 +174,7 @@ class Batches:
             if key not in cells or key in self._log.records:
                 return
             if response.get("status_code") == 200 and isinstance(body.get("choices"), list):
-                cell = harvest.cell_at(cells[key]["index"])
+                cell = curation.cell_at(cells[key]["index"])
                 ask = Ask(cell.request() if cell else [], key, schema_of(self._config))
                 record: Record = self._provider.record(ChatCompletion.construct(**body), ask, batch=True)
                 self._log.append({**cells[key], **record, "batch": True})
@@ -185,11 +186,11 @@ class Batches:
         self._log.append({**cells[key], "error": self._endpoint.scrub(str(reason))[:300]})
 
 
-def _missing(harvest: Harvest, log: ReplyLog) -> list[Cell]:
-    wanted = min(math.ceil(SPARE * (harvest.config.examples - len(harvest.rows))), MOST)
+def _missing(curation: Curation, log: ReplyLog) -> list[Cell]:
+    wanted = min(math.ceil(SPARE * (curation.config.examples - len(curation.rows))), MOST)
     found: list[Cell] = []
-    index = harvest.next
-    while len(found) < wanted and (cell := harvest.cell_at(index)) is not None:
+    index = curation.next
+    while len(found) < wanted and (cell := curation.cell_at(index)) is not None:
         if cell.id not in log.records:
             found.append(cell)
         index += 1

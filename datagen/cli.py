@@ -46,10 +46,10 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_settings([*args.overrides, *([f"push={args.push}"] if args.push else [])])
     endpoint = find_endpoint(config)
-    from tunewright.datagen.make_dataset import generate
+    from tunewright.datagen.make_dataset import make_dataset
 
     try:
-        return generate(config, endpoint, dry_run=args.dry_run, plan_only=args.plan_only, say=_say)
+        return make_dataset(config, endpoint, dry_run=args.dry_run, plan_only=args.plan_only, say=_say)
     except KeyboardInterrupt:
         command = endpoint.scrub(shlex.join(["tunewright", "datagen", *args.overrides]))
         print(f"Stopped. Every reply so far is kept; this continues it:\n  {command}", file=sys.stderr)

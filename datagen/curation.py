@@ -1,4 +1,4 @@
-"""What a log holds: rows and rejects, in the order of the cells. A pure function of log, settings, plan and sources."""
+"""Which replies of a log become rows, in the order of the cells. A pure function of log, settings, plan and sources."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunewright.datagen.documents import Chunk
-from tunewright.datagen.filtering import Rules, Selector
-from tunewright.datagen.grid import Cell, cell, cell_count, digest, score_prompt, sequential_cell
+from tunewright.datagen.filtering import Filter, Rules
+from tunewright.datagen.grid import Cell, cell, cell_count, digest, sequential_cell
 from tunewright.datagen.plan import Plan
 from tunewright.datagen.preview import Rejected
-from tunewright.datagen.replies import Record, ReplyLog, Row, row_of, score_of
+from tunewright.datagen.prompts import score_prompt
+from tunewright.datagen.replies import Row, row_of, score_of
+from tunewright.datagen.reply_log import Record, ReplyLog
 from tunewright.datagen.settings import DatagenConfig, Mode
 
 REJECTS_SHOWN = 200  # kept for the preview
 
 
 @dataclass
-class Harvest:
+class Curation:
     """Rows in the order of their cells, as far as the log goes without a gap.
 
     Whether a row is a near-copy depends on those before it, so the order is the cells' and not that of arrival: a run
@@ -43,7 +45,7 @@ class Harvest:
         self._cells: dict[int, Cell] = {}
         self._last = cell_count(config)
         rules = Rules(config.similarity, config.language, config.min_output, config.max_output)
-        self._selector = Selector(rules)
+        self._filter = Filter(rules)
 
     @property
     def full(self) -> bool:
@@ -121,7 +123,7 @@ class Harvest:
             self.scores[score] += 1
             if score < threshold:
                 return f"score below {threshold}"
-        return self._selector.take(row)
+        return self._filter.take(row)
 
     def reasons(self) -> str:
         return ", ".join(f"{reason} {count}" for reason, count in self.rejects.most_common()) or "none"

@@ -1,4 +1,4 @@
-"""Which rows are kept: no duplicates, nothing close to what is there, the right language and length.
+"""Which rows pass: no duplicates, nothing close to what is there, the right language and length.
 
 Rows are offered in a fixed order, so what is kept follows from the rows alone.
 """
@@ -45,7 +45,7 @@ class Rules:
     max_output: int | None = None
 
 
-class Selector:
+class Filter:
     """Takes rows one after the other and remembers what it took.
 
     Raises:

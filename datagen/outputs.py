@@ -11,12 +11,12 @@ from typing import Any
 from tunewright import __version__
 from tunewright.datagen.budget import Budget
 from tunewright.datagen.card import card
-from tunewright.datagen.curation import Harvest
-from tunewright.datagen.grid import PROMPTS_VERSION
-from tunewright.datagen.plan import Plan
+from tunewright.datagen.curation import Curation
 from tunewright.datagen.preview import preview_page
-from tunewright.datagen.replies import ReplyLog, Row, scrubbed
-from tunewright.datagen.settings import DatagenConfig, Endpoint, Format, as_plain, prices
+from tunewright.datagen.prompts import PROMPTS_VERSION
+from tunewright.datagen.replies import Row
+from tunewright.datagen.reply_log import ReplyLog, scrubbed
+from tunewright.datagen.settings import Endpoint, Format, as_plain, prices
 from tunewright.datagen.split import split
 from tunewright.errors import ConfigError, DataError
 from tunewright.files import write_json, write_text
@@ -70,16 +70,15 @@ class Written:
     highest: float  # similarity of a row to train on and one held out
 
 
-def write_outputs(
-    files: Files, config: DatagenConfig, endpoint: Endpoint, plan: Plan, harvest: Harvest, log: ReplyLog, budget: Budget
-) -> Written:
+def write_outputs(files: Files, curation: Curation, endpoint: Endpoint, log: ReplyLog, budget: Budget) -> Written:
     """Write every file.
 
     Raises:
         DataError: a row to train on and one held out are alike after all.
     """
+    config, plan = curation.config, curation.plan
     # The log has no key in it, but may have one in an escaped form that is plain here.
-    rows_kept: list[Row] = scrubbed(harvest.rows, endpoint.scrub)
+    rows_kept: list[Row] = scrubbed(curation.rows, endpoint.scrub)
     dealt = split(rows_kept, config.eval_share, config.seed, config.similarity)
     if dealt.test and dealt.highest >= config.similarity:
         raise DataError(f"Rows {dealt.pair} of training and held-out data are alike ({dealt.highest:.2f}).")
@@ -100,12 +99,12 @@ def write_outputs(
                 registry.pop(name, None)
     if not test:  # after the registry, which may have named it
         files.eval_rows.unlink(missing_ok=True)
-    manifest = _manifest(files, config, endpoint, plan, harvest, log, budget)
+    manifest = _manifest(files, curation, endpoint, log, budget)
     manifest["counts"] |= {"train": len(train), "eval": len(test)}
     manifest["similarity"] = {"highest_train_test": dealt.highest, "pair": list(dealt.pair) if dealt.pair else None}
     write_json(files.manifest, manifest)
     write_text(files.card, card(manifest, train))
-    write_text(files.preview, preview_page(manifest, train, test, harvest.rejected))
+    write_text(files.preview, preview_page(manifest, train, test, curation.rejected))
     return Written(train, test, dealt.highest)
 
 
@@ -132,9 +131,8 @@ def entry(path: Path, shape: Format, rows: list[Row]) -> dict[str, Any]:
     return {"file_name": path.name, "columns": columns}
 
 
-def _manifest(
-    files: Files, config: DatagenConfig, endpoint: Endpoint, plan: Plan, harvest: Harvest, log: ReplyLog, budget: Budget
-) -> dict[str, Any]:
+def _manifest(files: Files, curation: Curation, endpoint: Endpoint, log: ReplyLog, budget: Budget) -> dict[str, Any]:
+    config, plan = curation.config, curation.plan
     tokens_in, tokens_out = log.spent()
     known = prices(config)
     return {
@@ -142,19 +140,19 @@ def _manifest(
         "settings": {**as_plain(config), "base_url": endpoint.base_url},
         "plan": asdict(plan),
         "system_message": plan.system,
-        "sources": sorted({f"{chunk.file}#{chunk.number} {chunk.digest}" for chunk in harvest.chunks}),
+        "sources": sorted({f"{chunk.file}#{chunk.number} {chunk.digest}" for chunk in curation.chunks}),
         "prompts_version": PROMPTS_VERSION,
         "versions": {"tunewright": __version__, "openai": version("openai")},
         "models": sorted({str(record["model"]) for record in log.records.values() if record.get("model")}),
         "counts": {
             "asked_for": config.examples,
-            "accepted": len(harvest.rows),
-            "replies": harvest.replies,
+            "accepted": len(curation.rows),
+            "replies": curation.replies,
             "requests": log.requests(),
         },
-        "rejects": dict(sorted(harvest.rejects.items())),
-        "yield": {topic: dict(counts) for topic, counts in sorted(harvest.by_topic.items())},
-        "scores": {str(score): count for score, count in sorted(harvest.scores.items())},
+        "rejects": dict(sorted(curation.rejects.items())),
+        "yield": {topic: dict(counts) for topic, counts in sorted(curation.by_topic.items())},
+        "scores": {str(score): count for score, count in sorted(curation.scores.items())},
         "usage": {"prompt_tokens": tokens_in, "completion_tokens": tokens_out},
         "cost": {
             "usd": sum(map(budget.cost, log.replies())) if known else None,

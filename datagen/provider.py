@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import openai
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
 from tunewright.datagen.budget import Budget, Reservation
 from tunewright.datagen.grid import Message
 from tunewright.datagen.limiter import Limiter
-from tunewright.datagen.replies import ReplyLog
+from tunewright.datagen.reply_log import ReplyLog
 from tunewright.datagen.settings import DatagenConfig, Endpoint
 from tunewright.errors import ConfigError, PeerError
 
 ATTEMPTS = 8
 HURRIED = 40  # refusals for haste until a request is given up
 LONGEST_WAIT = 300.0
+BACKOFF = wait_exponential(0.5, max=30) + wait_random(0, 0.25)
 TOOL = "write"
 TOO_LONG = re.compile(r"context.{0,20}(length|size|window)", re.IGNORECASE)
 # From strict to none: a server that refuses one is asked with the next. Whatever it accepts, replies are checked here,
@@ -30,6 +31,15 @@ LADDER = ("json_schema", "tool", "json_object", "plain")
 
 class RequestFailed(PeerError):
     """This request got no reply; another one may."""
+
+
+@dataclass(eq=False)
+class _NoReply(Exception):
+    """A request is worth to be sent again, after `wait` seconds where the server said how many."""
+
+    reason: str
+    wait: float | None = None
+    connected: bool = True
 
 
 @dataclass
@@ -78,68 +88,88 @@ class Provider:
             Stopped: nothing may be sent any more.
             ConfigError, PeerError: no request can succeed (key, model, quota).
         """
-        while True:
-            wait, connected = None, True
-            async with self.limiter.slot():
-                body, held = self.body(request), self.worst_case(request)
-                self.budget.reserve(held)
-                request.tries += 1
-                lost = (request.unknown + 1) * held.tokens_in, (request.unknown + 1) * held.tokens_out
-                self._log.note_sent(request.key, as_usage(*lost), request.tries, **request.marks)
-                try:
-                    # The client checks what is no extra of the body part by part, which takes longer than all the rest.
-                    rest = {key: value for key, value in body.items() if key not in ("model", "messages")}
-                    creating = self._client.chat.completions.with_raw_response.create(
-                        model=body["model"], messages=body["messages"], extra_body=rest
-                    )
-                    raw = await asyncio.wait_for(creating, self._config.timeout)
-                    reply = raw.parse()
-                except asyncio.CancelledError:
-                    self._lost(request, held)
-                    raise
-                except openai.APIStatusError as error:
-                    self.budget.settle(held, 0, 0)  # a refused request is not billed
-                    self._alive = True
-                    reason = f"HTTP {error.status_code}: {self._words(error)}"
-                    self._check_fatal(error, reason, request)
-                    if self._adapt(error, request):
-                        continue
-                    if error.status_code < 500 and error.status_code not in (408, 409, 429):
-                        if request.schema and self.negotiated:
-                            raise RequestFailed(reason) from error
-                        raise ConfigError(f"{self._endpoint.base_url} refuses the request, {reason}") from error
-                    wait = _retry_after(error.response.headers)
-                    if wait is not None or error.status_code in (429, 503):
-                        self.limiter.refused(wait if wait is not None and wait <= LONGEST_WAIT else None)
-                    if error.status_code == 429:
-                        request.hurried += 1
-                except (openai.APITimeoutError, asyncio.TimeoutError):
-                    self._lost(request, held)
-                    reason = f"no reply within {self._config.timeout:g} s"
-                except openai.APIConnectionError as error:
-                    self._lost(request, held)
-                    reason, connected = f"cannot connect ({type(error.__cause__).__name__})", False
-                except (openai.APIResponseValidationError, ValueError):
-                    self._lost(request, held)
-                    reason = "the reply is not JSON"
-                else:
-                    if isinstance(getattr(reply, "choices", None), list):
-                        self._alive, self.negotiated = True, self.negotiated or request.schema is not None
-                        self.limiter.answered(raw.headers)
-                        record = self.record(reply, request)
-                        usage = record.get("usage") or {}
-                        self.budget.settle(held, usage.get("prompt_tokens"), usage.get("completion_tokens"))
-                        return record
-                    self._lost(request, held)
-                    reason = "the reply is not a chat completion"
-            # Being told to slow down is no failure of the request: it may happen many times.
-            failed = request.tries - request.hurried
-            if failed >= (ATTEMPTS if connected or self._alive else 3) or request.hurried >= HURRIED:
-                raise RequestFailed(f"{self._endpoint.base_url}: {reason}, tried {request.tries} times.")
-            if wait is not None and wait > LONGEST_WAIT:
-                raise PeerError(f"{self._endpoint.base_url} asks to wait {wait:.0f} s. The same command continues.")
-            if wait is None:
-                await self.limiter.pause(_backoff(failed or request.hurried))
+        asking = AsyncRetrying(
+            retry=retry_if_exception_type(_NoReply),
+            stop=self._is_enough(request),
+            wait=_wait,
+            sleep=self.limiter.pause,
+            reraise=True,
+        )
+        try:
+            return await asking(self._try, request)
+        except _NoReply as error:
+            raise RequestFailed(f"{self._endpoint.base_url}: {error.reason}, tried {request.tries} times.") from error
+
+    def _is_enough(self, request: Ask) -> Callable[[RetryCallState], bool]:
+        """Being told to slow down is no failure of a request, and may happen many times."""
+
+        def enough(state: RetryCallState) -> bool:
+            connected = self._alive or _no_reply(state).connected
+            return request.tries - request.hurried >= (ATTEMPTS if connected else 3) or request.hurried >= HURRIED
+
+        return enough
+
+    async def _try(self, request: Ask) -> dict[str, Any]:
+        """Send a request once, or again at once where only its form was refused.
+
+        Raises:
+            _NoReply: it is worth to try again.
+        """
+        async with self.limiter.slot():
+            body, held = self.body(request), self.worst_case(request)
+            self.budget.reserve(held)
+            request.tries += 1
+            lost = (request.unknown + 1) * held.tokens_in, (request.unknown + 1) * held.tokens_out
+            self._log.note_sent(request.key, as_usage(*lost), request.tries, **request.marks)
+            try:
+                # The client checks what is no extra of the body part by part, which takes longer than all the rest.
+                rest = {key: value for key, value in body.items() if key not in ("model", "messages")}
+                creating = self._client.chat.completions.with_raw_response.create(
+                    model=body["model"], messages=body["messages"], extra_body=rest
+                )
+                raw = await asyncio.wait_for(creating, self._config.timeout)
+                reply = raw.parse()
+            except openai.APIStatusError as error:
+                self.budget.settle(held, 0, 0)  # a refused request is not billed
+                self._alive = True
+                raise self._refusal(error, request) from error
+            except BaseException as error:
+                self._lost(request, held)
+                if isinstance(error, (openai.APITimeoutError, asyncio.TimeoutError)):
+                    raise _NoReply(f"no reply within {self._config.timeout:g} s") from error
+                if isinstance(error, openai.APIConnectionError):
+                    reason = f"cannot connect ({type(error.__cause__).__name__})"
+                    raise _NoReply(reason, connected=False) from error
+                if isinstance(error, (openai.APIResponseValidationError, ValueError)):
+                    raise _NoReply("the reply is not JSON") from error
+                raise
+            if not isinstance(getattr(reply, "choices", None), list):
+                self._lost(request, held)
+                raise _NoReply("the reply is not a chat completion")
+            self._alive, self.negotiated = True, self.negotiated or request.schema is not None
+            self.limiter.answered(raw.headers)
+            record = self.record(reply, request)
+            usage = record.get("usage") or {}
+            self.budget.settle(held, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+            return record
+
+    def _refusal(self, error: openai.APIStatusError, request: Ask) -> Exception:
+        """Return what a refusal means: nothing more to be asked, not this request, or again, and when."""
+        url, status = self._endpoint.base_url, error.status_code
+        reason = f"HTTP {status}: {self._words(error)}"
+        self._check_fatal(error, reason, request)
+        if self._adapt(error, request):
+            return _NoReply(reason, wait=0)
+        if status < 500 and status not in (408, 409, 429):
+            settled = request.schema and self.negotiated
+            return RequestFailed(reason) if settled else ConfigError(f"{url} refuses the request, {reason}")
+        wait = _retry_after(error.response.headers)
+        if wait is not None and wait > LONGEST_WAIT:
+            return PeerError(f"{url} asks to wait {wait:.0f} s. The same command continues.")
+        if wait is not None or status in (429, 503):
+            self.limiter.refused(wait)
+        request.hurried += status == 429
+        return _NoReply(reason, wait=None if wait is None else 0)  # the limiter holds it back
 
     def _lost(self, request: Ask, held: Reservation) -> None:
         """Count a try that may have been billed at its worst."""
@@ -254,8 +284,15 @@ def as_usage(tokens_in: int, tokens_out: int) -> dict[str, int]:
     return {"prompt_tokens": tokens_in, "completion_tokens": tokens_out}
 
 
-def _backoff(attempt: int) -> float:
-    return min(30.0, 0.5 * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25)
+def _no_reply(state: RetryCallState) -> _NoReply:
+    error = state.outcome.exception() if state.outcome else None
+    assert isinstance(error, _NoReply)
+    return error
+
+
+def _wait(state: RetryCallState) -> float:
+    wait = _no_reply(state).wait
+    return BACKOFF(state) if wait is None else wait
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

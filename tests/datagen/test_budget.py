@@ -101,7 +101,7 @@ def test_dropped_by_ctrl_c_counts_too(serve: Any, fake: Any, datagen: Any, tmp_p
 
 
 def test_repeated_requests_count(serve: Any, fake: Any, datagen: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("tunewright.datagen.provider._backoff", lambda attempt: 0.01)
+    monkeypatch.setattr("tunewright.datagen.provider.BACKOFF", lambda state: 0.01)
     server = serve(lambda asked: fake.Reply(status=500) if asked.cell == 0 else None)
     code, _ = datagen(*fake.settings(server, tmp_path, budget__requests=9, concurrency=1))
     assert (code, len(server.asked)) == (3, 9)

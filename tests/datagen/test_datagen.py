@@ -254,7 +254,7 @@ def test_a_fatal_refusal_stops_after_one_request_without_naming_the_key(
 def test_a_server_that_dies_is_said_so_and_nothing_is_lost(
     serve: Any, fake: Any, datagen: RunDatagen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunewright.datagen.provider._backoff", lambda attempt: 0.01)
+    monkeypatch.setattr("tunewright.datagen.provider.BACKOFF", lambda state: 0.01)
     dead = True
     server = serve(lambda asked: fake.Reply(status=503) if dead and (asked.cell or 0) >= 6 else None)
     code, text = datagen(*settings(server, tmp_path))

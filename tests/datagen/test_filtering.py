@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunewright.datagen.filtering import Row, Rules, Selector
+from tunewright.datagen.filtering import Filter, Row, Rules
 from tunewright.datagen.rouge import Coder, Index, rouge_l, tokens
 from tunewright.errors import ConfigError
 
@@ -48,8 +48,8 @@ def row(instruction: str, given: str = "", output: str = "An answer.", **more: o
 
 
 def verdicts(rows: list[Row], **rules: Any) -> list[str | None]:
-    selector = Selector(Rules(**rules))
-    return [selector.take(item) for item in rows]
+    row_filter = Filter(Rules(**rules))
+    return [row_filter.take(item) for item in rows]
 
 
 @given(WORDS, WORDS)

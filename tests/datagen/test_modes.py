@@ -230,7 +230,7 @@ def test_other_rules_need_no_other_requests(serve: Any, fake: Any, datagen: Any,
 def test_a_reply_that_builds_on_a_missing_one_is_kept(
     serve: Any, fake: Any, datagen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunewright.datagen.provider._backoff", lambda attempt: 0.001)
+    monkeypatch.setattr("tunewright.datagen.provider.BACKOFF", lambda state: 0.001)
     bad = {"on": True}
 
     def script(asked: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tunewright.datagen.filtering import opening, prompt_tokens
-from tunewright.datagen.replies import ReplyLog
+from tunewright.datagen.reply_log import ReplyLog
 from tunewright.datagen.rouge import rouge_l
 from tunewright.registry import read_registry
 

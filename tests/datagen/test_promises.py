@@ -84,7 +84,7 @@ def test_a_traceback_and_a_debug_log_hold_no_key(
     serve: Any, fake: Any, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_LOG", "debug")
-    bug = "import tunewright.datagen.curation as h\ndef no(*a): raise RuntimeError('a bug')\nh.Harvest._take = no"
+    bug = "import tunewright.datagen.curation as h\ndef no(*a): raise RuntimeError('a bug')\nh.Curation._take = no"
     process = fake.start(serve(), tmp_path, bug)
     text = process.communicate(timeout=30)[0]
     assert "a bug" in text

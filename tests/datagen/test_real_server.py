@@ -18,8 +18,9 @@ from typing import Any
 import openai
 import pytest
 
-from tunewright.datagen.grid import cell, score_prompt
+from tunewright.datagen.grid import cell
 from tunewright.datagen.plan import Plan, plan_prompt
+from tunewright.datagen.prompts import score_prompt
 from tunewright.datagen.settings import load_settings
 
 TASK = "Answer questions about everyday things in one sentence. 也可以用中文提问。"
