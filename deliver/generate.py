@@ -15,8 +15,8 @@ from peft import PeftModel
 from tunewright.config.compose import load_config
 from tunewright.errors import ConfigError
 from tunewright.run_folder import RunDir
-from tunewright.trainer.checkpoints import learns_prompt
 from tunewright.trainer.data.render import Renderer
+from tunewright.trainer.methods.prompt_learning import learns_prompt
 from tunewright.trainer.model.load import load_model, load_tokenizer, quiet_libraries, stop_tokens, torch_dtype
 from tunewright.trainer.model.tokenizer import stop_ids
 from tunewright.trust import check_code, check_ours

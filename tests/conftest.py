@@ -60,13 +60,6 @@ def train(tunewright: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
     return run
 
 
-class Quiet:
-    """A console for runs inside a test."""
-
-    def say(self, text: str) -> None:
-        pass
-
-
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """The folder of the embedded model, built on first use."""
@@ -90,6 +83,7 @@ def train_here(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     """Train on one device in this process, and return the run folder."""
     from accelerate import PartialState
 
+    from tunewright.trainer.console import Printer
     from tunewright.trainer.training import train
 
     root = tmp_path_factory.mktemp("here")
@@ -100,7 +94,7 @@ def train_here(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
         folder = RunDir(root / name)
         prepare_folder(config, Claim(folder, checkpoint))
         prepared = prepare(config, lambda line: None)
-        train(config, folder, prepared.cache, prepared.model_path, PartialState(cpu=True), Quiet(), checkpoint)
+        train(config, folder, prepared, PartialState(cpu=True), Printer(lambda line: None), checkpoint)
         return folder.path
 
     return run

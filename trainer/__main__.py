@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
             state = state or join(config.strategy.launcher.name, config.train.timeout_minutes, console.say)
             from tunewright.trainer.training import train
 
-        train(config, run, prepared.cache, prepared.model_path, state, console, claimed.checkpoint)
+        train(config, run, prepared, state, console, claimed.checkpoint)
         state.destroy_process_group()
     # At the interpreter's own end a rank over gloo aborts now and then (torch 2.13), and a finished run would count as
     # failed.

@@ -1,17 +1,19 @@
-"""What the user sees of a rank: the lines of the first one, and the error that ended any of them."""
+"""What the user sees of a training: the lines of its first rank, and the error that ended any of them."""
 
 from __future__ import annotations
 
 import faulthandler
+import io
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 from tunewright.errors import PeerError, TunewrightError
 from tunewright.ranks import launched, rank
@@ -20,8 +22,40 @@ from tunewright.redaction import redact
 PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out waiting")
 
 
+class Output(Protocol):
+    """Where a training tells how it goes."""
+
+    @property
+    def stream(self) -> TextIO:
+        """Where a progress bar is drawn, if that is a terminal."""
+
+    def say(self, text: str) -> None:
+        """Show a line to the user, from the first rank only, and keep it in the log."""
+
+    def log(self, text: str) -> None:
+        """Keep a line in the log, where there is one."""
+
+
+class Printer:
+    """The output of a training in the caller's own process, a notebook's for example: lines are printed.
+
+    Args:
+        write: takes the lines in place of `print`; then there is no bar.
+    """
+
+    def __init__(self, write: Callable[[str], object] | None = None) -> None:
+        self._write = write or partial(print, flush=True)
+        self.stream: TextIO = io.StringIO() if write else sys.stdout
+
+    def say(self, text: str) -> None:
+        self._write(redact(text))
+
+    def log(self, text: str) -> None:
+        pass
+
+
 class Console:
-    """What the user sees of a rank: the first rank speaks, everything else goes to logs/rankN.log."""
+    """The output of a rank: the first rank speaks, everything else goes to logs/rankN.log."""
 
     def __init__(self, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
@@ -37,14 +71,19 @@ class Console:
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         faulthandler.enable()
 
+    @property
+    def stream(self) -> TextIO:
+        return self._terminal if rank() == 0 else sys.stdout
+
     def say(self, text: str) -> None:
-        """Show a line to the user, from the first rank only, and keep it in the log."""
-        text = redact(text)
-        print(text)
+        self.log(text)
         if rank() == 0:
             # Nobody reads any more (`| head`): the log has the line.
             with suppress(BrokenPipeError):
-                print(text, file=self._terminal, flush=True)
+                print(redact(text), file=self._terminal, flush=True)
+
+    def log(self, text: str) -> None:
+        print(redact(text))
 
     def fail(self, text: str) -> None:
         """Show a failure of any rank, unless a launcher does it for all of them."""

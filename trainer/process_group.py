@@ -1,7 +1,7 @@
-"""How a rank joins the others.
+"""How ranks join, and what they tell each other.
 
-What was asked for and what was started are compared here: today's versions train on one process, or without ZeRO,
-without a word when the environment is not exactly right on a CPU machine.
+The group is made here, because today's versions train on one process, or without ZeRO, without a word when the
+environment is not exactly right on a CPU machine.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from tunewright.errors import ConfigError, PeerError
 from tunewright.ranks import rank, world_size
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
 
 PATIENCE = 15.0  # seconds between two lines that say for whom a rank waits
@@ -152,3 +153,15 @@ def _skip_shared_memory_kernel() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def all_gather(values: Sequence[float], device: torch.device) -> list[list[float]]:
+    """Return one list of values for each rank; every rank has to call it, with as many of them."""
+    import torch
+
+    if not torch.distributed.is_initialized():
+        return [list(values)]
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everyone, mine)
+    return [tensor.tolist() for tensor in everyone]

@@ -1,4 +1,4 @@
-"""What a run says about its speed and memory: real tokens per second, MFU, peak memory.
+"""What a run says about its speed: real tokens per second and MFU.
 
 MFU = FLOPs that the method needs per token x tokens per second / the device's peak. A matmul weight costs 2 FLOPs per
 token forward, 2 for the gradient of its input and 2 for its own gradient; a frozen weight has no gradient of its own:
@@ -7,15 +7,16 @@ token forward, 2 for the gradient of its input and 2 for its own gradient; a fro
 
 from __future__ import annotations
 
-import os
-import platform
-import resource
+import math
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
+
+from tunewright.trainer.hardware import device_peak_flops, peak_memory
+from tunewright.trainer.process_group import all_gather
 
 
 @dataclass(frozen=True)
@@ -43,130 +44,70 @@ def matmul_parameters(model: torch.nn.Module) -> MatmulParameters:
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
     body = {True: 0, False: 0}
     for parameter in model.parameters():
-        if parameter is not embedding and parameter is not head and _dimensions(parameter) >= 2:
-            body[parameter.requires_grad] += _count(parameter)
+        shape = _shape(parameter)
+        if parameter is not embedding and parameter is not head and len(shape) >= 2:
+            body[parameter.requires_grad] += math.prod(shape)
     heads = {True: 0, False: 0}
-    heads[head.requires_grad] = _count(head)
+    heads[head.requires_grad] = math.prod(_shape(head))
     return MatmulParameters(body[False], body[True], heads[False], heads[True])
 
 
-def _dimensions(parameter: torch.nn.Parameter) -> int:
+def _shape(parameter: Any) -> torch.Size:
+    """Return a weight's own shape, also of one in 4 bits (two in a byte) or split by ZeRO-3."""
     quant_state = getattr(parameter, "quant_state", None)
-    if quant_state is not None:
-        return len(quant_state.shape)
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    return torch.Size(quant_state.shape if quant_state is not None else getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _count(parameter: torch.nn.Parameter) -> int:
-    quant_state = getattr(parameter, "quant_state", None)
-    if quant_state is not None:  # 4-bit: two weights in a byte
-        return int(torch.Size(quant_state.shape).numel())
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+class Meter(TrainerCallback):
+    """Tokens, seconds and losses of this rank's training steps, without the time that evaluation and saving take.
 
-
-def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return the device's peak in FLOP/s: of a GPU from TRL's table, of a CPU rank measured on a large matmul.
-
-    None for a GPU that the table does not have.
+    The trainer says when a step begins, and calls back when it ends.
     """
-    if device.type == "cuda":
-        from trl.trainer.utils import get_peak_flops
 
-        return get_peak_flops(torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."))
-    size = 1024
-    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes this rank has held: reserved on its GPU, or resident in host memory for a CPU rank."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_reserved(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
-@dataclass
-class Meter:
-    """Tokens, seconds and losses of training steps, without the time that evaluation and saving take."""
-
-    tokens: int = 0
-    scored: int = 0
-    seconds: float = 0.0
-    total_tokens: int = 0
-    total_scored: int = 0
-    total_seconds: float = 0.0
-    losses: list[torch.Tensor] = field(default_factory=list, repr=False)  # of each step, this rank's
-    logged_losses: list[float] = field(
-        default_factory=list, repr=False
-    )  # of each step of the last log line, all ranks'
-    _loss: torch.Tensor | None = field(default=None, repr=False)
-    _started: float | None = field(default=None, repr=False)
+    def __init__(self, model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.matmuls = matmul_parameters(model)
+        peaks = all_gather([device_peak_flops(device, dtype) or math.nan], device)
+        self.peak_flops = sum(peak for (peak,) in peaks)  # of all ranks together; not a number when one is unknown
+        self.tokens, self.scored, self.seconds = 0, 0, 0.0  # since the last log line
+        self.step_losses: list[float] = []  # of each step of the last log line, over all ranks
+        self._losses: list[torch.Tensor] = []  # of each step since then, this rank's
+        self._loss: torch.Tensor | None = None
+        self._started: float | None = None
 
     def start_step(self) -> None:
         self._started = time.perf_counter()
 
-    def end_step(self) -> None:
-        if self._started is not None:
-            self.seconds += time.perf_counter() - self._started
-            self._started = None
-        if self._loss is not None:
-            self.losses.append(self._loss)
-            self._loss = None
+    def add_tokens(self, tokens: int, scored: int) -> None:
+        self.tokens += tokens
+        self.scored += scored
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's loss to that of its step; nothing waits for the device."""
         self._loss = loss.clone() if self._loss is None else self._loss + loss
 
-    def take_losses(self) -> list[float]:
-        """Return this rank's loss of each step since the last call."""
-        taken = torch.stack(self.losses).double().tolist() if self.losses else []
-        self.losses = []
-        return taken
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._started is not None:
+            self.seconds += time.perf_counter() - self._started
+            self._started = None
+        if self._loss is not None:
+            self._losses.append(self._loss)
+            self._loss = None
 
-    def add(self, tokens: int, scored: int) -> None:
-        self.tokens += tokens
-        self.scored += scored
-
-    def take(self) -> tuple[int, int, float]:
-        """Return (tokens, scored tokens, seconds) since the last call."""
-        taken = self.tokens, self.scored, self.seconds
-        self.total_tokens += self.tokens
-        self.total_scored += self.scored
-        self.total_seconds += self.seconds
-        self.tokens, self.scored, self.seconds = 0, 0, 0.0
-        return taken
-
-
-def over_ranks(values: list[float], device: torch.device) -> list[list[float]]:
-    """Return one list of values for each rank; every rank has to call it."""
-    if not torch.distributed.is_initialized():
-        return [values]
-    mine = torch.tensor(values, dtype=torch.float64, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(everyone, mine)
-    return [tensor.tolist() for tensor in everyone]
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """Return what the manifest says about the device of the first rank."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return {
-        "device_name": name,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads_per_rank": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-    }
+    def take(self) -> dict[str, float]:
+        """Return speed and memory of all ranks since the last log line. Every rank has to call it."""
+        losses = torch.stack(self._losses).double().tolist() if self._losses else []
+        self.step_losses = [sum(step) / len(step) for step in zip(*all_gather(losses, self.device), strict=True)]
+        mine = [self.tokens, self.scored, self.seconds, peak_memory(self.device)]
+        tokens, scored, seconds, memory = zip(*all_gather(mine, self.device), strict=True)
+        self.tokens, self.scored, self.seconds, self._losses = 0, 0, 0.0, []
+        elapsed = max(seconds) or math.inf
+        figures = {
+            "tokens_per_second": sum(tokens) / elapsed,
+            "peak_memory_bytes": max(memory),
+            "step_seconds": elapsed,
+            "step_tokens": sum(tokens),
+        }
+        if math.isfinite(self.peak_flops):
+            figures["mfu"] = self.matmuls.flops(int(sum(tokens)), int(sum(scored))) / elapsed / self.peak_flops
+        return figures

@@ -42,7 +42,7 @@ def attention_by_document() -> None:
 
 
 def memory_of_the_device() -> None:
-    """trainer/throughput.py, gradient_checkpointing.py and the kit."""
+    """trainer/hardware.py, trainer/model/gradient_checkpointing.py and the kit."""
     bind(torch.cuda.mem_get_info, 1)
     for name in ("memory_reserved", "memory_allocated", "max_memory_reserved", "max_memory_allocated"):
         bind(getattr(torch.cuda, name), 1)
@@ -52,7 +52,7 @@ def memory_of_the_device() -> None:
 
 
 def peak_of_the_device() -> None:
-    """trainer/throughput.py: TRL knows the FLOP/s of GPUs by name and format."""
+    """trainer/hardware.py: TRL knows the FLOP/s of GPUs by name and format."""
     from trl.trainer.utils import get_peak_flops
 
     assert get_peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") > 5e14
@@ -60,7 +60,7 @@ def peak_of_the_device() -> None:
 
 
 def fused_head() -> None:
-    """trainer/sft_trainer.py: TRL's head and cross-entropy in one, which the GPU path calls; here on the CPU."""
+    """trainer/loss.py: TRL's head and cross-entropy in one, which the GPU path calls; here on the CPU."""
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
     from trl import SFTConfig, SFTTrainer

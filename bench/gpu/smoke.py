@@ -89,6 +89,7 @@ def losses(overrides: list[str], device: torch.device, model: Path, folder: Path
     from tunewright.launch.train import check_all
     from tunewright.plan.devices import Devices
     from tunewright.run_folder import Claim, RunDir, prepare_folder
+    from tunewright.trainer.console import Printer
     from tunewright.trainer.training import train
 
     forget()
@@ -102,14 +103,9 @@ def losses(overrides: list[str], device: torch.device, model: Path, folder: Path
     prepared = prepare(config, lambda line: None)
     state = PartialState(cpu=device.type == "cpu")
     assert state.device.type == device.type
-    train(config, run, prepared.cache, prepared.model_path, state, Quiet())  # type: ignore[arg-type]
+    train(config, run, prepared, state, Printer(lambda line: None))
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
-
-
-class Quiet:
-    def say(self, text: str) -> None:
-        pass
 
 
 def training(overrides: list[str], device: torch.device, scratch: Path) -> dict[str, Any]:

@@ -56,25 +56,26 @@ class Clock:
         self.steps.append(Step(figures["loss"], figures.get("grad_norm", 0.0), figures.get("num_tokens")))
 
 
-class Console:
+class Said:
     """What a rank says, of which the lines about steps set the clock."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock, self.lines = clock, [""]
 
-    def say(self, text: str) -> None:
+    def __call__(self, text: str) -> None:
         self.lines.append(text)
         if is_step(text):
             self.clock.tick()
 
 
-def train_here(job: Job, lever: tuple[str, ...], console: Console) -> None:
+def train_here(job: Job, lever: tuple[str, ...], said: Said) -> None:
     """What `tunewright train` does, in this process."""
     from tunewright.config.compose import compose_config
     from tunewright.launch.prepare import prepare
     from tunewright.launch.train import check_all
     from tunewright.plan.devices import find_devices
     from tunewright.run_folder import Claim, RunDir, prepare_folder
+    from tunewright.trainer.console import Printer
     from tunewright.trainer.process_group import join
     from tunewright.trainer.training import train
 
@@ -83,7 +84,7 @@ def train_here(job: Job, lever: tuple[str, ...], console: Console) -> None:
     run = RunDir(Path(job.out) / "run")
     prepare_folder(config, Claim(run, None))
     prepared = prepare(config, lambda line: None)
-    train(config, run, prepared.cache, prepared.model_path, join(None, 10), console)  # type: ignore[arg-type]
+    train(config, run, prepared, join(None, 10), Printer(said))
 
 
 def run_cell(cell: Cell, job: Job) -> tuple[Clock, str]:
@@ -99,10 +100,10 @@ def run_cell(cell: Cell, job: Job) -> tuple[Clock, str]:
             raise RuntimeError(f"exit code {watched.exit_code}: {watched.log[-1500:]}")
         return Clock(watched.marks, steps), ""
     if cell.contender == cells.OURS:
-        console = Console(clock)
-        train_here(job, cell.lever, console)
+        said = Said(clock)
+        train_here(job, cell.lever, said)
         clock.steps = tunewright().steps(job, "")
-        return clock, next((line for line in console.lines if line.startswith("Recomputing")), "")
+        return clock, next((line for line in said.lines if line.startswith("Recomputing")), "")
     if cell.contender == cells.LOOP:
         loop_script.train(job, clock.report)
     else:

@@ -16,14 +16,16 @@ from torch.nn.functional import cross_entropy
 from transformers import set_seed
 from trl import SFTConfig
 
+from tunewright.config.compose import compose_config
 from tunewright.config.schema import FullConfig, LoraConfig
 from tunewright.errors import ConfigError
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.trainer.data.batches import FlatCollator, PaddedCollator
 from tunewright.trainer.data.render import IGNORED
+from tunewright.trainer.loss import cross_entropy_sum
 from tunewright.trainer.methods import adapt
 from tunewright.trainer.model import attention
-from tunewright.trainer.sft_trainer import TunewrightTrainer, cross_entropy_sum
+from tunewright.trainer.sft_trainer import TunewrightTrainer
 
 VOCABULARY = 512
 LENGTHS = (3, 40, 11, 2)
@@ -195,7 +197,7 @@ Build = Callable[..., TunewrightTrainer]
 
 @pytest.fixture
 def build(small_tokenizer: Any, tmp_path: Path) -> Build:
-    """A trainer over rows of very different lengths, as `run.train` builds it, flat where the architecture allows."""
+    """A trainer over rows of very different lengths, as `train` builds it, flat where the architecture allows."""
     tokenizer = copy.deepcopy(small_tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
 
@@ -234,10 +236,9 @@ def build(small_tokenizer: Any, tmp_path: Path) -> Build:
             train_dataset=rows,
             eval_dataset=rows,
             processing_class=tokenizer,
+            config=compose_config([f"train.padding_free={flat}"]),
             plan=BatchPlan(global_batch=4, world_size=1, micro_batch=micro_batch, accumulation=4 // micro_batch),
             dtype=torch.float32,
-            padding_free=flat,
-            **options,
         )
 
     return trainer

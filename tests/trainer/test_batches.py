@@ -12,8 +12,8 @@ import torch
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.trainer.data.batches import FlatCollator, MicroBatches, PaddedCollator, token_counts
 from tunewright.trainer.data.render import IGNORED
+from tunewright.trainer.loss import cross_entropy_sum
 from tunewright.trainer.model import attention
-from tunewright.trainer.sft_trainer import cross_entropy_sum
 from tunewright.trainer.throughput import matmul_parameters
 
 

@@ -20,11 +20,12 @@ from tests.conftest import losses, manifest, read_metrics
 from tunewright.config.compose import compose_config
 from tunewright.trainer.data.batches import FlatCollator
 from tunewright.trainer.data.render import IGNORED
+from tunewright.trainer.loss import cross_entropy_sum
 from tunewright.trainer.master_weights import attach_master_weights
-from tunewright.trainer.methods import adapt, peft_config
+from tunewright.trainer.methods import adapt
+from tunewright.trainer.methods.lora import peft_config
 from tunewright.trainer.model import attention
-from tunewright.trainer.sft_trainer import cross_entropy_sum
-from tunewright.trainer.training import Proof
+from tunewright.trainer.strategy_check import VerifyStrategy
 
 STEPS, HALF = 6, 3
 
@@ -63,7 +64,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     shutil.rmtree(run / "final")
     train_here(f"resumed-{name}", *overrides, checkpoint=run / "checkpoints" / f"checkpoint-{HALF}")
     whole, resumed = trainers
-    assert [one.first for one in resumed.callback_handler.callbacks if isinstance(one, Proof)] == [HALF]
+    assert [one.first for one in resumed.callback_handler.callbacks if isinstance(one, VerifyStrategy)] == [HALF]
     assert losses(run) == expected
     assert manifest(run)["final"] == told["final"]
     assert manifest(run)["tokens_seen"] == told["tokens_seen"]
@@ -197,7 +198,7 @@ def test_bfloat16_with_masters_learns_as_float32_adapters_do(small_model: Path) 
     def adapted(*, ours: bool) -> Any:
         model = base()
         set_seed(1)
-        return adapt(model, method) if ours else peft.get_peft_model(model, peft_config(method, model))
+        return adapt(model, method) if ours else peft.get_peft_model(model, peft_config(method))
 
     theirs = adapted(ours=False)
     assert {p.dtype for p in theirs.parameters() if p.requires_grad} == {torch.float32}

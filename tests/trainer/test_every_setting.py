@@ -22,7 +22,7 @@ from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tests.conftest import REPOSITORY, Quiet
+from tests.conftest import REPOSITORY
 from tunewright.config import schema
 from tunewright.config.compose import compose_config
 from tunewright.errors import TunewrightError
@@ -143,12 +143,13 @@ def outcome(config: DictConfig, changes: dict[str, Any], *, train: bool) -> str:
         job = plan_job(config, find_devices())
         list(steps(config, job.plan))
         if train:
+            from tunewright.trainer.console import Printer
             from tunewright.trainer.training import train as run_rank
 
             folder = RunDir(Path(config.output_root) / config.name)
             prepared = prepare(config, lambda line: None)
             prepare_folder(config, job.claimed)
-            run_rank(config, folder, prepared.cache, prepared.model_path, PartialState(cpu=True), Quiet(), None)
+            run_rank(config, folder, prepared, PartialState(cpu=True), Printer(lambda line: None))
     except OmegaConfBaseException:
         return "refused"  # by its type, as compose_config would
     except TunewrightError as error:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tests.conftest import losses, manifest
 from tunewright.errors import ConfigError
 from tunewright.trainer.model import gradient_checkpointing
-from tunewright.trainer.model.gradient_checkpointing import Activations, measure, separate_layers
+from tunewright.trainer.model.gradient_checkpointing import Activations, measure
+from tunewright.trainer.model.layers import separate_layers
 
 QUICK = ["train.max_steps=4", "data.max_samples=12", "train.global_batch_size=4", "train.logging_steps=1"]
 QUICK += ["data.eval_names=[]", "train.learning_rate=1e-2"]

@@ -66,12 +66,12 @@ Build = Callable[..., TunewrightTrainer]
 
 @pytest.fixture
 def build(small_tokenizer: Any, tmp_path: Path) -> Build:
-    """A trainer with virtual tokens on a random model, as `run.train` builds it."""
+    """A trainer with virtual tokens on a random model, as `train` builds it."""
     tokenizer = copy.deepcopy(small_tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
 
     def trainer(model: str, method: str, *, learn_all: bool = False, micro_batch: int = 4) -> TunewrightTrainer:
-        config = compose_config([*METHODS[method], f"method.virtual_tokens={TOKENS}"])
+        config = compose_config([*METHODS[method], f"method.virtual_tokens={TOKENS}", "train.padding_free=false"])
         set_seed(0)
         base = MODELS[model]()
         for parameter in base.parameters():
@@ -106,9 +106,9 @@ def build(small_tokenizer: Any, tmp_path: Path) -> Build:
             train_dataset=data,
             eval_dataset=data,
             processing_class=tokenizer,
+            config=config,
             plan=BatchPlan(len(LENGTHS), 1, micro_batch, parts),
             dtype=torch.float32,
-            padding_free=False,
         )
 
     return trainer

@@ -25,12 +25,8 @@ from tunewright.launch.prepare import prepare
 from tunewright.launch.train import check_all
 from tunewright.plan.devices import find_devices
 from tunewright.run_folder import Claim, RunDir, prepare_folder
+from tunewright.trainer.console import Printer
 from tunewright.trainer.process_group import join
-
-
-class Quiet:
-    def say(self, text: str) -> None:
-        pass
 
 
 def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -64,7 +60,7 @@ def train_one(config: DictConfig, state: Any) -> dict[str, Any]:
 
     tunewright.trainer.training.adapt = adapt_and_look
     try:
-        tunewright.trainer.training.train(config, run, prepared.cache, prepared.model_path, state, Quiet(), None)
+        tunewright.trainer.training.train(config, run, prepared, state, Printer(lambda line: None))
     finally:
         tunewright.trainer.training.adapt = adapt
     after = {name: whole(parameter) for name, parameter in seen["model"].named_parameters()}

@@ -14,12 +14,11 @@ from typing import Any
 import psutil
 import torch
 from transformers import TrainerCallback
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tunewright.errors import ConfigError
 from tunewright.run_folder import RunDir
-from tunewright.trainer.console import Console
-from tunewright.trainer.throughput import over_ranks
+from tunewright.trainer.console import Output
+from tunewright.trainer.model.layers import separate_layers
+from tunewright.trainer.process_group import all_gather
 
 # Share of a device's memory that stays free: the allocator's gaps, workspaces of kernels, the chunk of the head.
 SPARE = 0.1
@@ -47,8 +46,8 @@ class Activations:
 class FitCheckpointing(TrainerCallback):
     """Decides before the first step, on all ranks alike."""
 
-    def __init__(self, trainer: Any, run: RunDir, console: Console) -> None:
-        self.trainer, self.run, self.console = trainer, run, console
+    def __init__(self, trainer: Any, run: RunDir, output: Output) -> None:
+        self.trainer, self.run, self.output = trainer, run, output
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -56,30 +55,16 @@ class FitCheckpointing(TrainerCallback):
         need = measure(trainer, layers)
         room = free_bytes(args.device) - states_to_come(trainer)
         # ZeRO-3 gathers weights for each pass over a layer, so ranks have to agree.
-        found = over_ranks([need.recomputed(room), need.layer, room], args.device)
+        found = all_gather([need.recomputed(room), need.layer, room], args.device)
         recomputed, room = int(max(row[0] for row in found)), min(row[2] for row in found)
         for number, layer in enumerate(layers):
             layer.gradient_checkpointing = number < recomputed
         if state.is_world_process_zero:
             self.run.update_manifest(recomputed_layers=recomputed)
-        self.console.say(
+        self.output.say(
             f"Recomputing {recomputed} of {need.layers} layers: all activations of the largest micro-batch take "
             f"{need.layers * max(row[1] for row in found) / GIB:.3g} GiB, and {max(room, 0) / GIB:.3g} GiB are free."
         )
-
-
-def separate_layers(model: torch.nn.Module, setting: str) -> list[Any]:
-    """Return the layers that transformers treats each for itself, for a `setting` that does so too.
-
-    Raises:
-        ConfigError: the model, of an older kind, has none.
-    """
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not layers:
-        raise ConfigError(
-            f"`{setting}` looks at each layer, and the layers of this model cannot be told apart: leave it out."
-        )
-    return layers
 
 
 def measure(trainer: Any, layers: list[Any]) -> Activations:

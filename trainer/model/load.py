@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.config.schema import ComputeDtype, Dtype, ModelConfig, Source
+from tunewright.config.schema import Dtype, ModelConfig, Source
 from tunewright.errors import ConfigError, StorageError
 from tunewright.trainer.model import download, tiny
 from tunewright.trainer.model.tokenizer import install_template, set_end_of_turn, stop_ids
@@ -102,7 +102,9 @@ def load_model(
 
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention or _padded_attention(path, model)}
     if method is not None and method.name == "qlora":
-        options["quantization_config"] = _quantization(method, dtype)
+        from tunewright.trainer.model.quantization import quantization_config
+
+        options["quantization_config"] = quantization_config(method, dtype)
         # Quantisation happens on the device that trains: each rank loads onto its own.
         options["device_map"] = {"": device if device is not None else "cpu"}
     if model.random_weights:
@@ -138,23 +140,6 @@ def _padded_attention(path: Path, model: ModelConfig) -> str:
     config = _load(AutoConfig.from_pretrained, path, model)
     known = AutoModelForCausalLM._model_mapping
     return padded_implementation(config, known[type(config)]) if type(config) in known else "sdpa"
-
-
-def _quantization(method: Any, dtype: torch.dtype) -> Any:
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if method.bits == 8:
-        # It warns at each matmul that LLM.int8 multiplies in float16, as it always does.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        return BitsAndBytesConfig(load_in_8bit=True)
-    compute = dtype if method.compute_dtype is ComputeDtype.auto else getattr(torch, method.compute_dtype.value)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=method.quant_type.value,
-        bnb_4bit_use_double_quant=method.double_quant,
-        bnb_4bit_compute_dtype=compute,
-    )
 
 
 def quiet_libraries() -> None:

@@ -174,8 +174,8 @@ def describe(model: PreTrainedModel, *, ia3: bool = True) -> Architecture:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from tunewright.trainer.methods import decoder_layers
     from tunewright.trainer.model.attention import padding_free_problem
+    from tunewright.trainer.model.layers import decoder_layers
 
     def kind(module: nn.Module) -> str:
         if isinstance(module, (nn.Linear, Conv1D)):

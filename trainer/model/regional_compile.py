@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from tunewright.trainer.model.gradient_checkpointing import separate_layers
+from tunewright.trainer.model.layers import separate_layers
 
 
 def compile_layers(model: torch.nn.Module) -> int:

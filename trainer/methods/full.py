@@ -1,0 +1,13 @@
+"""Full fine-tuning: every weight is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def build(model: PreTrainedModel, method: Any, model_path: Path | None) -> PreTrainedModel:
+    return model

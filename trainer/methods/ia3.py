@@ -1,0 +1,24 @@
+"""IA3: factors on keys, values and the MLP's inner activations are learnt (https://arxiv.org/abs/2205.05638)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import IA3Config, PeftModel, TaskType
+
+from tunewright.plan.architecture import plain
+from tunewright.trainer.methods.adapter import add_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def build(model: PreTrainedModel, method: Any, model_path: Path | None) -> PeftModel:
+    auto = method.target_modules == "auto"
+    config = IA3Config(
+        task_type=TaskType.CAUSAL_LM,
+        target_modules=None if auto else plain(method.target_modules),
+        feedforward_modules=None if auto else plain(method.feedforward_modules),
+    )
+    return add_adapter(model, config)
