@@ -145,7 +145,7 @@ def _build(
         config=config,
         plan=plan,
         dtype=dtype,
-        stream=_stream(config, prepared.cache, tokenizer) if config.data.streaming else None,
+        stream=_stream(config, prepared, tokenizer) if config.data.streaming else None,
         loss=loss,
     )
     trainer.remove_callback(PrinterCallback)
@@ -166,9 +166,9 @@ def _chosen(config: DictConfig, run: RunDir, trainer: TunewrightTrainer, output:
     return chosen
 
 
-def _stream(config: DictConfig, cache: TokenCache, tokenizer: Any) -> TokenStream:
+def _stream(config: DictConfig, prepared: Prepared, tokenizer: Any) -> TokenStream:
     renderer = Renderer.of(config, tokenizer)
-    return TokenStream([cached.rows for cached in cache.train], config.data, renderer, config.train.seed)
+    return TokenStream([cached.rows for cached in prepared.cache.train], config.data, renderer, config.train.seed)
 
 
 def _evaluated_at(run: RunDir, step: int) -> bool:
