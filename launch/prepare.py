@@ -10,10 +10,10 @@ import io
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from tunewright.plan.rules import needs_held_out, world_size
 from tunewright.ranks import imports_that_stay, interrupt_may_come, leave
 from tunewright.redaction import redact
 from tunewright.safetensors_header import shapes
+from tunewright.terminal import Progress
 from tunewright.trainer.data.build_cache import build_cache, find_cache, open_rows, thread_count, wants_processes
 from tunewright.trainer.data.process_pool import started_workers
 from tunewright.trainer.data.render import Renderer
@@ -43,6 +44,8 @@ from tunewright.trainer.model.meta_model import ensure_architecture, find_archit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PROGRESS_SECONDS = 2.0  # between lines, where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -117,38 +120,34 @@ def prepare(config: DictConfig, say: Callable[[str], None] = print, *, weights: 
 
     Without `weights` a model on a hub is fetched as far as its tokenizer needs.
     """
-    folder = cache_folder(config.data.cache_dir)
-    if config.model.source is Source.embedded and not tiny.is_built(folder):
-        say(f"Building the embedded model in {tiny.tiny_folder(folder)} (once, about a minute)")
-    model_path = fetch_model(
-        config.model, config.data.cache_dir, tiny.progress_lines(say), offline=config.offline, weights=weights
-    )
+    model_path = fetch(config, say, weights=weights)
     cache = find_cache(config, model_path)
     if cache is None:
         say(f"Tokenising {', '.join([*config.data.names, *config.data.eval_names])}")
         with started_workers(thread_count(config), warm_up) if wants_processes(config) else nullcontext() as processes:
             renderer = Renderer.of(config, load_tokenizer(model_path, config.model))
-            cache = build_cache(config, model_path, renderer, _row_lines(say), processes)
+            with Progress(say, sys.stdout, every=PROGRESS_SECONDS, leave=False) as progress:
+                show = partial(progress.update, unit="rows")
+                cache = build_cache(config, model_path, renderer, show, processes)
     _check_held_out(config, cache)
     return Prepared(model_path, cache)
 
 
-def _row_lines(say: Callable[[str], None]) -> Callable[[str, int, int | None], None]:
-    started: dict[str, float] = {}
-    last = 0.0
+def fetch(config: DictConfig, say: Callable[[str], None], *, weights: bool) -> Path:
+    """Fetch or build the model, with progress, and return its folder; without `weights` only what its tokenizer needs.
 
-    def show(name: str, done: int, expected: int | None) -> None:
-        nonlocal last
-        now = time.monotonic()
-        begun = started.setdefault(name, now)
-        if now - max(last, begun) > 2:
-            last = now
-            speed = done / (now - begun)
-            left = f" of about {expected:,}" if expected else ""
-            eta = f", {max(expected - done, 0) / speed:.0f} s left" if expected else ""
-            say(f"  {name}: {done:,}{left} rows, {speed:,.0f} a second{eta}")
+    Raises:
+        ConfigError, StorageError, PeerError: see `fetch_model`.
+    """
+    folder = cache_folder(config.data.cache_dir)
+    if config.model.source is Source.embedded and not tiny.is_built(folder):
+        say(f"Building the embedded model in {tiny.tiny_folder(folder)} (once, about a minute)")
+    with Progress(say, sys.stdout, every=PROGRESS_SECONDS, leave=False) as progress:
 
-    return show
+        def show(step: int, steps: int, loss: float) -> None:
+            progress.update("embedded model: step", step, steps, f"loss {loss:.2f}")
+
+        return fetch_model(config.model, config.data.cache_dir, show, offline=config.offline, weights=weights)
 
 
 def ensure_prepared(config: DictConfig, *, quiet: bool = False, preparation: Preparation | None = None) -> Prepared:

@@ -99,14 +99,16 @@ class Progress:
                 self._say(self.line)
         self.line, self._bar, self._began, self._current = "", None, None, True
 
-    def update(self, label: str, done: int, total: int | None, *details: str) -> None:
-        """Take the new state, and show it unless one was shown just now."""
+    def update(self, label: str, done: int, total: int | None, *details: str, unit: str = "") -> None:
+        """Take the new state, and show it unless one was shown just now; with a unit it tells how many a second."""
         label, details = one_line(label), tuple(map(one_line, details))
         now = self._now()
         first = self._began is None or self._began[0] != label
         if self._began is None or first:
             self._began = (label, done, now)
         made, seconds = done - self._began[1], now - self._began[2]
+        if unit and made > 0 and seconds > 0:
+            details = (f"{made / seconds:,.0f} {unit}/s", *details)
         left = f"{clock(seconds / made * max(total - done, 0))} left" if total and made > 0 and done < total else ""
         of = f"{done:,}/{total:,}" if total is not None else f"{done:,}"
         self.line, self._current = _joined(f"{label} {of}", *details, left), False

@@ -119,14 +119,11 @@ def make_tokens(config: DictConfig) -> Tokens:
 
 def _refused(config: DictConfig, error: DataError) -> tuple[Path, TokenCache]:
     """Return what was made before the error, or raise it again when it came before all was made."""
+    from tunewright.launch.prepare import fetch
     from tunewright.trainer.data.build_cache import find_unchecked, open_rows
-    from tunewright.trainer.model.load import fetch_model
-    from tunewright.trainer.model.tiny import progress_lines
 
     open_rows(config)  # raises for what cannot be read, before a model is built for it
-    model_path = fetch_model(
-        config.model, config.data.cache_dir, progress_lines(_progress), offline=config.offline, weights=False
-    )
+    model_path = fetch(config, _progress, weights=False)
     cache = find_unchecked(config, model_path)
     if cache is None:
         raise error

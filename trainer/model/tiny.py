@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -206,15 +205,3 @@ def _texts(tokenizer: Any) -> Iterator[str]:
             yield tokenizer.apply_chat_template(line["messages"], tokenize=False)
         else:
             yield line["text"] + "<|endoftext|>"
-
-
-def progress_lines(say: Callable[[str], None]) -> Progress:
-    """Return a progress callback that says a line every twenty steps, with the time left."""
-    started = time.monotonic()
-
-    def show(step: int, steps: int, loss: float) -> None:
-        if step % 20 == 0 or step == steps:
-            left = (time.monotonic() - started) / step * (steps - step)
-            say(f"  embedded model: step {step}/{steps}  loss {loss:.2f}  {left:.0f} s left")
-
-    return show
