@@ -8,5 +8,5 @@ provider      one request: retries, what the server accepts; limiter: how many a
 replies       what a reply says; reply_log: the log of all of them
 curation      which replies become rows; filtering: by similarity (rouge), language, length; split: which are held out
 outputs       the files made from it, with preview, card and push
-make_dataset  ties these together; job: the asking; batch_api: through OpenAI's Batch API; display: how far it is
+make_dataset  ties these together; job: the asking; batch_api: through OpenAI's Batch API
 """

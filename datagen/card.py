@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
-from tunewright.deliver.compare import clip
+from tunewright.pages import render
+from tunewright.text import clip
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 LANGUAGES = {
@@ -25,21 +27,27 @@ NOT_SHOWN = {"name", "task", "model", "language", "base_url", "out", "concurrenc
 
 def card(manifest: Mapping[str, Any], train: Sequence[Mapping[str, Any]]) -> str:
     """Return the card in Markdown, with the head that the Hub reads."""
-    name = str(manifest.get("name") or "dataset")
-    parts = [
-        f"---\n{_head(manifest, train)}---",
-        f"# {_plain(name)}",
-        "Synthetic examples for fine-tuning a language model. **The answers were written by a model and nobody has "
-        "checked them:** they may be wrong, biased or made up. Read some before you train on them.",
-        _origin(manifest),
-        _figures(manifest),
-        _example(train),
-        _files(manifest, name),
-        _training(manifest, train, name),
-    ]
-    text = "\n\n".join(part for part in parts if part) + "\n"
-    # Half of a surrogate pair, which a broken row may hold, has no UTF-8 form.
-    return text.encode("utf-8", errors="replace").decode()
+    name, settings = str(manifest.get("name") or "dataset"), _part(manifest, "settings")
+    highest = _part(manifest, "similarity").get("highest_train_test")
+    return render(
+        "dataset_card.md.jinja",
+        head=_head(manifest, train),
+        name=name,
+        task=str(settings.get("task") or ""),
+        system=str(manifest.get("system_message") or ""),
+        origin=_shown(
+            [("model", settings.get("model")), ("date", manifest.get("date"))],
+            ((key, value) for key, value in settings.items() if key not in NOT_SHOWN),
+            _part(manifest, "versions").items(),
+        ),
+        figures=_figures(manifest),
+        splits=split_files(manifest),
+        # Cut, not rounded: 0.6996 is below a limit of 0.7 and must read so.
+        highest=f"{int(highest * 1000) / 1000:.3f}" if isinstance(highest, (int, float)) else "",
+        example=_example(train),
+        files=_files(manifest, name),
+        entries=json.dumps(_entries(manifest, train, name), ensure_ascii=False, indent=2),
+    )
 
 
 def _head(manifest: Mapping[str, Any], train: Sequence[Mapping[str, Any]]) -> str:
@@ -97,81 +105,56 @@ def split_files(manifest: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _origin(manifest: Mapping[str, Any]) -> str:
-    settings = _part(manifest, "settings")
-    parts = ["## What it was made from"]
-    if settings.get("task"):
-        parts.append(f"The task:\n\n{_fenced(str(settings['task']))}")
-    if manifest.get("system_message"):
-        parts.append(f"The system message of every example:\n\n{_fenced(str(manifest['system_message']))}")
-    rows = [("model", settings.get("model")), ("date", manifest.get("date"))]
-    rows += [(key, value) for key, value in settings.items() if key not in NOT_SHOWN]
-    rows += [(key, value) for key, value in _part(manifest, "versions").items()]
-    parts.append(_table(rows))
-    return "\n\n".join(part for part in parts if part) if len(parts) > 1 else ""
-
-
-def _figures(manifest: Mapping[str, Any]) -> str:
-    counts, rejects = _part(manifest, "counts"), _part(manifest, "rejects")
+def _figures(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    counts, usage = _part(manifest, "counts"), _part(manifest, "usage")
     names = {
         "asked_for": "rows asked for", "requests": "requests", "accepted": "rows accepted", "train": "rows to train on",
         "eval": "rows held out",
     }  # fmt: skip
-    rows: list[tuple[str, Any]] = [(text, counts.get(key)) for key, text in names.items()]
-    rows += [(f"rejected: {reason}", count) for reason, count in rejects.items()]
-    usage = _part(manifest, "usage")
-    if usage:
-        rows.append(("tokens", sum(value for value in usage.values() if isinstance(value, int))))
-    rows.append(("cost in US dollars", _part(manifest, "cost").get("usd")))
-    table = _table(rows)
-    if "test" not in split_files(manifest):
-        return f"## Figures\n\n{table}\n\nNo rows are held out." if table else ""
-    rule = "Rows whose requests are alike stand on the same side of the split, so none repeats across it."
-    highest = _part(manifest, "similarity").get("highest_train_test")
-    if highest is not None:
-        # Cut, not rounded: 0.699 is below a limit of 0.7 and must read so.
-        rule += f" The highest similarity of a held-out row to one that is trained on is {_floor(highest)}."
-    return f"## Figures\n\n{table}\n\n{rule}" if table else f"## Split\n\n{rule}"
+    tokens = sum(value for value in usage.values() if isinstance(value, int)) if usage else None
+    return _shown(
+        ((text, counts.get(key)) for key, text in names.items()),
+        ((f"rejected: {reason}", count) for reason, count in _part(manifest, "rejects").items()),
+        [("tokens", tokens), ("cost in US dollars", _part(manifest, "cost").get("usd"))],
+    )
+
+
+def _shown(*rows: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """Return the rows that have a value, as text."""
+    told = [(key, value) for key, value in chain(*rows) if value not in (None, "", [], {})]
+    as_json = (Mapping, list, tuple, bool)
+    return [
+        (key, json.dumps(value, ensure_ascii=False) if isinstance(value, as_json) else str(value))
+        for key, value in told
+    ]
 
 
 def _example(train: Sequence[Mapping[str, Any]]) -> str:
-    if not train:
-        return ""
     row = {
         key: clip(value, EXAMPLE_LENGTH) if isinstance(value, str) else value
-        for key, value in train[0].items()
+        for key, value in (train[0] if train else {}).items()
         if value not in ("", None, [])
     }
-    return f"## An example\n\n{_fenced(json.dumps(row, ensure_ascii=False, indent=2), 'json')}"
+    return json.dumps(row, ensure_ascii=False, indent=2) if train else ""
 
 
-def _files(manifest: Mapping[str, Any], name: str) -> str:
-    hashes, splits = _part(manifest, "hashes"), {path: split for split, path in split_files(manifest).items()}
+def _files(manifest: Mapping[str, Any], name: str) -> list[tuple[str, str, str]]:
+    """Return each file, what it holds, and its hash."""
+    hashes = _part(manifest, "hashes")
     what = {"train": "rows to train on", "test": "rows held out"}
-    described = {path: what[split] for path, split in splits.items()}
+    described = {path: what[split] for split, path in split_files(manifest).items()}
     described.setdefault(f"{name}.manifest.json", "settings, counts, versions and hashes")
-    lines = []
-    for file in dict.fromkeys([*described, *hashes]):
-        checked = f"sha256 {_code(str(hashes[file]))}" if hashes.get(file) else ""
-        lines.append(f"- {_code(file)}: {', '.join(part for part in (described.get(file, ''), checked) if part)}")
-    return "## Files\n\n" + "\n".join(line.removesuffix(": ") for line in lines)
+    files = dict.fromkeys([*described, *hashes])
+    return [(file, described.get(file, ""), str(hashes.get(file) or "")) for file in files]
 
 
-def _training(manifest: Mapping[str, Any], train: Sequence[Mapping[str, Any]], name: str) -> str:
+def _entries(manifest: Mapping[str, Any], train: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
     columns = {"prompt": "instruction", "query": "input", "response": "output"}
     columns |= {key: key for key in ("system", "history") if any(row.get(key) for row in train)}
-    splits = split_files(manifest)
     names = {"train": name, "test": f"{name}_eval"}
-    entries = _part(manifest, "entries") or {
-        names[split]: {"file_name": path, "columns": columns} for split, path in splits.items()
+    return _part(manifest, "entries") or {
+        names[split]: {"file_name": path, "columns": columns} for split, path in split_files(manifest).items()
     }
-    held = f" 'data.eval_names=[{name}_eval]'" if "test" in splits else ""
-    command = f"tunewright train data=registry data.dir=data 'data.names=[{name}]'{held}"
-    return (
-        "## Training on it\n\nPut the files into a folder `data` with this as `data/dataset_info.json`, or add the "
-        f"entries to the one that is there:\n\n{_fenced(json.dumps(entries, ensure_ascii=False, indent=2), 'json')}"
-        f"\n\nThen:\n\n{_fenced(command, 'bash')}"
-    )
 
 
 def _part(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -182,40 +165,3 @@ def _part(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _count(counts: Mapping[str, Any], key: str) -> int:
     value = counts.get(key)
     return value if isinstance(value, int) else 0
-
-
-def _floor(value: Any) -> str:
-    return f"{int(value * 1000) / 1000:.3f}" if isinstance(value, (int, float)) else str(value)
-
-
-def _table(rows: Sequence[tuple[str, Any]]) -> str:
-    lines = [f"| {_plain(key)} | {_code(_text(value))} |" for key, value in rows if value not in (None, "", [], {})]
-    return "\n".join(["| | |", "|---|---|", *lines]) if lines else ""
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (Mapping, list, tuple, bool)):
-        return json.dumps(value, ensure_ascii=False)
-    return str(value)
-
-
-def _plain(text: str) -> str:
-    """Return text that Markdown and HTML show as it is, in one line."""
-    return re.sub(r"([\\`*_\[\]<>|#&~])", r"\\\1", " ".join(text.split()))
-
-
-def _code(text: str) -> str:
-    """Return text as code in one line, with as many backticks around it as it needs."""
-    text = " ".join(text.split()).replace("|", "\\|")
-    marks = "`" * (_longest_run(text) + 1)
-    pad = " " if "`" in text else ""
-    return f"{marks}{pad}{text}{pad}{marks}"
-
-
-def _fenced(text: str, language: str = "text") -> str:
-    fence = "`" * max(3, _longest_run(text) + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _longest_run(text: str) -> int:
-    return max(map(len, re.findall("`+", text)), default=0)

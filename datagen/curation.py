@@ -125,8 +125,9 @@ class Curation:
                 return f"score below {threshold}"
         return self._filter.take(row)
 
-    def reasons(self) -> str:
-        return ", ".join(f"{reason} {count}" for reason, count in self.rejects.most_common()) or "none"
+    def reasons(self, shown: int | None = None) -> str:
+        named = [f"{reason} {count:,}" for reason, count in self.rejects.most_common(shown)] or ["none"]
+        return ", ".join([*named, "..."] if len(self.rejects) > len(named) else named)
 
 
 def score_id(config: DatagenConfig, plan: Plan, row: Row) -> str:

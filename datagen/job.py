@@ -12,7 +12,6 @@ from functools import partial
 from tunewright.datagen.batch_api import Batches
 from tunewright.datagen.budget import Budget, BudgetSpent
 from tunewright.datagen.curation import Curation, score_id
-from tunewright.datagen.display import Display, Progress
 from tunewright.datagen.documents import Chunk
 from tunewright.datagen.grid import Cell, digest
 from tunewright.datagen.limiter import Limiter, Stopped
@@ -24,11 +23,13 @@ from tunewright.datagen.replies import object_of, row_of
 from tunewright.datagen.reply_log import ReplyLog, scrubbed
 from tunewright.datagen.settings import DatagenConfig, Endpoint, Mode, prices
 from tunewright.errors import ConfigError, DataError, PeerError
+from tunewright.terminal import Progress
 
 TICK = 0.5  # seconds between two looks at the clock
 DRAIN_SECONDS = 10.0
 FAILURES_IN_A_ROW = 5
 PLAN_TRIES = 3
+REASONS_SHOWN = 3
 
 
 class Job:
@@ -46,7 +47,7 @@ class Job:
         self.config, self.endpoint, self.log, self.plan, self.chunks = config, endpoint, log, plan, chunks
         self.budget = Budget(config.budget, partial(prices, config))
         self.budget.count([*log.replies(), *log.orphans])
-        self.display = Display(say)
+        self.display = Progress(say)
         self.limiter = Limiter(config.concurrency if config.mode is Mode.parallel else 1)
         self.provider = Provider(config, endpoint, self.budget, self.limiter, log, self.display.say)
         self.curation: Curation | None = None
@@ -55,7 +56,6 @@ class Job:
         self.stop_by: float | None = None  # set by Ctrl-C
         self.capped: str | None = None  # the budget that ended it
         self.failures = 0
-        self.began, self.found_before = time.monotonic(), 0
 
     async def run(self, plan_only: bool = False) -> None:
         """Ask for what is missing."""
@@ -86,7 +86,6 @@ class Job:
             self.log.forget_errors(last_only=self.config.mode is Mode.sequential)
         self.curation = Curation(self.config, self.plan, self.chunks)
         self.curation.advance(self.log)
-        self.found_before = len(self.curation.rows)
 
     async def _make_plan(self) -> Plan:
         messages = [{"role": "user", "content": plan_prompt(self.config.task)}]
@@ -226,17 +225,15 @@ class Job:
 
     def _show(self) -> None:
         assert self.curation is not None
+        usd, rejected = self.budget.spent(), self.curation.rejects.total()
         self.display.update(
-            Progress(
-                accepted=len(self.curation.rows) + len(self.hopeful),
-                wanted=self.config.examples,
-                rejects=self.curation.rejects,
-                in_flight=len(self.pending),
-                tokens=self.budget.tokens,
-                usd=self.budget.spent(),
-                made_since_start=len(self.curation.rows) + len(self.hopeful) - self.found_before,
-                seconds=time.monotonic() - self.began,
-            )
+            "accepted",
+            len(self.curation.rows) + len(self.hopeful),
+            self.config.examples,
+            f"{len(self.pending):,} in flight",
+            f"{self.budget.tokens:,} tokens",
+            "" if usd is None else f"${usd:,.{2 if usd >= 10 else 4}f}",
+            f"{rejected:,} rejected" + (f" ({self.curation.reasons(REASONS_SHOWN)})" if rejected else ""),
         )
 
 

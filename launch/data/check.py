@@ -28,13 +28,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: a setting cannot work.
         DataError: the data cannot be read, or training would refuse it: then the report is printed before.
+        StorageError: the page cannot be written, or its file is somebody's own.
     """
     from tunewright.launch.data.report import make_report
     from tunewright.launch.data.report_text import report_json, report_text
     from tunewright.launch.prepare import keep_remarks
+    from tunewright.pages import check_replaceable
     from tunewright.plan.devices import find_devices
     from tunewright.plan.rules import check
 
+    if args.html:
+        check_replaceable(args.html, args.html, "name another file with --html")
     names = [item for item in args.overrides if _is_name(item)]
     config = compose(names, [item for item in args.overrides if not _is_name(item)], args.config_dir, args.dir)
     plan = check(config, find_devices())

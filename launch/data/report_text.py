@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tunewright.deliver.compare import display_width
 from tunewright.launch.data.report import (
     LANGUAGE_ROWS,
     LEAST_TEXT,
@@ -19,6 +18,8 @@ from tunewright.launch.data.report import (
     Report,
     Split,
 )
+from tunewright.terminal import table
+from tunewright.text import clip_start, visible
 
 SHOWN = 5  # of these, in the text
 NAME_WIDTH = 28  # terminal cells of a dataset's name in the text
@@ -136,16 +137,6 @@ def pairs_text(found: Repeats, sign: str, *, both: bool = False, shown: int = SH
     return visible(f"{'' if both else 'row '}{', '.join(texts)}{', ...' if found.count > shown else ''}")
 
 
-def visible(text: str) -> str:
-    """Return text with characters that a terminal would obey, or would not show, written as escapes."""
-    return "".join(
-        character
-        if character.isprintable() or character == "\u3000"  # the space of Chinese and Japanese
-        else character.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for character in text
-    )
-
-
 def report_json(report: Report) -> dict[str, Any]:
     """Return the report for programs: the fields of the data classes, and the remarks as lines."""
     lines = [remark.text for remark in remarks(report)]
@@ -162,10 +153,7 @@ def report_text(report: Report) -> str:
             lines += [f"  ! {remark.text}", *(f"      {line}" for line in remark.details)]
     else:
         lines.append(ALL_WELL)
-    head, rows = figures_table(report)
-    lines += ["", *_aligned(head, rows)]
-    head, rows = lengths_table(report)
-    lines += ["", *_aligned(head, rows)]
+    lines += ["", _table(*figures_table(report)), "", _table(*lengths_table(report))]
     lines += ["", f"Languages of what is learnt, guessed on a sample of at most {LANGUAGE_ROWS}:"]
     lines += [f"  {_clipped(dataset.name)}: {languages_text(dataset.languages)}" for dataset in report.datasets]
     lines += [
@@ -213,24 +201,12 @@ def lengths_table(report: Report) -> tuple[list[str], list[list[str]]]:
     return ["tokens an example", *names, "longest: rows"], rows
 
 
-def _aligned(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Return lines with the first column to the left and figures to the right, in terminal cells."""
-    table = [[_clipped(row[0]), *row[1:]] for row in (head, *rows)]
-    widths = [max(display_width(row[column]) for row in table) for column in range(len(head))]
-    lines = []
-    for row in table:
-        cells = [row[0] + " " * (widths[0] - display_width(row[0]))]
-        cells += [" " * (width - display_width(cell)) + cell for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return table(head, [[_clipped(name), *figures] for name, *figures in rows])
 
 
 def _clipped(name: str) -> str:
-    """A long path keeps its end, which tells it from others."""
-    name = visible(name)
-    while display_width(name) > NAME_WIDTH:
-        name = "…" + name.lstrip("…")[1:]
-    return name
+    return clip_start(visible(name), NAME_WIDTH)
 
 
 def languages_text(languages: Languages) -> str:

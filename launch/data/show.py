@@ -17,6 +17,7 @@ from tunewright.files import written_aside
 from tunewright.launch.data.check import compose, make_tokens, settle
 from tunewright.plan.devices import find_devices
 from tunewright.plan.rules import check
+from tunewright.text import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,8 +144,6 @@ def _token_text(made: Sequence[Piece], trained: Sequence[bool], colour: bool) ->
 
 def shown(text: str) -> str:
     """Line ends stay line ends, with a mark; all else that a terminal would obey becomes an escape."""
-    from tunewright.launch.data.report_text import visible
-
     return "↵\n".join(visible(line) for line in text.split("\n"))
 
 

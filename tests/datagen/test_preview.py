@@ -240,7 +240,7 @@ def test_prompts_count_what_the_model_reads() -> None:
 
 
 def test_needs_no_torch() -> None:
-    names = "tunewright.datagen.preview, tunewright.datagen.card, tunewright.datagen.push, tunewright.datagen.display"
+    names = "tunewright.datagen.preview, tunewright.datagen.card, tunewright.datagen.push"
     script = f"import sys, {names}\nassert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).resolve().parents[2], check=True, timeout=60)
 

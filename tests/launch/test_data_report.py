@@ -19,6 +19,7 @@ from tunewright.launch.data.check import Tokens, compose, make_tokens
 from tunewright.launch.data.page import report_html
 from tunewright.launch.data.report import Pair, Report, known_positions, make_report
 from tunewright.launch.data.report_text import remarks, report_json, report_text
+from tunewright.pages import check_replaceable, render_page
 from tunewright.plan.devices import Devices
 from tunewright.plan.rules import check
 
@@ -233,6 +234,17 @@ def test_too_many_dropped_rows_end_with_3_after_the_whole_report(tunewright: Cli
     assert "data.max_dropped = 10%" in done.stderr
     assert "Traceback" not in done.stderr
     assert "lonely &lt;question&gt;" in page.read_text(encoding="utf-8")
+
+
+def test_a_page_replaces_a_page_and_nothing_else(tunewright: Cli, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("<p>mine</p>", encoding="utf-8")
+    done = tunewright("data", "check", "--html", page)
+    assert done.returncode == 4
+    assert f"{page} is there already, and tunewright did not make it: name another file with --html." in done.stderr
+    assert page.read_text(encoding="utf-8") == "<p>mine</p>"
+    page.write_text(render_page("page.html.jinja", title="t", heading="h", summary="s"), encoding="utf-8")
+    check_replaceable(page, page, "")
 
 
 def test_json_is_all_that_is_printed_and_agrees_with_the_text(tunewright: Cli, tmp_path: Path) -> None:
