@@ -169,7 +169,7 @@ def _bar(stream: TextIO) -> Bar:
     console = Console(file=stream, force_terminal=True, force_jupyter=False, width=79)
     return Bar(
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="crop")),
-        BarColumn(bar_width=BAR_WIDTH),
+        BarColumn(bar_width=BAR_WIDTH, complete_style="cyan", finished_style="green"),
         TextColumn("{task.fields[words]}", markup=False, table_column=Column(no_wrap=True, overflow="crop")),
         console=console,
         auto_refresh=False,
