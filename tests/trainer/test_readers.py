@@ -162,6 +162,19 @@ def test_a_list_is_read_alike_wherever_its_parts_begin(
     assert list(read_file(path)) == rows
 
 
+@pytest.mark.parametrize("far", [0, *range(3, 20)])
+@pytest.mark.parametrize(
+    "value", ["NaN", "-Infinity", "1e400", "1" * 40, "-0.0", r'"\ud83d"', r'"\ud83d\ude00"', r'"\\n"']
+)
+def test_a_list_holds_what_json_says(tmp_path: Path, value: str, far: int) -> None:
+    text = f'[{{"a": 1}}, {{"b": {value}, "a": 1, "a": 2}}, {{"c": {value}}}]'
+    # The value lies across the border of two parts.
+    text = " " * (CHUNK - text.index(value) - far) + text if far else text
+    (tmp_path / "rows.json").write_text(text)
+    rows = list(read_file(tmp_path / "rows.json"))
+    assert repr(rows) == repr(json.loads(text))
+
+
 def test_a_row_larger_than_a_part_is_read(tmp_path: Path) -> None:
     rows = [{"text": "中" * CHUNK}, {"text": "b"}, {"text": "c" * 3 * CHUNK}]
     (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")

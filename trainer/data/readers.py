@@ -10,8 +10,9 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 
 from tunewright.errors import DataError
 from tunewright.trainer.data.columnar import read_arrow, read_parquet
@@ -24,7 +25,7 @@ MOST_PROBLEMS = 20  # broken lines shown of one file
 LOOKED_ON = 100_000  # lines after a broken one in which others are looked for
 
 SPACE = re.compile(r"[ \t\r\n]*")
-COMMA = re.compile(r"[ \t\r\n]*,[ \t\r\n]*")
+DECODER = json.JSONDecoder()
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 
 
@@ -136,52 +137,49 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _json_list(path: Path) -> Iterator[Row]:
-    """Decode a list object by object, from a buffer that is refilled when an object does not end in it."""
-    with path.open("rb") as file:
-        yield from _list_items(_Text(path, file))
+    """Decode a list object by object, from a buffer that is refilled when an object does not end in it.
+
+    Not by `ijson`: it refuses NaN, makes a question mark of half of a surrogate pair, tells no line, and takes memory
+    by the square of how deep a file is nested.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _list_items(_Text(path, file))
+    except UnicodeDecodeError:
+        for _ in _lines(path):  # which tells the line and the byte
+            pass
+        raise
 
 
 def _list_items(text: _Text) -> Iterator[Row]:
-    decoder = json.JSONDecoder()
-    text.skip_space()
     text.take("[")
-    number = 0
-    while True:
-        text.skip_space()
-        if number == 0 and text.peek() == "]":
+    for number in count():
+        if text.following() == "]":
             break
-        row = text.decode(decoder)
+        if number:
+            text.take(",")
+            text.following()
+        row = text.decode()
         if not isinstance(row, dict):
             raise DataError(f"{text.place()}: row {number}: expected an object, found {type(row).__name__}.")
         yield row
-        number += 1
-        if text.skip_comma():
-            continue
-        text.skip_space()
-        if text.peek() == "]":
-            break
-        text.take(",")
     text.take("]")
-    text.skip_space()
-    if text.peek():
+    if text.following():
         raise DataError(f"{text.place()}: not JSON: something follows the list.")
 
 
 class _Text:
     """The text of a file, held in parts, with line and column of where reading has come to."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: TextIO) -> None:
         self.path, self._file = path, file
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._bytes = len(codecs.BOM_UTF8) if self._file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
-        self._file.seek(self._bytes)
         self._buffer, self._position = "", 0
         self._line, self._column = 1, 1
 
-    def decode(self, decoder: json.JSONDecoder) -> Any:
+    def decode(self) -> Any:
         while True:
             try:
-                value, self._position = decoder.raw_decode(self._buffer, self._position)
+                value, self._position = DECODER.raw_decode(self._buffer, self._position)
                 return value
             except RecursionError:
                 raise DataError(f"{self.place()}: not a row: nested too deeply.") from None
@@ -191,26 +189,16 @@ class _Text:
             if len(self._buffer) - self._position > LARGEST_ROW or not self._read_on(len(self._buffer)):
                 raise problem
 
-    def peek(self) -> str:
-        if self._position == len(self._buffer):
-            self._read_on()
-        return self._buffer[self._position : self._position + 1]
-
-    def skip_space(self) -> None:
-        while self.peek() and self.peek() in " \t\r\n":
+    def following(self) -> str:
+        """Pass white space and return the character after it, or nothing where the file ends."""
+        while True:
             self._position = SPACE.match(self._buffer, self._position).end()  # type: ignore[union-attr]
-
-    def skip_comma(self) -> bool:
-        """Pass a comma and the spaces around it where they and what follows are in the buffer: the usual case, fast."""
-        found = COMMA.match(self._buffer, self._position)
-        if found is None or found.end() == len(self._buffer):
-            return False
-        self._position = found.end()
-        return True
+            if self._position < len(self._buffer) or not self._read_on():
+                return self._buffer[self._position : self._position + 1]
 
     def take(self, expected: str) -> None:
-        if self.peek() != expected:
-            found = f"found '{self.peek()}'" if self.peek() else "the file ends"
+        if (character := self.following()) != expected:
+            found = f"found '{character}'" if character else "the file ends"
             raise DataError(f"{self.place()}: not JSON: expected '{expected}', {found}.")
         self._position += 1
 
@@ -229,15 +217,7 @@ class _Text:
         """Drop what was read from the buffer and add the next part; return whether there was one."""
         part = self._file.read(max(CHUNK, size))
         self._line, self._column = self._moved(self._position)
-        rest = self._buffer[self._position :]
-        self._position = 0
-        try:
-            self._buffer = rest + self._decoder.decode(part, final=not part)
-        except UnicodeDecodeError as error:
-            held = len(error.object) - len(part)  # bytes of a character that the last part did not end
-            line = self._line + rest.count("\n") + part[: max(error.start - held, 0)].count(b"\n")
-            raise _not_utf8(self.path, self._bytes + error.start - held, error, line) from error
-        self._bytes += len(part)
+        self._buffer, self._position = self._buffer[self._position :] + part, 0
         return bool(part)
 
 
