@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +33,11 @@ class RequestFailed(PeerError):
     """This request got no reply; another one may."""
 
 
-@dataclass(eq=False)
-class _NoReply(Exception):
-    """A request is worth to be sent again, after `wait` seconds where the server said how many."""
+class _Again(Exception):
+    """A request is to be sent again, after so many seconds where that is known."""
 
-    reason: str
-    wait: float | None = None
-    connected: bool = True
+    def __init__(self, wait: float | None) -> None:
+        self.wait = wait
 
 
 @dataclass
@@ -88,33 +86,19 @@ class Provider:
             Stopped: nothing may be sent any more.
             ConfigError, PeerError: no request can succeed (key, model, quota).
         """
-        asking = AsyncRetrying(
-            retry=retry_if_exception_type(_NoReply),
-            stop=self._is_enough(request),
-            wait=_wait,
-            sleep=self.limiter.pause,
-            reraise=True,
-        )
-        try:
-            return await asking(self._try, request)
-        except _NoReply as error:
-            raise RequestFailed(f"{self._endpoint.base_url}: {error.reason}, tried {request.tries} times.") from error
+        asking = AsyncRetrying(retry=retry_if_exception_type(_Again), wait=_wait, sleep=self.limiter.pause)
+        return await asking(self._try, request)
 
-    def _is_enough(self, request: Ask) -> Callable[[RetryCallState], bool]:
-        """Being told to slow down is no failure of a request, and may happen many times."""
-
-        def enough(state: RetryCallState) -> bool:
-            connected = self._alive or _no_reply(state).connected
-            return request.tries - request.hurried >= (ATTEMPTS if connected else 3) or request.hurried >= HURRIED
-
-        return enough
+    def _again(self, request: Ask, reason: str, *, wait: float | None = None, connected: bool = True) -> Exception:
+        """Return what sends a request again, or what says that it was sent often enough."""
+        # Being told to slow down is no failure of the request: it may happen many times.
+        failed = request.tries - request.hurried
+        if failed >= (ATTEMPTS if connected or self._alive else 3) or request.hurried >= HURRIED:
+            return RequestFailed(f"{self._endpoint.base_url}: {reason}, tried {request.tries} times.")
+        return _Again(wait)
 
     async def _try(self, request: Ask) -> dict[str, Any]:
-        """Send a request once, or again at once where only its form was refused.
-
-        Raises:
-            _NoReply: it is worth to try again.
-        """
+        """Send a request once."""
         async with self.limiter.slot():
             body, held = self.body(request), self.worst_case(request)
             self.budget.reserve(held)
@@ -136,16 +120,16 @@ class Provider:
             except BaseException as error:
                 self._lost(request, held)
                 if isinstance(error, (openai.APITimeoutError, asyncio.TimeoutError)):
-                    raise _NoReply(f"no reply within {self._config.timeout:g} s") from error
+                    raise self._again(request, f"no reply within {self._config.timeout:g} s") from error
                 if isinstance(error, openai.APIConnectionError):
                     reason = f"cannot connect ({type(error.__cause__).__name__})"
-                    raise _NoReply(reason, connected=False) from error
+                    raise self._again(request, reason, connected=False) from error
                 if isinstance(error, (openai.APIResponseValidationError, ValueError)):
-                    raise _NoReply("the reply is not JSON") from error
+                    raise self._again(request, "the reply is not JSON") from error
                 raise
             if not isinstance(getattr(reply, "choices", None), list):
                 self._lost(request, held)
-                raise _NoReply("the reply is not a chat completion")
+                raise self._again(request, "the reply is not a chat completion")
             self._alive, self.negotiated = True, self.negotiated or request.schema is not None
             self.limiter.answered(raw.headers)
             record = self.record(reply, request)
@@ -159,7 +143,7 @@ class Provider:
         reason = f"HTTP {status}: {self._words(error)}"
         self._check_fatal(error, reason, request)
         if self._adapt(error, request):
-            return _NoReply(reason, wait=0)
+            return _Again(0)
         if status < 500 and status not in (408, 409, 429):
             settled = request.schema and self.negotiated
             return RequestFailed(reason) if settled else ConfigError(f"{url} refuses the request, {reason}")
@@ -169,7 +153,7 @@ class Provider:
         if wait is not None or status in (429, 503):
             self.limiter.refused(wait)
         request.hurried += status == 429
-        return _NoReply(reason, wait=None if wait is None else 0)  # the limiter holds it back
+        return self._again(request, reason, wait=None if wait is None else 0)  # the limiter holds it back
 
     def _lost(self, request: Ask, held: Reservation) -> None:
         """Count a try that may have been billed at its worst."""
@@ -284,15 +268,9 @@ def as_usage(tokens_in: int, tokens_out: int) -> dict[str, int]:
     return {"prompt_tokens": tokens_in, "completion_tokens": tokens_out}
 
 
-def _no_reply(state: RetryCallState) -> _NoReply:
-    error = state.outcome.exception() if state.outcome else None
-    assert isinstance(error, _NoReply)
-    return error
-
-
 def _wait(state: RetryCallState) -> float:
-    wait = _no_reply(state).wait
-    return BACKOFF(state) if wait is None else wait
+    again = state.outcome.exception() if state.outcome else None
+    return again.wait if isinstance(again, _Again) and again.wait is not None else BACKOFF(state)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
