@@ -88,7 +88,8 @@ def product(url: str, rows: int, mode: str, concurrency: int) -> dict[str, float
     """Run the product in this process."""
     from tunewright.datagen import make_dataset as module
     from tunewright.datagen.curation import Curation
-    from tunewright.datagen.settings import find_endpoint, load_settings
+    from tunewright.datagen.endpoint import find_endpoint
+    from tunewright.datagen.settings import load_settings
 
     selecting = 0.0
     plain = Curation._reason

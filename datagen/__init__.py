@@ -1,6 +1,6 @@
 """From a task description to a dataset and its registry entry, through the `openai` client. Never imports torch.
 
-settings      what can be set, and the endpoint with its key
+settings      what can be set; endpoint: the server and its key
 plan          the system message, and the topics, people, difficulties and forms that examples are spread over
 documents     documents and seed examples as pieces to build on
 grid          the independent requests that plan, pieces and a seed mean; prompts: their wording

@@ -37,7 +37,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand and return its exit code."""
-    from tunewright.datagen.settings import find_endpoint, keys, load_settings
+    from tunewright.datagen.endpoint import find_endpoint
+    from tunewright.datagen.settings import keys, load_settings
 
     if args.keys:
         for key, _, text, default in keys():

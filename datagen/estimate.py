@@ -9,11 +9,12 @@ from functools import partial
 from tunewright.datagen.budget import Budget, Reservation
 from tunewright.datagen.curation import Curation
 from tunewright.datagen.documents import Chunk
+from tunewright.datagen.endpoint import Endpoint
 from tunewright.datagen.grid import cell_count
 from tunewright.datagen.job import logged_plan
 from tunewright.datagen.plan import Plan
 from tunewright.datagen.reply_log import ReplyLog
-from tunewright.datagen.settings import DatagenConfig, Endpoint, Mode, prices
+from tunewright.datagen.settings import DatagenConfig, Mode, prices
 
 EXPECTED_YIELD = 0.8  # of replies that are kept
 EXPECTED_REPLY = 350  # tokens

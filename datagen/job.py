@@ -13,6 +13,7 @@ from tunewright.datagen.batch_api import Batches
 from tunewright.datagen.budget import Budget, BudgetSpent
 from tunewright.datagen.curation import Curation, score_id
 from tunewright.datagen.documents import Chunk
+from tunewright.datagen.endpoint import Endpoint
 from tunewright.datagen.grid import Cell, digest
 from tunewright.datagen.limiter import Limiter, Stopped
 from tunewright.datagen.plan import SCHEMA as PLAN_SCHEMA
@@ -21,7 +22,7 @@ from tunewright.datagen.prompts import SCORE_SCHEMA, schema_of, score_prompt
 from tunewright.datagen.provider import Ask, Provider, RequestFailed
 from tunewright.datagen.replies import object_of, row_of
 from tunewright.datagen.reply_log import ReplyLog, scrubbed
-from tunewright.datagen.settings import DatagenConfig, Endpoint, Mode, prices
+from tunewright.datagen.settings import DatagenConfig, Mode, prices
 from tunewright.errors import ConfigError, DataError, PeerError
 from tunewright.terminal import Progress
 
@@ -33,7 +34,9 @@ REASONS_SHOWN = 3
 
 
 class Job:
-    """The asking: fills the log until enough replies are rows or a cap is reached."""
+    """Fills the log until enough replies are rows or a limit is reached."""
+
+    curation: Curation  # once there is a plan
 
     def __init__(
         self,
@@ -50,7 +53,6 @@ class Job:
         self.display = Progress(say)
         self.limiter = Limiter(config.concurrency if config.mode is Mode.parallel else 1)
         self.provider = Provider(config, endpoint, self.budget, self.limiter, log, self.display.say)
-        self.curation: Curation | None = None
         self.pending: dict[asyncio.Task[None], int] = {}
         self.hopeful: set[int] = set()  # cells with a row in the log that the curation has not reached
         self.stop_by: float | None = None  # set by Ctrl-C
@@ -68,10 +70,13 @@ class Job:
                 self.plan = self.plan or await self._make_plan()
                 if plan_only:
                     return
-                self.curation = Curation(self.config, self.plan, self.chunks)
-                self.curation.advance(self.log)
+                self._curate(self.plan)
                 if not self.curation.full:
-                    self._forget_failures()
+                    if self.config.mode is not Mode.batch:  # in which a single request fails for good
+                        # What no reply came for is asked again, once for each run.
+                        self.log.forget_errors(last_only=self.config.mode is Mode.sequential)
+                        self._curate(self.plan)
+                    self.found_before = len(self.curation.rows)
                     await self._collect()
         finally:
             for task in self.pending:
@@ -79,12 +84,8 @@ class Job:
             await asyncio.gather(*self.pending, return_exceptions=True)
             await self.provider.close()
 
-    def _forget_failures(self) -> None:
-        """Ask again, once for each run, for what no reply came for."""
-        assert self.plan is not None
-        if self.config.mode is not Mode.batch:  # in which a single request fails for good
-            self.log.forget_errors(last_only=self.config.mode is Mode.sequential)
-        self.curation = Curation(self.config, self.plan, self.chunks)
+    def _curate(self, plan: Plan) -> None:
+        self.curation = Curation(self.config, plan, self.chunks)
         self.curation.advance(self.log)
 
     async def _make_plan(self) -> Plan:
@@ -107,7 +108,6 @@ class Job:
         )
 
     async def _collect(self) -> None:
-        assert self.curation is not None
         if self.config.mode is Mode.batch:
             await self._batches()
             return
@@ -138,7 +138,6 @@ class Job:
             raise asyncio.CancelledError
 
     async def _batches(self) -> None:
-        assert self.curation is not None
         try:
             batches = Batches(self.config, self.endpoint, self.provider, self.log, self.display.say)
             await batches.run(self.curation, self._ask)
@@ -153,7 +152,6 @@ class Job:
     @property
     def _room(self) -> int:
         """How many requests there may be in flight."""
-        assert self.curation is not None
         missing = self.config.examples - len(self.curation.rows) - len(self.hopeful)
         return min(missing, self.limiter.room if self.provider.negotiated else 1)
 
@@ -166,8 +164,6 @@ class Job:
 
     def _next_missing(self, ahead: int) -> Cell | None:
         """Return the next cell that the log is not complete for, noting those on the way that it is."""
-        assert self.curation is not None
-        assert self.plan is not None
         if self.config.mode is Mode.sequential and self.pending:
             return None
         while (cell := self.curation.cell_at(ahead)) is not None:
@@ -177,7 +173,7 @@ class Job:
             row = row_of(record, self.config.turns)
             if not isinstance(row, str):
                 scored = self.config.judge.threshold is not None
-                if scored and score_id(self.config, self.plan, row) not in self.log.records:
+                if scored and score_id(self.config, self.curation.plan, row) not in self.log.records:
                     return cell
                 self.hopeful.add(cell.index)
             ahead += 1
@@ -185,7 +181,6 @@ class Job:
 
     async def _ask(self, cell: Cell) -> None:
         """Fill what the log lacks of a cell: the example, and where it is to be scored its score."""
-        assert self.plan is not None
         try:
             if cell.id not in self.log.records:
                 await self._log(cell.where, Ask(cell.request(), cell.id, schema_of(self.config)))
@@ -193,9 +188,9 @@ class Job:
             if isinstance(row, str):
                 return
             judge = self.config.judge
-            key = score_id(self.config, self.plan, row)
+            key = score_id(self.config, self.curation.plan, row)
             if judge.threshold is not None and key not in self.log.records:
-                prompt = score_prompt(self.config, self.plan, row)
+                prompt = score_prompt(self.config, self.curation.plan, row)
                 messages = [{"role": "user", "content": prompt}]
                 await self._log({"id": key}, Ask(messages, key, SCORE_SCHEMA, judge.model, 0.0))
             self.hopeful.add(cell.index)
@@ -224,7 +219,6 @@ class Job:
         self.display.say(f"Stopping after {len(self.pending)} requests in flight; Ctrl-C again drops them.")
 
     def _show(self) -> None:
-        assert self.curation is not None
         usd, rejected = self.budget.spent(), self.curation.rejects.total()
         self.display.update(
             "accepted",

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from tunewright.datagen.curation import Curation
 from tunewright.datagen.documents import Chunk, read_sources
+from tunewright.datagen.endpoint import Endpoint
 from tunewright.datagen.estimate import estimate
 from tunewright.datagen.grid import digest
 from tunewright.datagen.job import Job, logged_plan
@@ -19,7 +20,7 @@ from tunewright.datagen.outputs import Files, write_outputs
 from tunewright.datagen.plan import Plan, read_plan
 from tunewright.datagen.prompts import PROMPTS_VERSION
 from tunewright.datagen.reply_log import ReplyLog
-from tunewright.datagen.settings import DatagenConfig, Endpoint, identity
+from tunewright.datagen.settings import DatagenConfig, identity
 from tunewright.errors import ConfigError, DataError, StorageError
 
 

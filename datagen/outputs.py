@@ -12,11 +12,12 @@ from tunewright import __version__
 from tunewright.datagen.budget import Budget
 from tunewright.datagen.card import card
 from tunewright.datagen.curation import Curation
+from tunewright.datagen.endpoint import Endpoint
 from tunewright.datagen.preview import preview_page
 from tunewright.datagen.prompts import PROMPTS_VERSION
 from tunewright.datagen.replies import Row
 from tunewright.datagen.reply_log import ReplyLog, scrubbed
-from tunewright.datagen.settings import Endpoint, Format, as_plain, prices
+from tunewright.datagen.settings import Format, as_plain, prices
 from tunewright.datagen.split import split
 from tunewright.errors import ConfigError, DataError
 from tunewright.files import write_json, write_text

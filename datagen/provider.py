@@ -12,10 +12,11 @@ import openai
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
 from tunewright.datagen.budget import Budget, Reservation
+from tunewright.datagen.endpoint import Endpoint
 from tunewright.datagen.grid import Message
 from tunewright.datagen.limiter import Limiter
 from tunewright.datagen.reply_log import ReplyLog
-from tunewright.datagen.settings import DatagenConfig, Endpoint
+from tunewright.datagen.settings import DatagenConfig
 from tunewright.errors import ConfigError, PeerError
 
 ATTEMPTS = 8

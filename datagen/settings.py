@@ -1,10 +1,8 @@
-"""The settings of `tunewright datagen`, and the endpoint that answers; the key comes from the environment only."""
+"""The settings of `tunewright datagen`."""
 
 from __future__ import annotations
 
-import ipaddress
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -12,7 +10,6 @@ from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Optional, get_type_hints
-from urllib.parse import urlsplit
 
 import yaml
 from omegaconf import OmegaConf
@@ -25,7 +22,6 @@ from tunewright.errors import ConfigError, did_you_mean
 EXAMPLE = (
     'tunewright datagen task="Given a riddle, answer with a single word and explain it in one sentence." name=riddles'
 )
-OPENAI_URL = "https://api.openai.com/v1"
 PRICES = CONFIG_DIR.parent / "prices.yaml"
 
 
@@ -110,20 +106,6 @@ class DatagenConfig:
 
 # What decides the requests. Everything else says where, how fast, how much, or what is kept of the replies.
 ASKED = ("task", "model", "temperature", "turns", "plan", "source", "seed", "max_tokens")
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where requests go, and the key they carry."""
-
-    base_url: str
-    key: str = field(repr=False)
-    key_name: str = "OPENAI_API_KEY"
-    azure_version: str | None = None
-
-    def scrub(self, text: str) -> str:
-        """Remove the key from text that comes from a server; placeholders such as `EMPTY` are no secrets."""
-        return text.replace(self.key, "[key]") if len(self.key) >= 8 or self.key.startswith("sk-") else text
 
 
 def keys(cls: type = DatagenConfig, prefix: str = "") -> Iterator[tuple[str, Any, str, Any]]:
@@ -272,44 +254,6 @@ def identity(config: DatagenConfig) -> dict[str, Any]:
     """Return the settings that decide what is asked; replies for other ones must not share a log."""
     values = asdict(config)
     return {key: values[key] for key in ASKED}
-
-
-def find_endpoint(config: DatagenConfig) -> Endpoint:
-    """Return where to ask and with which key.
-
-    Raises:
-        ConfigError: an address that is none, or no usable key for a server that is not on this machine.
-    """
-    azure = config.provider == "azure"
-    prefix, address = ("AZURE_OPENAI", "AZURE_OPENAI_ENDPOINT") if azure else ("OPENAI", "OPENAI_BASE_URL")
-    key_name = f"{prefix}_API_KEY"
-    url = config.base_url or os.environ.get(address, "").strip() or ("" if azure else OPENAI_URL)
-    if config.provider == "openai_compatible" and url == OPENAI_URL:
-        url = ""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username or parts.password:
-        example = "https://mine.openai.azure.com" if azure else "http://localhost:8000/v1"
-        raise ConfigError(
-            f"`base_url` (or {address}) must be an address without user name or query, for example base_url={example}."
-        )
-    key = os.environ.get(key_name, "").strip()
-    if not key and not _is_loopback(parts.hostname) and config.provider != "openai_compatible":
-        raise ConfigError(
-            f"There is no key for {url}: export {key_name}=... first, or use a server of your own, for example "
-            f"provider=openai_compatible base_url=http://localhost:8000/v1."
-        )
-    if key and Endpoint(url, key).scrub(said := repr(asdict(config))) != said:
-        raise ConfigError(f"A setting holds the key of {key_name}, and settings are written to files: leave it out.")
-    if not all("!" <= character <= "~" for character in key):
-        raise ConfigError(f"{key_name} holds a blank or a character outside ASCII: copy the key again.")
-    return Endpoint(url, key or "none", key_name, config.api_version if azure else None)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def as_plain(config: DatagenConfig) -> dict[str, Any]:
