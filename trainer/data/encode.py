@@ -13,7 +13,8 @@ import numpy as np
 
 from tunewright.errors import DataError
 from tunewright.trainer.data.messages import Unusable
-from tunewright.trainer.data.templating import Span, TemplatedText, special_strings
+from tunewright.trainer.data.special_tokens import special_strings
+from tunewright.trainer.data.templating import Span, TemplatedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

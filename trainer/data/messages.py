@@ -32,6 +32,7 @@ FLAGS = ("loss", "loss_scale", "weight", "train", "training")
 PARTIAL_FLAGS = ("train_detail", "training_detail")
 # What a model thinks before it answers; inside the product it goes by the first of these names.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+THOUGHT_MARKS = ("<think>", "</think>")  # around it, where it is a part of the answer
 SAID_BY_ASSISTANT = (*REASONING_KEYS, "tool_calls", "function_call")
 READ = ("name", "tool_call_id", *FLAGS, *PARTIAL_FLAGS)
 

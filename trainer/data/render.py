@@ -18,8 +18,8 @@ from tunewright.config.schema import Overlong
 from tunewright.plan.rules import longest_row
 from tunewright.trainer.data.encode import Encoded, Encoder
 from tunewright.trainer.data.formats import Conversation, Plain
-from tunewright.trainer.data.messages import Message, Unusable
-from tunewright.trainer.data.templating import THOUGHT_MARKS, TemplatedText, Templater
+from tunewright.trainer.data.messages import THOUGHT_MARKS, Message, Unusable
+from tunewright.trainer.data.templating import TemplatedText, Templater
 from tunewright.trainer.model.tokenizer import stop_ids
 
 if TYPE_CHECKING:

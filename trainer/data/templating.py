@@ -8,8 +8,6 @@ model sees when it has to give that answer.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,17 +18,14 @@ from jinja2.meta import find_undeclared_variables
 from tunewright.config.chat_templates import template_names
 from tunewright.errors import DataError
 from tunewright.trainer.data.formats import Conversation, Plain
-from tunewright.trainer.data.messages import REASONING_KEYS, Message, Unusable
+from tunewright.trainer.data.messages import REASONING_KEYS, THOUGHT_MARKS, Message, Unusable
+from tunewright.trainer.data.special_tokens import StandIns, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Stand for special-token strings in a text while the template works on it: characters of a private-use plane.
-STAND_INS = 0xF0000
-THOUGHT_MARKS = ("<think>", "</think>")
 # Variables of templates that say whether the model thinks before it answers.
 SWITCHES = ("enable_thinking", "thinking")
-UNUSABLE_TEXT = re.compile("[\ud800-\udfff\U000f0000-\U0010ffff]")
 
 Span = tuple[int, int]
 _Request = tuple[list[Message], list[Any] | None, bool]  # messages, tools, with the generation prompt
@@ -81,12 +76,12 @@ class Templater:
                 plans.append([self._plain_text(source)])
                 continue
             try:
-                _check_text(source)
+                check_text(source)
                 turns = self._turns(source)
             except Unusable as reason:
                 plans.append(reason)
                 continue
-            given, literals, kept_as_text = self._without_specials(source, turns)
+            given, literals, kept_as_text = self._stand_ins.put(source, turns)
             first = len(requests)
             requests += _requests(given, turns)
             if turns[-1] != len(given.messages) - 1:
@@ -144,6 +139,10 @@ class Templater:
         )
 
     @cached_property
+    def _stand_ins(self) -> StandIns:
+        return StandIns(self.tokenizer, self.special_tokens_in_answers)
+
+    @cached_property
     def _compiled(self) -> Any:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -171,57 +170,10 @@ class Templater:
     def _syntax(self) -> nodes.Template:
         return self._compiled.environment.parse(self.tokenizer.get_chat_template())  # type: ignore[no-any-return]
 
-    def _without_specials(
-        self, conversation: Conversation, turns: list[int]
-    ) -> tuple[Conversation, dict[int, str], frozenset[str]]:
-        """Put stand-ins where a text says what is a special token, so that it stays text.
-
-        Returns what the template is given, the stand-ins, and the strings they stand for in the learnt turns.
-        """
-        simple = not conversation.tools and all(len(message) == 2 for message in conversation.messages)
-        if simple and not any(self._specials.search(message["content"]) for message in conversation.messages):
-            return conversation, {}, frozenset()
-        found: dict[str, int] = {}
-
-        def replaced(value: Any, specials: re.Pattern[str]) -> Any:
-            if isinstance(value, str):
-                return specials.sub(lambda match: chr(found.setdefault(match[0], STAND_INS + len(found))), value)
-            if isinstance(value, list):
-                return [replaced(item, specials) for item in value]
-            if isinstance(value, dict):
-                return {key: replaced(item, specials) for key, item in value.items()}
-            return value
-
-        messages = [
-            replaced(message, self._specials_of_answers if message["role"] == "assistant" else self._specials)
-            for message in conversation.messages
-        ]
-        given = Conversation(messages, conversation.learnt, replaced(conversation.tools, self._specials))
-        learnt = "".join(text for turn in turns for text in _texts(messages[turn]))
-        kept_as_text = frozenset(text for text, stand_in in found.items() if chr(stand_in) in learnt)
-        return given, {stand_in: text for text, stand_in in found.items()}, kept_as_text
-
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> str:
         """Return what the model is given when it has to answer the last message."""
         _require_template(self.tokenizer)
         return self._apply_library(messages, tools, prompt=True)
-
-    @cached_property
-    def _specials(self) -> re.Pattern[str]:
-        return special_strings(self.tokenizer)
-
-    @cached_property
-    def _specials_of_answers(self) -> re.Pattern[str]:
-        """Strings that stay text in an answer: with special_tokens_in_answers those that the template writes itself.
-
-        What a template takes for the borders of a thought are such borders, where they are special tokens too.
-        """
-        template = str(self.tokenizer.chat_template)
-        strings = _special_strings(self.tokenizer) - {mark for mark in THOUGHT_MARKS if mark in template}
-        if self.special_tokens_in_answers:
-            named = {token for token in self.tokenizer.special_tokens_map.values() if isinstance(token, str)}
-            strings = {token for token in strings if token in named or token in template}
-        return _any_of(strings)
 
     # ---- from texts to spans ----------------------------------------------------------------------------------------
 
@@ -303,20 +255,6 @@ def _requests(given: Conversation, turns: list[int]) -> list[_Request]:
     return requests
 
 
-def special_strings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Return a pattern of the strings that the tokenizer takes for special tokens, the longest first."""
-    return _any_of(_special_strings(tokenizer))
-
-
-def _special_strings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return special | set(tokenizer.all_special_tokens)
-
-
-def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or r"(?!)")
-
-
 def _lost(text: str, conversation: Conversation) -> str:
     """Return what of a conversation, answers aside, a template has passed over without a word."""
     for message in conversation.messages:
@@ -344,24 +282,6 @@ def _problem(text: str, message: Message) -> str:
 def _holds(text: str, content: str) -> bool:
     """Templates may trim a text: spaces aside, is it there?"""
     return content in text or "".join(content.split()) in "".join(text.split())
-
-
-def _check_text(conversation: Conversation) -> None:
-    if any(UNUSABLE_TEXT.search(text) for text in _texts([conversation.messages, conversation.tools])):
-        raise Unusable("half of a surrogate pair, or a character of the private-use planes, is in the text")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in a value that JSON could hold, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _texts(key)
-            yield from _texts(item)
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
