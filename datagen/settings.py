@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tunewright.config.compose import CONFIG_DIR, choices
+from tunewright.config.ranges import POSITIVE, Range, check_ranges
 from tunewright.config.schema import option
 from tunewright.errors import ConfigError, did_you_mean
 
@@ -104,6 +104,18 @@ class DatagenConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
+RANGES = {
+    "examples": Range(2),
+    **dict.fromkeys(
+        ("concurrency", "max_tokens", "timeout", "turns", "attempts", "min_output", "max_output"), Range(1)
+    ),
+    "temperature": Range(0, 2),
+    "eval_share": Range(0, 0.5),
+    "similarity": Range(0.1, 1),
+    "judge.threshold": Range(1, 5),
+    **dict.fromkeys(("budget.usd", "budget.tokens", "budget.requests", "budget.minutes"), POSITIVE),
+    **dict.fromkeys(("price.input", "price.output"), Range(0, hint=": dollars for a million tokens")),
+}
 # What decides the requests. Everything else says where, how fast, how much, or what is kept of the replies.
 ASKED = ("task", "model", "temperature", "turns", "plan", "source", "seed", "max_tokens")
 
@@ -149,6 +161,7 @@ def load_settings(overrides: Sequence[str]) -> DatagenConfig:
             OmegaConf.update(typed, key, None if value == "null" else value)
         except OmegaConfBaseException as error:
             raise ConfigError(f"`{key}` is {value!r} (command line: {item}): write {_wanted(types[key])}.") from error
+    check_ranges(typed, RANGES)
     config = OmegaConf.to_object(typed)
     assert isinstance(config, DatagenConfig)
     for key, words in text.items():
@@ -183,36 +196,13 @@ def _check(config: DatagenConfig) -> None:
         raise ConfigError("`task` holds bytes that are not UTF-8.")
     if not config.model:
         raise ConfigError(f"`provider={config.provider}` needs `model`: for example model=qwen2.5:7b.")
-    least: dict[str, float] = {
-        "examples": 2,
-        "concurrency": 1,
-        "max_tokens": 1,
-        "timeout": 1,
-        "turns": 1,
-        "attempts": 1,
-    }
-    for key, bound in least.items():
-        if not bound <= getattr(config, key) < math.inf:
-            raise ConfigError(f"`{key}` is {getattr(config, key)}: write at least {bound:g}.")
-    for key, low, high in (("temperature", 0, 2), ("eval_share", 0, 0.5), ("similarity", 0.1, 1)):
-        value = getattr(config, key)
-        if value is not None and not low <= value <= high:
-            raise ConfigError(f"`{key}` is {value}: write a number from {low:g} to {high:g}.")
+    if config.max_output is not None and config.max_output < config.min_output:
+        raise ConfigError(f"`max_output` is {config.max_output}: write at least `min_output`, {config.min_output}.")
     if config.mode is Mode.sequential and config.turns > 1:
         raise ConfigError("`mode=sequential` makes single exchanges: leave out turns, or use mode=parallel.")
     threshold = config.judge.threshold
-    if threshold is not None and not 1 <= threshold <= 5:
-        raise ConfigError(f"`judge.threshold` is {threshold}: write a score from 1 to 5.")
     if config.mode is Mode.batch and threshold is not None:
         raise ConfigError("`mode=batch` does not score: leave out judge.threshold, or use mode=parallel.")
-    for key in ("usd", "tokens", "requests", "minutes"):
-        value = getattr(config.budget, key)
-        if value is not None and not value > 0:
-            raise ConfigError(f"`budget.{key}` is {value}: write a number above 0.")
-    for key in ("input", "output"):
-        value = getattr(config.price, key)
-        if value is not None and not 0 <= value < math.inf:
-            raise ConfigError(f"`price.{key}` is {value}: write dollars for a million tokens.")
     if config.budget.usd is not None and prices(config) is None:
         raise ConfigError(
             f"`budget.usd` is {config.budget.usd:g}, but the price of '{config.model}' is not known: write "

@@ -159,7 +159,7 @@ def test_a_judge_is_counted_at_its_own_price(serve: Any, fake: Any, datagen: Any
         ({"budget__usd": 1, "judge__threshold": 3, "judge__model": "other"}, "price of 'other', which scores"),
         ({"budget__usd": "nan"}, "write a number above 0"),
         ({"budget__tokens": 0}, "write a number above 0"),
-        ({"price__input": -1}, "write dollars"),
+        ({"price__input": -1}, "dollars for a million tokens"),
         ({"attempts": "inf"}, "`attempts` is inf"),
         ({"timeout": "nan"}, "`timeout` is nan"),
     ],

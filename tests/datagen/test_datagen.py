@@ -56,7 +56,7 @@ def start(server: Any, out: Path, **changed: Any) -> subprocess.Popen[str]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -351,7 +351,12 @@ def test_two_processes_do_not_share_an_output(serve: Any, datagen: RunDatagen, t
         (["task=x"], "No value for `name`"),
         (["task=x", "name=y", "out="], "No value for `out`"),
         (["task=x", "name=../y"], "write letters"),
-        (["task=x", "name=y", "examples=0"], "at least 2"),
+        (["task=x", "name=y", "examples=0"], "`examples` is 0: write a number from 2"),
+        (["task=x", "name=y", "similarity=0"], "write a number from 0.1 to 1"),
+        (["task=x", "name=y", "similarity=1.1"], "write a number from 0.1 to 1"),
+        (["task=x", "name=y", "judge.threshold=6"], "write a number from 1 to 5"),
+        (["task=x", "name=y", "min_output=0"], "`min_output` is 0: write a number from 1"),
+        (["task=x", "name=y", "min_output=9", "max_output=8"], "`max_output` is 8: write at least `min_output`, 9"),
         (["task=x", "name=y", "base_url=localhost:80"], "must be an address"),
         (["a riddle", "name=y"], "not key=value"),
     ],

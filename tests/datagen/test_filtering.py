@@ -190,19 +190,9 @@ def test_answers_are_in_the_language_asked_for(language: str, output: str, verdi
     assert verdicts([row("Describe it.", output=output)], language=language) == [verdict]
 
 
-@pytest.mark.parametrize(
-    ("rules", "said"),
-    [
-        ({"language": "englsh"}, "language.*en, de or zh"),
-        ({"similarity": 0}, "similarity.*such as 0.7"),
-        ({"similarity": 1.1}, "similarity"),
-        ({"min_output": 0}, "min_output"),
-        ({"min_output": 9, "max_output": 8}, "max_output.*9"),
-    ],
-)
-def test_rules_that_cannot_be_kept_are_refused(rules: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        verdicts([], **rules)
+def test_a_language_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"language.*en, de or zh"):
+        verdicts([], language="englsh")
 
 
 def test_importing_it_loads_nothing_heavy() -> None:

@@ -76,13 +76,13 @@ RANGES: dict[str, Range] = {
 }
 
 
-def check_ranges(config: DictConfig) -> None:
+def check_ranges(config: DictConfig, ranges: dict[str, Range] = RANGES) -> None:
     """Look at each number.
 
     Raises:
         ConfigError: the first that is outside its range.
     """
-    for key, allowed in RANGES.items():
+    for key, allowed in ranges.items():
         value: Any = OmegaConf.select(config, key)
         if value is not None and not allowed.holds(value):
             raise ConfigError(f"`{key}` is {value}: {allowed.wanted()}.")
