@@ -51,10 +51,6 @@ class Curation:
     def full(self) -> bool:
         return len(self.rows) >= self.config.examples
 
-    @property
-    def exhausted(self) -> bool:
-        return self.next >= self._last
-
     def cell_at(self, index: int) -> Cell | None:
         """Return the cell of a number; in the sequential mode only the next one is known."""
         if index >= self._last:

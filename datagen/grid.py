@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -46,17 +46,11 @@ def cell_count(config: DatagenConfig) -> int:
     return max(config.examples, round(config.attempts * config.examples))
 
 
-def cells(config: DatagenConfig, plan: Plan, chunks: Sequence[Chunk]) -> Iterator[Cell]:
-    """Yield every cell that may be asked, in order; more examples only add cells at the end.
+def cell(config: DatagenConfig, plan: Plan, chunks: Sequence[Chunk], index: int) -> Cell:
+    """Return one cell; more examples only add cells at the end.
 
     Each round goes through the topics in an order of its own; difficulty rises from round to round, then begins anew.
     """
-    for index in range(cell_count(config)):
-        yield cell(config, plan, chunks, index)
-
-
-def cell(config: DatagenConfig, plan: Plan, chunks: Sequence[Chunk], index: int) -> Cell:
-    """Return one cell."""
     turn, place = divmod(index, len(plan.topics))
     topic = plan.topics[_order(f"{config.seed}/topics/{turn}", len(plan.topics))[place]]
     difficulty = plan.difficulties[turn % len(plan.difficulties)]

@@ -11,8 +11,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from array import array
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -41,13 +39,6 @@ def tokens(text: str) -> list[str]:
     """Return the words of a text, or its characters in scripts without spaces; never an empty list."""
     plain = normal(text)
     return TOKEN.findall(plain) or list(plain) or [""]
-
-
-def rouge_l(one: Sequence[Any], other: Sequence[Any]) -> float:
-    """Return ROUGE-L F1 of two lists of tokens."""
-    from rapidfuzz.distance import Indel
-
-    return Indel.normalized_similarity(one, other)
 
 
 class Coder:

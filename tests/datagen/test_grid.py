@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from tunewright.datagen.documents import Chunk
-from tunewright.datagen.grid import Cell, cells
+from tunewright.datagen.grid import Cell, cell
 from tunewright.datagen.plan import Plan
 from tunewright.datagen.settings import DatagenConfig
 
@@ -17,7 +17,7 @@ def grid(examples: int = 40, seed: int = 42, chunks: list[Chunk] | None = None, 
     config = DatagenConfig(task="Say {task} ${x} %d.", name="n", examples=examples, seed=seed, attempts=1)
     for key, value in changed.items():
         setattr(config, key, value)
-    return list(cells(config, PLAN, chunks or []))
+    return [cell(config, PLAN, chunks or [], index) for index in range(examples)]
 
 
 def test_each_topic_comes_once_in_every_round_in_changing_order() -> None:

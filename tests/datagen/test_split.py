@@ -7,9 +7,10 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rapidfuzz.distance import Indel
 
 from tunewright.datagen.filtering import Row, opening, prompt_tokens
-from tunewright.datagen.rouge import normal, rouge_l
+from tunewright.datagen.rouge import normal
 from tunewright.datagen.split import CHUNK, Split, split
 
 SHARE, SIMILARITY = 0.1, 0.6
@@ -33,7 +34,7 @@ def rows_of(count: int, seed: int = 0) -> list[Row]:
 
 
 def similarity(one: Row, other: Row) -> float:
-    return rouge_l(prompt_tokens(opening(one)), prompt_tokens(opening(other)))
+    return Indel.normalized_similarity(prompt_tokens(opening(one)), prompt_tokens(opening(other)))
 
 
 @settings(deadline=None, max_examples=100)
@@ -88,7 +89,11 @@ def test_the_most_alike_pair_is_found_among_many_chunks(seed: int) -> None:
     parts = split(rows, 0.5, seed, 0.9)
     assert len(parts.test) > 2 * CHUNK
     prompts = [prompt_tokens(opening(row)) for row in rows]
-    pairs = {(left, right): rouge_l(prompts[left], prompts[right]) for left in parts.train for right in parts.test}
+    pairs = {
+        (left, right): Indel.normalized_similarity(prompts[left], prompts[right])
+        for left in parts.train
+        for right in parts.test
+    }
     assert parts.pair is not None
     assert parts.highest == max(pairs.values()) == pairs[parts.pair]
 
