@@ -81,7 +81,7 @@ docs-check: setup  ## run every command of README.md and docs/ in a copy: make d
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@mkdir -p $(VENV)/rooms/tunewright && ln -sfn $(addprefix $(CURDIR)/,$(wildcard tunewright/* datagen trainer launch deliver)) $(VENV)/rooms/tunewright/
+	@$(BIN)/python bench/rooms.py $(VENV)/rooms
 	$(BIN)/mypy
 
 datagen: setup  ## a dataset from a description: make datagen TASK="..." N=100 NAME=riddles

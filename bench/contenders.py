@@ -39,7 +39,6 @@ def environment(job: Job) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": f"{job.out}/inductor",
         "OMP_NUM_THREADS": str(_threads(job)),
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(BENCH.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
 
 

@@ -31,8 +31,8 @@ from measure import CORES, MIB, Memory, busy_seconds, machine
 from omegaconf import OmegaConf
 
 from tunewright.config.compose import compose_config, load_config
-from tunewright.launch.prepare import find_prepared
 from tunewright.trainer.model.tiny import tiny_folder
+from tunewright.trainer.prepared import find_prepared
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -189,7 +189,7 @@ MAKE_TOKENS = """
 import os, sys
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from tunewright.config.compose import load_config
-from tunewright.launch.prepare import prepare
+from tunewright.trainer.prepared import prepare
 prepare(load_config(sys.stdin))
 """
 
@@ -198,12 +198,12 @@ def tunewright_contender(*, report: bool) -> Contender:
     """The preparing process as a launch starts it, or up to where its report begins; again, what a next launch does."""
 
     def start(task: Task) -> Command:
-        argv = ["-m", "tunewright.launch.prepare"] if report else ["-c", MAKE_TOKENS]
+        argv = ["-m", "tunewright.launch.prepare", "make"] if report else ["-c", MAKE_TOKENS]
         return Command([sys.executable, *argv], _tunewright_config(task))
 
     def start_again(task: Task) -> Command:
         found = "import sys; from tunewright.config.compose import load_config; "
-        found += "from tunewright.launch.prepare import find_prepared; "
+        found += "from tunewright.trainer.prepared import find_prepared; "
         found += "assert find_prepared(load_config(sys.stdin))"
         return Command([sys.executable, "-c", found], _tunewright_config(task))
 

@@ -20,14 +20,11 @@ import platform
 import random
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 TASK = "Given a riddle, answer with a single word and explain it in one sentence."
 PLAN = {"system": "You solve riddles.", "topics": ["animals", "food", "tools"], "personas": ["a child", "a cook"]}

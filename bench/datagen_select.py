@@ -20,10 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tunewright.datagen.filtering import Filter, Row, Rules, opening, prompt_tokens
 from tunewright.datagen.rouge import Coder

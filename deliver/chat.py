@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from tunewright.deliver.generate import Answerer, open_run
-from tunewright.launch.prepare import prepare
 from tunewright.trainer.data.messages import Message
 from tunewright.trainer.inputs import check_base
+from tunewright.trainer.prepared import fetch
 
 HELP = "Empty line or Ctrl-D ends, /reset forgets the conversation."
 
@@ -18,7 +18,7 @@ def chat(
 ) -> int:
     """Answer the given prompts and stop, or ask for questions on the terminal."""
     run, config = open_run(path, trusted=trusted, checkpoints=True)
-    model_path = prepare(config, lambda line: None).model_path
+    model_path = fetch(config, print, weights=True)
     check_base(run, model_path)
     base, tuned = Answerer(config, model_path), Answerer(config, model_path)
     with tuned.tuned(run):

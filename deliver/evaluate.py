@@ -13,7 +13,6 @@ from tunewright.deliver.generate import Answerer, open_run, weights_of
 from tunewright.deliver.scores import score_text, wilson
 from tunewright.errors import ConfigError, DataError
 from tunewright.files import write_json
-from tunewright.launch.prepare import prepare
 from tunewright.plugins import PLUGINS
 from tunewright.run_folder import RunDir
 from tunewright.trainer.data.formats import Conversation, Plain, to_conversation
@@ -21,6 +20,7 @@ from tunewright.trainer.data.messages import Unusable
 from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.data.token_cache import TokenCache
 from tunewright.trainer.inputs import check_base, other_held_out
+from tunewright.trainer.prepared import prepare
 
 BATCH = 16
 Metric = Callable[[str, str], float]  # (answer, expected)

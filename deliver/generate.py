@@ -12,9 +12,8 @@ import torch
 from omegaconf import DictConfig
 from peft import PeftModel
 
-from tunewright.config.compose import load_config
 from tunewright.errors import ConfigError
-from tunewright.run_folder import RunDir
+from tunewright.run_folder import RunDir, settings_of
 from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.methods.prompt_learning import learns_prompt
 from tunewright.trainer.model.load import load_model, load_tokenizer, quiet_libraries, stop_tokens, torch_dtype
@@ -52,7 +51,7 @@ def open_run(path: Path, *, trusted: bool, checkpoints: bool = False) -> tuple[R
     """
     run = run_of(path, checkpoints=checkpoints)
     check_ours(run.config, run.read_manifest(), trusted=trusted, how="--trust")
-    config = load_config(run.config, trusted=trusted)
+    config = settings_of(run, trusted=trusted)
     check_code(config.model.trust_remote_code, config.model.path, trusted=trusted)
     return run, config
 

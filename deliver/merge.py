@@ -28,10 +28,10 @@ from tunewright.deliver.merge_weights import Adapted, Checkpoint, Written, adapt
 from tunewright.errors import ConfigError, StorageError
 from tunewright.files import write_json
 from tunewright.folders import check_name, set_aside
-from tunewright.launch.prepare import find_prepared, prepare
 from tunewright.run_folder import RunDir
 from tunewright.trainer.inputs import check_base
 from tunewright.trainer.model.load import load_tokenizer, quiet_libraries, stop_tokens
+from tunewright.trainer.prepared import find_prepared, prepare
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # How far right merges were from base and adapter, on a CPU, with LoRA, DoRA, IA3 and replaced embeddings, in random

@@ -14,7 +14,6 @@ from tunewright import __version__
 from tunewright.datagen.cli import add_parser as add_datagen
 from tunewright.errors import TunewrightError, did_you_mean
 from tunewright.launch.data.cli import add_parser as add_data
-from tunewright.ranks import imports_that_stay
 from tunewright.redaction import redact, typed_secrets
 
 if TYPE_CHECKING:
@@ -211,23 +210,20 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    with imports_that_stay():
-        from tunewright.deliver.evaluate import evaluate_runs
+    from tunewright.deliver.evaluate import evaluate_runs
 
     evaluate_runs(args.runs, args.examples, _say, trusted=args.trust)
     return 0
 
 
 def _chat(args: argparse.Namespace) -> int:
-    with imports_that_stay():
-        from tunewright.deliver.chat import chat
+    from tunewright.deliver.chat import chat
 
     return chat(args.tuned, args.prompt, args.system, args.max_new_tokens, trusted=args.trust)
 
 
 def _merge(args: argparse.Namespace) -> int:
-    with imports_that_stay():
-        from tunewright.deliver.merge import merge_run
+    from tunewright.deliver.merge import merge_run
 
     merge_run(
         args.tuned,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from omegaconf import DictConfig
 
 from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher
+from tunewright.launch.children import SAFE_PATH
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.plan.devices import Devices
 from tunewright.ranks import rank_variables
@@ -23,19 +26,36 @@ from tunewright.run_folder import RunDir
 
 @dataclass(frozen=True)
 class Command:
-    """What `accelerate launch` is given: arguments, what is added to the environment, and its configuration file."""
+    """What is run: `accelerate launch`, its arguments, what is added to the environment, its configuration file."""
 
+    program: list[str]
     arguments: list[str]
     env: dict[str, str]
     accelerate: dict[str, object]
 
     def shown(self) -> str:
         """Return the command as a person would type it."""
-        settings = [f"{key}={shlex.quote(value)}" for key, value in self.env.items()]
+        settings = [f"{key}={shlex.quote(value)}" for key, value in {**SAFE_PATH, **self.env}.items()]
         left_over = rank_variables(os.environ)
         if left_over:
             settings = ["env", *(f"-u {name}" for name in left_over), *settings]
-        return " ".join([*settings, "accelerate launch", shlex.join(self.arguments)])
+        program = [str(path_from_here(self.program[0])), *self.program[1:]]
+        return " ".join([*settings, shlex.join([*program, *self.arguments])])
+
+
+def accelerate_launch() -> list[str]:
+    """Return how `accelerate launch` is called here: by its script, where it was installed with this Python.
+
+    Python 3.10 would let `-m` import what lies in the working directory.
+    """
+    script = Path(sysconfig.get_path("scripts"), "accelerate")
+    return [str(script), "launch"] if script.is_file() else [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def path_from_here(path: str) -> Path:
+    """Return a path as one would type it here: `.venv/bin/accelerate`."""
+    whole, here = Path(path), Path.cwd()
+    return whole.relative_to(here) if whole.is_relative_to(here) else whole
 
 
 def accelerate_config(config: DictConfig, ranks: int, devices: Devices) -> dict[str, object]:
@@ -66,6 +86,7 @@ def build_command(
     if checkpoint:
         script += ["--checkpoint", str(checkpoint)]
     return Command(
+        accelerate_launch(),
         ["--config_file", str(run.path / "accelerate.yaml"), *script],
         _environment(config, plan.world_size, devices),
         accelerate_config(config, plan.world_size, devices),

@@ -1,14 +1,9 @@
-"""What DeepSpeed gets of a DeepSpeed JSON, and what it says about one before any rank is started.
-
-DeepSpeed is asked in a process of its own, for seconds, about a file of the user's own alone; the answer is kept.
-"""
+"""What DeepSpeed says about a DeepSpeed JSON of the user's own, before any rank is started."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -16,54 +11,31 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from tunewright.config.compose import load_config
 from tunewright.config.deepspeed_file import SIMILAR, DeepSpeedFile, deepspeed_file
-from tunewright.errors import ConfigError, TunewrightError, closest
+from tunewright.errors import ConfigError, closest
 from tunewright.files import write_json
-from tunewright.launch.aside import ask
-from tunewright.ranks import leave
+from tunewright.trainer.deepspeed_settings import BATCH, for_trainer
 from tunewright.trainer.model.load import cache_folder
 
 FORMAT = 1  # of the kept files
-BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def ensure_accepted(config: DictConfig) -> list[str]:
-    """Return the keys of the strategy's DeepSpeed JSON that DeepSpeed does not know, asking it where that is not kept.
-
-    Raises:
-        ConfigError: DeepSpeed refuses the file. (The process has said so; then this is an `AsideFailed`.)
-    """
-    file = deepspeed_file(config)
-    if file.shipped:
-        return []
-    kept = _kept(config, file)
-    if not kept.is_file():
-        ask("tunewright.launch.deepspeed_check", "check", config)
-    return list(json.loads(kept.read_text(encoding="utf-8")))
-
-
-def _kept(config: DictConfig, file: DeepSpeedFile) -> Path:
+def kept(config: DictConfig, file: DeepSpeedFile) -> Path:
+    """Return where the answer about a DeepSpeed JSON is kept: its keys that DeepSpeed does not know."""
     key = json.dumps([FORMAT, version("deepspeed"), file.settings], sort_keys=True)
     return cache_folder(config.data.cache_dir) / "deepspeed" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def for_trainer(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return DeepSpeed settings with what the trainer decides left to it; `deepspeed_file` tells the user which."""
-    settings = copy.deepcopy(settings)
-    for key in (*BATCH, "gradient_clipping"):
-        settings[key] = "auto"
-    for key in ("fp16", "amp", "optimizer", "scheduler"):
-        settings.pop(key, None)
-    settings["bf16"] = {**settings.get("bf16", {}), "enabled": "auto"}
-    # Optimisers of transformers' names are not on DeepSpeed's list of tested ones.
-    settings["zero_allow_untested_optimizer"] = True
-    zero = settings.get("zero_optimization", {})
-    if "offload_optimizer" in zero:
-        settings["zero_force_ds_cpu_optimizer"] = False
-    if zero.get("stage") == 3:  # without it DeepSpeed gives nobody the whole weights, and no result is saved
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-    return settings
+def ask_deepspeed(config: DictConfig) -> None:
+    """Ask DeepSpeed about the strategy's file, and keep the answer.
+
+    Raises:
+        ConfigError: see `unknown_keys`.
+    """
+    file = deepspeed_file(config)
+    unknown, answer = unknown_keys(file), kept(config, file)
+    answer.parent.mkdir(parents=True, exist_ok=True)
+    write_json(answer, unknown)
 
 
 class _Watched(dict[str, Any]):
@@ -154,24 +126,3 @@ def _check_disk(file: DeepSpeedFile) -> None:
                 f"{file.path}: `{key}.device` is nvme, and this machine has no libaio with its header files "
                 f"(libaio-dev)."
             )
-
-
-def main() -> int:
-    """Ask DeepSpeed about the file of the configuration on standard input, and keep what it does not know of it."""
-    try:
-        config = load_config(sys.stdin)
-        file = deepspeed_file(config)
-        kept = _kept(config, file)
-        unknown = unknown_keys(file)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, unknown)
-    except TunewrightError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    leave(main())

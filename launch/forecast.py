@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 from tunewright.errors import StorageError
-from tunewright.launch.prepare import find_prepared
+from tunewright.launch.ask_torch import ensure_counts
 from tunewright.plan.batch_plan import BatchPlan, planned_steps
 from tunewright.trainer.data.build_cache import open_rows
 from tunewright.trainer.data.sampling import rows_to_train
 from tunewright.trainer.data.token_cache import TokenCache, epoch_size
-from tunewright.trainer.model.meta_model import ensure_counts
+from tunewright.trainer.prepared import find_prepared
 
 
 def forecast(config: DictConfig, plan: BatchPlan) -> Iterator[str]:

@@ -10,19 +10,17 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tunewright.errors import EXIT_CODES
+from tunewright.launch.children import end, start
 from tunewright.launch.command import Command
-from tunewright.ranks import die_with_parent, interrupt_waits, without_ranks
+from tunewright.ranks import LAUNCHED_BY
 from tunewright.run_folder import RunDir
 
-GRACE_SECONDS = 10.0  # between asking the ranks to stop and killing them
 TAIL_LINES = 15
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -38,45 +36,7 @@ class RankError:
     log: Path
 
 
-class AccelerateLauncher:
-    """`accelerate launch` as a process, which can be begun before it is known what to launch; see `launcher`."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
-
-    def begin(self) -> None:
-        if self.process is not None:
-            return
-        with interrupt_waits():
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tunewright.launch.launcher"],
-                stdin=subprocess.PIPE,
-                encoding="utf-8",
-                env=without_ranks(os.environ),
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
-
-    def launch(self, command: Command, log: Path) -> subprocess.Popen[str]:
-        """Start the ranks and return the process that does; what it says itself goes into the log."""
-        self.begin()
-        process, self.process = self.process, None
-        assert process is not None
-        assert process.stdin is not None
-        env = {**command.env, "TUNEWRIGHT_LAUNCHER_PID": str(os.getpid())}
-        with suppress(BrokenPipeError), process.stdin as told:  # it ended by itself: seen when it is waited for
-            json.dump({"arguments": command.arguments, "env": env, "log": str(log)}, told)
-        return process
-
-    def stop(self) -> None:
-        """End a process that was begun and is not needed."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-
-def run_ranks(command: Command, run: RunDir, launcher: AccelerateLauncher, say: Callable[[str], None] = print) -> int:
+def run_ranks(command: Command, run: RunDir, say: Callable[[str], None] = print) -> int:
     """Run the command to its end and return the exit code that says how it went.
 
     Success is the manifest's `done`, which the first rank writes after the result was verified: ranks have been seen
@@ -85,7 +45,14 @@ def run_ranks(command: Command, run: RunDir, launcher: AccelerateLauncher, say: 
     log_path = run.logs / "launch.log"
     log_path.touch()
     started, said = time.time(), log_path.stat().st_size  # the logs of earlier attempts are kept
-    if _wait(launcher.launch(command, log_path)):
+    with log_path.open("a") as log:
+        process = start(
+            command.program + command.arguments,
+            {**command.env, LAUNCHED_BY: str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+        )
+    if _wait(process):
         run.update_manifest(status="stopped")
         say(stopped(run))
         return INTERRUPTED
@@ -114,7 +81,7 @@ def _wait(process: subprocess.Popen[str]) -> bool:
 
     def on_signal(number: int, frame: object) -> None:
         received.append(number)
-        _end(process)
+        end(process)
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -123,50 +90,6 @@ def _wait(process: subprocess.Popen[str]) -> bool:
         for number, handler in previous.items():
             signal.signal(number, handler)
     return bool(received)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Ask the launcher to end its ranks, and kill everything that is still there after a grace period."""
-    ranks = _descendants(process.pid)
-    for pid in (process.pid, *ranks):
-        _signal(pid, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_SECONDS
-    while time.monotonic() < deadline and any(_alive(pid) for pid in (*ranks, process.pid)):
-        process.poll()  # reaps it, so that it does not count as alive
-        time.sleep(0.05)
-    for pid in (*ranks, process.pid):
-        if _alive(pid):
-            _signal(pid, signal.SIGKILL)
-
-
-def _signal(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):  # it ended by itself in the meantime
-        os.kill(pid, number)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
-def _descendants(pid: int) -> list[int]:
-    """Return every process below `pid`; ranks are sessions of their own, so the process group does not hold them."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # ended while we looked
-        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, queue = [], [pid]
-    while queue:
-        below = children.get(queue.pop(), [])
-        found += below
-        queue += below
-    return found
 
 
 def first_error(run: RunDir, launch_log: Path, *, since: float = 0.0, offset: int = 0) -> RankError:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -17,7 +16,7 @@ from tunewright.config.deepspeed_file import account, deepspeed_file
 from tunewright.config.schema import Launcher
 from tunewright.errors import ConfigError
 from tunewright.launch.command import Command, build_command, write_accelerate_config
-from tunewright.launch.supervise import AccelerateLauncher, run_ranks
+from tunewright.launch.supervise import run_ranks
 from tunewright.plan.architecture import check_modules
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.plan.devices import Devices, find_devices
@@ -25,9 +24,6 @@ from tunewright.plan.rules import check
 from tunewright.plan.substitutes import settle
 from tunewright.ranks import rank_variables
 from tunewright.run_folder import Claim, check_inputs, claim, prepare_folder, sole_user
-
-if TYPE_CHECKING:
-    from tunewright.launch.preparation import Preparation
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ def plan_job(config: DictConfig, devices: Devices) -> Job:
 
     Raises:
         ConfigError, DataError: see `legality.check`, `architecture.check_modules`, `settle`, `rundir.claim` and
-            `tunewright.launch.prepare.find_prepared`.
+            `find_prepared`.
     """
     plan, settled = check_all(config, devices)
     from tunewright.trainer.inputs import planned_inputs
@@ -64,9 +60,7 @@ def check_all(config: DictConfig, devices: Devices) -> tuple[BatchPlan, list[str
         ConfigError, StorageError: see `legality.check`, `architecture.check_modules` and `settle`.
     """
     plan = check(config, devices)
-    from tunewright.trainer.model.meta_model import (
-        ensure_architecture,  # not before: a configuration error should come at once
-    )
+    from tunewright.launch.ask_torch import ensure_architecture  # not before: a configuration error comes at once
 
     architecture = ensure_architecture(config)
     settled = settle(config, architecture, devices)
@@ -81,7 +75,7 @@ def _own_deepspeed_file(config: DictConfig) -> list[str]:
     file = deepspeed_file(config)
     if file.shipped:
         return []
-    from tunewright.launch.deepspeed_check import ensure_accepted
+    from tunewright.launch.ask_torch import ensure_accepted
 
     return [account(file, config, ensure_accepted(config))]
 
@@ -109,27 +103,26 @@ def _in_a_name(change: str) -> str:
     return re.sub(r"[^\w.=+-]", "_", f"{key.rpartition('.')[2]}={value}")
 
 
-def run_job(job: Job, say: Callable[[str], None], preparation: Preparation, launcher: AccelerateLauncher) -> int:
+def run_job(job: Job, say: Callable[[str], None]) -> int:
     """Prepare the data, start the ranks, and return the exit code."""
-    from tunewright.launch.prepare import ensure_prepared, find_prepared
+    from tunewright.launch.prepare import ensure_prepared
     from tunewright.trainer.inputs import planned_inputs, prepared_inputs
     from tunewright.trainer.model.load import find_model
+    from tunewright.trainer.prepared import find_prepared
 
     config, claimed = job.config, job.claimed
     run = claimed.run
     if claimed.finished:
         unseen = ""
         if find_model(config.model, config.data.cache_dir):
-            found = find_prepared(config) or ensure_prepared(config, preparation=preparation)
-            check_inputs(claimed, prepared_inputs(config, found))
+            check_inputs(claimed, prepared_inputs(config, find_prepared(config) or ensure_prepared(config)))
         else:  # not worth a download
             unseen = " Whether model and data are still the same was not looked at: the model is not on this machine."
         say(f"{run.path} is finished already; nothing to do.{unseen}")
         return 0
     for text in (*job.settled, *claimed.remarks):
         say(text)
-    prepared = ensure_prepared(config, preparation=preparation)
-    preparation.stop()  # where all was there already, it would wait as long as the ranks train
+    prepared = ensure_prepared(config)
     inputs = {**planned_inputs(config, job.plan), **prepared_inputs(config, prepared)}
     check_inputs(claimed, inputs)
     if claimed.checkpoint:
@@ -140,12 +133,12 @@ def run_job(job: Job, say: Callable[[str], None], preparation: Preparation, laun
             say(f"What was in {run.path} before is in {aside} now.")
         write_accelerate_config(job.command, run)
         say(job.command.shown())
-        return run_ranks(job.command, run, launcher, say)
+        return run_ranks(job.command, run, say)
 
 
 def check_data(config: DictConfig) -> None:
     """Raise DataError for a dataset name, registry or file that cannot be used, before the run folder is touched."""
-    from tunewright.launch.prepare import find_prepared
+    from tunewright.trainer.prepared import find_prepared
 
     find_prepared(config)
 
@@ -159,36 +152,23 @@ def train(
     say: Callable[[str], None] = print,
 ) -> int:
     """Run one training, or a sweep of them one after the other, and return the exit code of the first that fails."""
-    from tunewright.launch.preparation import Preparation
-
-    devices, preparation, launcher = find_devices(), Preparation(), AccelerateLauncher()
+    devices = find_devices()
     left_over = rank_variables(os.environ)
     if left_over:
         say(f"{', '.join(left_over)} in the environment belong to another launch: not passed on to ranks.")
-    try:
-        jobs = []
-        configs = sweep_jobs(overrides, extra_dir, multirun=multirun)
-        if not dry_run:
-            # What these import takes longer than the checks.
-            preparation.begin(configs[0])
-            launcher.begin()
-        for config in configs:
-            jobs.append(plan_job(config, devices))
-            if not dry_run:  # which tells as much as can be known without the data
-                check_data(config)
-        for number, job in enumerate(jobs, 1):
-            if len(jobs) > 1:
-                say(f"Run {number} of {len(jobs)}: {job.config.name}")
-            if dry_run:
-                show_plan(job, say)
-                continue
-            code = run_job(job, say, preparation, launcher)
-            if code:
-                return code
-        return 0
-    finally:
-        preparation.stop()
-        launcher.stop()
+    jobs = []
+    for config in sweep_jobs(overrides, extra_dir, multirun=multirun):
+        jobs.append(plan_job(config, devices))
+        if not dry_run:  # which tells as much as can be known without the data
+            check_data(config)
+    for number, job in enumerate(jobs, 1):
+        if len(jobs) > 1:
+            say(f"Run {number} of {len(jobs)}: {job.config.name}")
+        if dry_run:
+            show_plan(job, say)
+        elif code := run_job(job, say):
+            return code
+    return 0
 
 
 def show_plan(job: Job, say: Callable[[str], None]) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from tunewright.config.compose import compose_config
-from tunewright.launch.prepare import prepare
 from tunewright.launch.train import check_all
 from tunewright.plan.devices import find_devices
 from tunewright.run_folder import Claim, RunDir, prepare_folder
+from tunewright.trainer.prepared import prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TIMEOUT = 400  # seconds: far above what any command here takes, below what hides a hang

@@ -26,6 +26,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.rooms import make_rooms
 from tests.datagen import fake_server
 from tests.documents import REPOSITORY, Command, Document, documents, matches, words
 from tunewright.errors import EXIT_CODES
@@ -122,7 +123,7 @@ def make_place(root: Path, home: Path, server: str) -> Place:
     installed = Path(sys.prefix)
     (root / ".venv").mkdir()
     for part in installed.iterdir():
-        if part.name != ".ready":
+        if part.name not in (".ready", "rooms"):
             (root / ".venv" / part.name).symlink_to(part)
     (root / ".venv" / ".ready").touch()  # newer than the copied pyproject.toml: `make` installs nothing
     write_readers_files(root)
@@ -133,7 +134,7 @@ def make_place(root: Path, home: Path, server: str) -> Place:
         **kept,
         "HOME": str(home),
         "PATH": f"{root / '.venv' / 'bin'}:{os.environ['PATH']}",
-        "PYTHONPATH": str(root),  # before the checkout that is installed
+        "PYTHONPATH": str(make_rooms(root / ".venv" / "rooms", root)),  # before the checkout that is installed
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OPENAI_BASE_URL": server,

@@ -49,7 +49,7 @@ def build(end: str) -> Path:
     folder = REPOSITORY / f".venv-{end}"
     declared = dependencies()
     # The tools that tests run in are not what is tried out.
-    tools = re.compile(r"(pytest|hypothesis|mypy|ruff|types-|fastapi|uvicorn|modelscope)")
+    tools = re.compile(r"(pytest|hypothesis|mypy|nbclient|ipykernel|ruff|setuptools|types-|fastapi|uvicorn|modelscope)")
     wanted = [oldest(one) if end == "oldest" and not tools.match(one) else one for one in declared]
     stamp = folder / "wanted.json"
     if not stamp.exists() or json.loads(stamp.read_text()) != wanted:
@@ -61,6 +61,7 @@ def build(end: str) -> Path:
         extra = ["--retries", "1", "--extra-index-url", index] if index else []
         subprocess.run([*pip, *extra, *[one for one in wanted if one.startswith("torch")]], check=True)
         subprocess.run([*pip, *wanted], check=True)
+        subprocess.run([*pip, "--no-deps", "--no-build-isolation", "-e", str(REPOSITORY)], check=True)
         stamp.write_text(json.dumps(wanted))
     return folder / "bin/python"
 

@@ -1,165 +1,43 @@
-"""`python -m tunewright.trainer`: one rank, as `accelerate launch -m tunewright.trainer` starts it.
+"""One rank of a run whose folder and data are prepared, as `tunewright train` starts it.
 
-accelerate launch ... -m tunewright.trainer --run runs/NAME              what `tunewright train` starts
-accelerate launch ... -m tunewright.trainer strategy=zero2 train.epochs=1   the same settings without `tunewright`
+accelerate launch ... -m tunewright.trainer --run runs/NAME [--checkpoint runs/NAME/checkpoints/checkpoint-8]
 """
 
 from __future__ import annotations
 
-import os
 import sys
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from tunewright.config.compose import compose_config, load_config
-from tunewright.config.deepspeed_file import deepspeed_path, read
-from tunewright.config.schema import Dtype, Launcher
-from tunewright.errors import ConfigError, PeerError, TunewrightError
-from tunewright.launch.prepare import Prepared, ensure_prepared
-from tunewright.launch.train import check_all
-from tunewright.plan.batch_plan import BatchPlan, batch_plan
-from tunewright.plan.devices import find_devices
-from tunewright.ranks import LAUNCHED_BY, die_with_parent, imports_that_stay, launched, leave, rank, world_size
-from tunewright.redaction import redact, typed_secrets
-from tunewright.run_folder import Claim, RunDir, check_inputs, claim, prepare_folder, run_dir, sole_user
-from tunewright.trainer.console import Console, reported_errors
-from tunewright.trainer.inputs import planned_inputs, prepared_inputs
-from tunewright.trainer.process_group import join
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
+from tunewright.config.compose import load_config
+from tunewright.errors import StorageError
+from tunewright.ranks import die_with_parent, launched
+from tunewright.run_folder import RunDir
+from tunewright.trainer.prepared import Prepared, find_prepared
+from tunewright.trainer.train_rank import train_rank
 
 
 def main(argv: list[str]) -> int:
-    """Run this rank and return its exit code."""
-    if argv and argv[0] in ("-h", "--help"):
+    """Run this rank to the end of its process."""
+    if argv[:1] != ["--run"]:
         print(__doc__)
-        return 0
+        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     die_with_parent()
-    from_launcher = argv[:1] == ["--run"]
-    if not from_launcher:
-        os.environ.pop(LAUNCHED_BY, None)  # left over: nobody reads this rank's error file
-    held = ExitStack()  # until this process ends, in whatever way
-    try:
-        config, claimed = _from_launcher(argv) if from_launcher else _from_overrides(argv)
-        prepared = ensure_prepared(config, quiet=rank() > 0 or launched())
-        state = None
-        if not launched():
-            state, claimed = _join_and_prepare(config, claimed, prepared, held)
-    except TunewrightError as error:
-        # One rank of a machine says it for all, but each knows for itself whom it waits for.
-        if not error.shown and (_speaks() or isinstance(error, PeerError)):
-            told = redact(f"{type(error).__name__}: {error}", typed_secrets(argv))
-            print(told, file=sys.stderr, flush=True)
-        return error.exit_code
-    run = claimed.run
-    if claimed.finished:
-        _say(f"{run.path} is finished already; nothing to do.")
-        leave(0)
-    console = Console(run.logs)
-    with reported_errors(run.logs, console):
-        with imports_that_stay():
-            state = state or join(config.strategy.launcher.name, config.train.timeout_minutes, console.say)
-            from tunewright.trainer.training import train
-
-        train(config, run, prepared, state, console, claimed.checkpoint)
-        state.destroy_process_group()
-    # At the interpreter's own end a rank over gloo aborts now and then (torch 2.13), and a finished run would count as
-    # failed.
-    leave(0)
-
-
-def _speaks() -> bool:
-    return rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def _say(text: str) -> None:
-    if rank() == 0:
-        print(text, flush=True)
-
-
-def _join_and_prepare(
-    config: DictConfig, claimed: Claim, prepared: Prepared, held: ExitStack
-) -> tuple[PartialState, Claim]:
-    """Without the launcher, the first rank makes the run folder: after all joined, before any writes into it.
-
-    What it claims is for all: on machines without a common disk the others cannot see what is in the folder.
-    """
-    inputs = {}
-    if rank() == 0:
-        plan = batch_plan(config.train, world_size(), cutoff_len=config.data.cutoff_len, packing=config.data.packing)
-        inputs = {**planned_inputs(config, plan), **prepared_inputs(config, prepared)}
-        check_inputs(claimed, inputs)
-    state = join(config.strategy.launcher.name, config.train.timeout_minutes)
-    if state.is_main_process and not claimed.finished:
-        held.enter_context(sole_user(config, claimed))
-        aside = prepare_folder(config, claimed, inputs)
-        if claimed.checkpoint:
-            _say(f"Continuing {claimed.run.path} from {claimed.checkpoint.name}")
-        if aside:
-            _say(f"What was in {claimed.run.path} before is in {aside} now.")
-    from accelerate.utils import broadcast_object_list
-
-    shared: list[Claim] = broadcast_object_list([claimed])  # the others wait here for the folder
-    return state, shared[0]
-
-
-def _from_launcher(argv: list[str]) -> tuple[DictConfig, Claim]:
-    run = RunDir(Path(argv[1]))
-    checkpoint = Path(argv[3]) if argv[2:3] == ["--checkpoint"] else None
+    run, checkpoint = RunDir(Path(argv[1])), Path(argv[3]) if argv[2:3] == ["--checkpoint"] else None
     config = load_config(run.config, trusted=launched())
     # The launcher has fetched everything; a hub that changes meanwhile must not give the ranks other rows.
     config.offline = config.offline or not config.data.streaming
-    return config, Claim(run, checkpoint)
+    train_rank(config, run, checkpoint, lambda: _prepared(config))
 
 
-def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
-    """Compose from the command line; the strategy is what the launcher around this process started."""
-    overrides = [*_strategy_of_environment(argv), *argv, f"cluster.num_processes={world_size()}"]
-    config = compose_config(overrides)
-    plan, settled = check_all(config, find_devices())
-    settled += overruled(config, plan)
-    if config.strategy.launcher is Launcher.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        raise ConfigError(
-            f"`strategy={config.strategy.name}` is not what runs: this process was started without DeepSpeed. Use "
-            f"`tunewright train`, or `accelerate launch --use_deepspeed` without --cpu, which turns DeepSpeed off."
+def _prepared(config: DictConfig) -> Prepared:
+    found = find_prepared(config)
+    if found is None:
+        raise StorageError(
+            f"Model or tokens are not in {config.data.cache_dir} any more. `tunewright train` makes them."
         )
-    claimed = claim(config) if rank() == 0 else Claim(run_dir(config))
-    for text in (*settled, *claimed.remarks):
-        _say(redact(text))
-    return config, claimed
-
-
-def overruled(config: DictConfig, plan: BatchPlan) -> list[str]:
-    """Say which values of an accelerate configuration of the user's own do not count, and what does."""
-    told = []
-    for name, found, setting in (
-        ("mixed_precision", "bf16" if config.model.dtype is Dtype.bfloat16 else "no", "model.dtype"),
-        ("gradient_accumulation_steps", str(plan.accumulation), "train.gradient_accumulation_steps"),
-        ("gradient_clipping", str(config.train.max_grad_norm), "train.max_grad_norm"),
-    ):
-        value = os.environ.get(f"ACCELERATE_{name.upper()}")
-        if value not in (None, "no", "none", "1", "auto", found):
-            told.append(f"accelerate's {name}={value} does not count: {setting} decides.")
-    return told
-
-
-def _strategy_of_environment(argv: list[str]) -> list[str]:
-    if any(item.startswith("strategy=") for item in argv):
-        return []
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-        if file:
-            quoted = file.replace("\\", "\\\\").replace("'", "\\'")
-            return [f"strategy={read(deepspeed_path(file)).strategy}", f"strategy.deepspeed='{quoted}'"]
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        if stage not in ("1", "2", "3"):
-            raise ConfigError(f"`zero_stage` of the accelerate configuration is {stage}: write 1, 2 or 3.")
-        return [f"strategy=zero{stage}"]
-    return ["strategy=ddp" if world_size() > 1 else "strategy=single"]
+    return found
 
 
 if __name__ == "__main__":

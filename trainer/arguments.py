@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 from trl import SFTConfig
 
 from tunewright.config.schema import Launcher
-from tunewright.launch.deepspeed_check import for_trainer
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.run_folder import RunDir
+from tunewright.trainer.deepspeed_settings import for_trainer
 
 SHARE_BELOW_ONE = math.nextafter(1.0, 0.0)  # transformers reads 1.0 of all steps as one step, and this as all of them
 

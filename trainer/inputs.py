@@ -18,8 +18,8 @@ from tunewright.plan.batch_plan import BatchPlan
 from tunewright.run_folder import RunDir
 
 if TYPE_CHECKING:
-    from tunewright.launch.prepare import Prepared
     from tunewright.trainer.data.token_cache import CachedDataset
+    from tunewright.trainer.prepared import Prepared
 
 HELD_OUT = "held-out data"
 SAMPLES, SAMPLE_BYTES = 32, 1 << 14  # of each file of weights: no training leaves them all as they were

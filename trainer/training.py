@@ -40,7 +40,7 @@ from tunewright.trainer.sft_trainer import TunewrightTrainer
 from tunewright.trainer.strategy_check import VerifyStrategy
 
 if TYPE_CHECKING:
-    from tunewright.launch.prepare import Prepared
+    from tunewright.trainer.prepared import Prepared
 
 
 def train(

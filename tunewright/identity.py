@@ -24,6 +24,7 @@ OPERATIONAL = {
     "trust",
     "imports",
     "data.dir",
+    "data.root",
     "data.cache_dir",
     "data.workers",
     "data.max_dropped",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import NoReturn
 
 # Set by `tunewright train`: it reads the error files and shows one of them, so that ranks need not.
@@ -47,38 +45,6 @@ def leave(exit_code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
-
-
-@contextmanager
-def interrupt_waits() -> Iterator[None]:
-    """Let Ctrl-C wait, for this process until the end and for one begun here until it calls `interrupt_may_come`.
-
-    A new Python process answers it with a traceback before and while it imports.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def interrupt_may_come() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-@contextmanager
-def imports_that_stay() -> Iterator[None]:
-    """Import without garbage collection, and leave what was imported out of every later one.
-
-    torch, transformers, PEFT and TRL make a million objects, none of them garbage; Python looks through them again and
-    again while they grow, for a quarter of the time that a rank's imports take.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def rank_variables(environment: Mapping[str, str]) -> list[str]:

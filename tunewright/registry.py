@@ -21,6 +21,7 @@ from tunewright.config.schema import Compat, DataConfig
 from tunewright.errors import DataError, did_you_mean
 from tunewright.files import write_json
 from tunewright.plugins import PLUGINS
+from tunewright.shipped import shipped
 
 REGISTRY_NAME = "dataset_info.json"
 
@@ -119,27 +120,38 @@ def load_entry(name: str, data: DataConfig) -> Entry:
     place, _, repository = name.partition(":")
     if place in (Place.hub.value, Place.modelscope.value) and repository:
         return Entry(name, f"'{name}'", Place(place), repository, formatting="")
-    path = Path(data.dir).expanduser() / REGISTRY_NAME
-    direct = Path(name).expanduser()
-    if direct.exists() and (not path.is_file() or name not in read_registry(path)):
-        return Entry(name, f"'{name}'", Place.file, str(direct), formatting="")
-    if not path.is_file():
-        problem = f"There is no file or folder '{name}', and" if "/" in name or direct.suffix else "There is"
-        raise DataError(
-            f"{problem} no registry at {path}, which `{setting}` looks '{name}' up in. Set `data.dir` to the folder "
-            f"that holds {REGISTRY_NAME}, or name a file, a folder or hub:ORG/NAME."
-        )
-    registry = read_registry(path)
-    if name not in registry:
-        known = ", ".join(sorted(registry)) or "nothing"
-        raise DataError(
-            f"`{setting}` asks for '{name}', which is neither in {path} nor a file or "
-            f"folder.{did_you_mean(name, registry)} "
-            f"The registry has: {known if len(known) < 600 else known[:600] + ' ...'}."
-        )
-    entry = parse_entry(name, registry[name], path, data.compat, prefer_modelscope=data.prefer_modelscope)
-    check_trainable(entry, ranking=bool(registry[name].get("ranking")))
+    root = Path(data.root or "")
+    users = root / Path(data.dir).expanduser() / REGISTRY_NAME
+    # The datasets that come with tunewright have their names wherever it is used, unless those mean something there.
+    paths = [users, *([shipped("data") / REGISTRY_NAME] if data.dir == DataConfig.dir else [])]
+    registries = {path: read_registry(path) for path in paths if path.is_file()}
+    path = next((path for path, registry in registries.items() if name in registry), None)
+    if path is None:
+        direct = root / Path(name).expanduser()
+        if direct.exists():
+            return Entry(name, f"'{name}'", Place.file, str(direct), formatting="")
+        raise DataError(_unknown(name, setting, users, registries))
+    raw = registries[path][name]
+    entry = parse_entry(name, raw, path, data.compat, prefer_modelscope=data.prefer_modelscope)
+    check_trainable(entry, ranking=bool(raw.get("ranking")))
     return entry if data.allow_outside else _confined(entry, path.parent)
+
+
+def _unknown(name: str, setting: str, path: Path, registries: dict[Path, dict[str, Any]]) -> str:
+    names = sorted(set().union(*registries.values()))
+    known = ", ".join(names) or "nothing"
+    known = known if len(known) < 600 else known[:600] + " ..."
+    if path in registries:
+        return (
+            f"`{setting}` asks for '{name}', which is neither in {path} nor a file or folder."
+            f"{did_you_mean(name, names)} The registry has: {known}."
+        )
+    problem = f"There is no file or folder '{name}', and" if "/" in name or Path(name).suffix else "There is"
+    return (
+        f"{problem} no registry at {path}, which `{setting}` looks '{name}' up in.{did_you_mean(name, names)} Set "
+        f"`data.dir` to the folder that holds {REGISTRY_NAME}, or name a file, a folder or hub:ORG/NAME."
+        f"{f' With tunewright come: {known}.' if names else ''}"
+    )
 
 
 def read_registry(path: Path, *, unique: bool = False) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from typing import Any
 from filelock import Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from tunewright.config.schema import Resume
+from tunewright.config.compose import load_config
+from tunewright.config.schema import Resume, Source
 from tunewright.errors import ConfigError, StorageError
 from tunewright.files import write_json
 from tunewright.folders import LOCK, check_name, is_locked, locked, set_aside
@@ -117,6 +118,33 @@ class RunDir:
             if step.isdigit() and (path / "trainer_state.json").is_file():
                 numbered.append((int(step), path))
         return max(numbered)[1] if numbered else None
+
+
+def settings_of(run: RunDir, *, trusted: bool = False) -> DictConfig:
+    """Return a run's configuration, whose relative paths are relative to the folder where it was trained.
+
+    Where that folder is no more they stay what they are: a project may have moved with its runs.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    config = load_config(run.config, trusted=trusted)
+    folder = Path(run.read_manifest().get("folder", ""))
+    if not folder.is_dir() or folder.samefile("."):
+        return config
+
+    def there(path: str) -> str:
+        return str(folder / Path(path).expanduser())
+
+    config.data.root = there(config.data.root or "")
+    config.data.cache_dir = there(config.data.cache_dir)
+    if config.model.source is Source.folder:
+        config.model.path = there(config.model.path)
+    if config.model.template and Path(there(config.model.template)).is_file():
+        config.model.template = there(config.model.template)
+    if config.method.get("adapter"):
+        config.method.adapter = there(config.method.adapter)
+    return config
 
 
 @dataclass(frozen=True)
@@ -304,6 +332,7 @@ def prepare_folder(config: DictConfig, claimed: Claim, inputs: Mapping[str, str]
                     "pid": os.getpid(),
                     "since": datetime.now().astimezone().isoformat(timespec="seconds"),
                 },
+                "folder": os.getcwd(),
                 "identity": identity(config),
                 "config_digest": digest(config),
                 # A run of an older version stays known as one whose beginning nobody has written down.

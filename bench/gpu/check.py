@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from rooms import make_rooms
+
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 KIT = REPOSITORY / ".gpu-kit"
@@ -84,7 +87,7 @@ def run_part(part: Part, out: Path, env: dict[str, str], seconds: float, *, tiny
 def environment(site: Path | None = None) -> dict[str, str]:
     """Return the environment of the parts: no network, our packages, and those that were carried along."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    paths = [str(REPOSITORY), *env.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [str(make_rooms(KIT / "rooms")), *env.get("PYTHONPATH", "").split(os.pathsep)]
     if site is None and importlib.util.find_spec("trl") is None and any((KIT / "wheels").glob("*.whl")):
         site = KIT / f"site-{sys.version_info.major}.{sys.version_info.minor}"
         if not site.exists():
@@ -142,7 +145,6 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def judged(rows: list[dict[str, Any]]) -> None:
     """Write into each row of a group why it does not count, or None."""
-    sys.path.insert(0, str(HERE.parent))
     from judge import Step, void_reason
 
     def steps(row: dict[str, Any]) -> list[Step]:

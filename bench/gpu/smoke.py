@@ -85,11 +85,11 @@ def losses(overrides: list[str], device: torch.device, model: Path, folder: Path
     from accelerate import PartialState
 
     from tunewright.config.compose import compose_config
-    from tunewright.launch.prepare import prepare
     from tunewright.launch.train import check_all
     from tunewright.plan.devices import Devices
     from tunewright.run_folder import Claim, RunDir, prepare_folder
     from tunewright.trainer.console import Printer
+    from tunewright.trainer.prepared import prepare
     from tunewright.trainer.training import train
 
     forget()
@@ -141,7 +141,6 @@ def front_door(scratch: Path) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "tunewright.launch.cli", "train", *settings],
         cwd=scratch,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCH.parent), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         timeout=120,

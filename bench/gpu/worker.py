@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 BENCH = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(BENCH), str(BENCH / "gpu"), str(BENCH.parent)]
+sys.path[:0] = [str(BENCH), str(BENCH / "gpu")]
 
 import cells  # noqa: E402
 import torch  # noqa: E402
@@ -71,11 +71,11 @@ class Said:
 def train_here(job: Job, lever: tuple[str, ...], said: Said) -> None:
     """What `tunewright train` does, in this process."""
     from tunewright.config.compose import compose_config
-    from tunewright.launch.prepare import prepare
     from tunewright.launch.train import check_all
     from tunewright.plan.devices import find_devices
     from tunewright.run_folder import Claim, RunDir, prepare_folder
     from tunewright.trainer.console import Printer
+    from tunewright.trainer.prepared import prepare
     from tunewright.trainer.process_group import join
     from tunewright.trainer.training import train
 

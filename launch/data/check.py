@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from tunewright.launch.data.report import make_report
     from tunewright.launch.data.report_text import report_json, report_text
-    from tunewright.launch.prepare import keep_remarks
+    from tunewright.launch.remarks import keep_remarks
     from tunewright.pages import check_replaceable
     from tunewright.plan.devices import find_devices
     from tunewright.plan.rules import check
@@ -108,8 +108,8 @@ def make_tokens(config: DictConfig) -> Tokens:
     Raises:
         DataError: the data cannot be read; data that can be read and not be trained on is returned with the refusal.
     """
-    from tunewright.launch.prepare import find_prepared, prepare
     from tunewright.trainer.model.load import load_tokenizer
+    from tunewright.trainer.prepared import find_prepared, prepare
 
     with redirect_stdout(sys.stderr):  # libraries say things there, and the report may be read by a program
         try:
@@ -123,8 +123,8 @@ def make_tokens(config: DictConfig) -> Tokens:
 
 def _refused(config: DictConfig, error: DataError) -> tuple[Path, TokenCache]:
     """Return what was made before the error, or raise it again when it came before all was made."""
-    from tunewright.launch.prepare import fetch
     from tunewright.trainer.data.build_cache import find_unchecked, open_rows
+    from tunewright.trainer.prepared import fetch
 
     open_rows(config)  # raises for what cannot be read, before a model is built for it
     model_path = fetch(config, _progress, weights=False)

@@ -33,8 +33,8 @@ from tunewright.deliver.merge import merge_run
 from tunewright.deliver.merge_check import Judge, pick_rows
 from tunewright.errors import ConfigError, StorageError
 from tunewright.launch.cli import main
-from tunewright.launch.prepare import prepare
 from tunewright.run_folder import Claim, RunDir, prepare_folder
+from tunewright.trainer.prepared import prepare
 
 VOCABULARY = 4096  # of the embedded model's tokenizer
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

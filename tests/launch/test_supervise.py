@@ -1,19 +1,20 @@
-"""Processes begun early: they wait for an order, and without one they end and nothing was done."""
+"""How processes are started: as nobody's rank, without the working directory's modules, their complaints kept."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tunewright.config.compose import compose_config
-from tunewright.launch.command import Command
-from tunewright.launch.preparation import Preparation
-from tunewright.launch.supervise import AccelerateLauncher
+from tunewright.launch.children import ChildFailed, ask, start
+from tunewright.launch.command import Command, accelerate_launch
+from tunewright.launch.supervise import run_ranks
+from tunewright.run_folder import RunDir
 
 SCRIPT = """
 import json, os, sys
@@ -23,60 +24,50 @@ json.dump([sys.argv[1:], os.environ['GREETING'], sys.stdin.read(), ranks], open(
 """
 
 
-def test_an_order_gives_the_script_its_arguments_and_environment_and_no_input(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ranks_get_their_arguments_and_environment_and_no_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PET_NNODES", "ACCELERATE_USE_FSDP", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.setenv(name, "7")  # of another launch
-    launcher = AccelerateLauncher()
-    launcher.begin()
-    command = Command(["--cpu", "--num_processes=1", "script.py", "one", "two words"], {"GREETING": "hello"}, {})
-    assert launcher.launch(command, tmp_path / "log").wait() == 0
-    arguments, greeting, read, ranks = json.loads((tmp_path / "out").read_text())
-    assert (arguments, greeting, read) == (["one", "two words"], "hello", "")
+    run = RunDir(tmp_path / "run")
+    run.logs.mkdir(parents=True)
+    run.update_manifest(status="done")
+    arguments = ["--cpu", "--num_processes=1", "script.py", "one", "two words"]
+    command = Command(accelerate_launch(), arguments, {"GREETING": "hello"}, {})
+    assert run_ranks(command, run) == 0
+    told, greeting, read, ranks = json.loads((tmp_path / "out").read_text())
+    assert (told, greeting, read) == (["one", "two words"], "hello", "")
     assert "7" not in ranks.values()
-    assert command.shown().startswith(
-        "env -u ACCELERATE_USE_FSDP -u LOCAL_RANK -u OMPI_COMM_WORLD_SIZE -u PET_NNODES -u RANK -u WORLD_SIZE GREETING="
+    shown = command.shown()
+    assert shown.startswith(
+        "env -u ACCELERATE_USE_FSDP -u LOCAL_RANK -u OMPI_COMM_WORLD_SIZE -u PET_NNODES -u RANK -u WORLD_SIZE "
+        "PYTHONSAFEPATH=1 GREETING=hello "
     )
+    # What is printed does the same when it is typed.
+    (tmp_path / "out").unlink()
+    subprocess.run(shlex.split(shown), stdin=subprocess.DEVNULL, check=True)
+    assert json.loads((tmp_path / "out").read_text())[:2] == [["one", "two words"], "hello"]
 
 
 def test_what_the_launcher_complains_of_is_in_its_log(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("from before\n")
-    process = AccelerateLauncher().launch(Command([], {}, {}), tmp_path / "log")
-    assert process.wait() == 2
-    log = (tmp_path / "log").read_text()
+    run, said = RunDir(tmp_path), list[str]()
+    run.logs.mkdir()
+    (run.logs / "launch.log").write_text("from before\n")
+    assert run_ranks(Command(accelerate_launch(), [], {}, {}), run, said.append) == 70
+    log = (run.logs / "launch.log").read_text()
     assert log.startswith("from before\n")
     assert "training_script" in log
+    assert "an unexplained exit" in said[0]
 
 
-def _preparation() -> Preparation:
-    preparation = Preparation()
-    preparation.begin(compose_config())
-    return preparation
-
-
-def _launcher() -> AccelerateLauncher:
-    launcher = AccelerateLauncher()
-    launcher.begin()
-    return launcher
-
-
-@pytest.mark.parametrize("begun", [_preparation, _launcher])
-def test_what_turns_out_not_to_be_needed_is_ended(begun: Callable[[], Preparation | AccelerateLauncher]) -> None:
-    early = begun()
-    process = early.process
-    assert process is not None
-    early.stop()
-    assert process.poll() is not None
-    early.stop()  # nothing is left to end
-
-
-@pytest.mark.parametrize("module", ["tunewright.launch.prepare", "tunewright.launch.launcher"])
-def test_without_an_order_nothing_is_done(module: str) -> None:
-    done = subprocess.run([sys.executable, "-m", module], input="", capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def test_an_own_process_that_fails_ends_with_its_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
+    config = compose_config(["model=folder", "model.path=/nowhere/at/all"])
+    with pytest.raises(ChildFailed) as failed:
+        ask("tunewright.launch.ask_torch", "architecture", config)
+    assert failed.value.exit_code == 2
+    assert "/nowhere/at/all" in capfd.readouterr().err
 
 
 def test_a_configuration_error_imports_nothing_heavy() -> None:
@@ -89,3 +80,14 @@ print(codes, sorted({"torch", "transformers", "numpy", "pyarrow", "jinja2"} & se
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[2, 2] []\n"
+
+
+def test_an_own_process_imports_nothing_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # as accelerate sets it for DeepSpeed
+    code = "import tunewright, sys; from importlib.util import find_spec; sys.exit(find_spec('theirs') is not None)"
+    assert start([sys.executable, "-c", code], {}).wait() == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1

@@ -107,7 +107,7 @@ def _train_all(cells: list[Cell], model: Path, root: Path) -> dict[str, Any]:
     settings.write_text(yaml.safe_dump(accelerate_config(config, ranks, devices)))
     done = subprocess.run(
         [*ACCELERATE, str(settings), str(Path(__file__).with_name("train_cells.py")), str(root)],
-        env={**os.environ, **_environment(config, ranks, devices), "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, **_environment(config, ranks, devices)},
         capture_output=True,
         text=True,
         timeout=600,

@@ -27,11 +27,11 @@ from tunewright.config import schema
 from tunewright.config.compose import compose_config
 from tunewright.errors import TunewrightError
 from tunewright.launch.forecast import steps
-from tunewright.launch.prepare import prepare
 from tunewright.launch.train import plan_job
 from tunewright.plan.devices import find_devices
 from tunewright.plan.rules import OPTIMIZERS, SCHEDULERS
 from tunewright.run_folder import RunDir, prepare_folder
+from tunewright.trainer.prepared import prepare
 
 HUGE = 10**12
 # Values that mean something, for settings whose type does not tell any.

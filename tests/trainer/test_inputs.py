@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import REPOSITORY
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError
-from tunewright.launch.prepare import prepare
 from tunewright.plan.devices import find_devices
 from tunewright.plan.rules import check
 from tunewright.run_folder import RunDir, check_inputs, claim, prepare_folder
 from tunewright.trainer.inputs import check_base, planned_inputs, prepared_inputs
+from tunewright.trainer.prepared import prepare
 
 ROWS = [{"instruction": f"Say the number {n}", "input": "", "output": f"It is number {n}."} for n in range(64)]
 MORE = [{"instruction": f"New {n}", "input": "", "output": f"Other {n}."} for n in range(64)]
@@ -151,7 +151,7 @@ def test_a_finished_run_is_left_alone_by_accelerate_launch_too(tmp_path: Path) -
         "--num_processes",
         "2",
         "-m",
-        "tunewright.trainer",
+        "tunewright.launch.rank",
     ]
     command = [sys.executable, "-m", *launch, f"output_root={tmp_path}", "name=a", "resume=auto"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)

@@ -18,13 +18,13 @@ from trl import SFTConfig
 from tunewright.config.compose import compose_config, load_config
 from tunewright.deliver.generate import Answerer, run_of
 from tunewright.errors import ConfigError
-from tunewright.launch.prepare import prepare
 from tunewright.launch.train import check_all
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.plan.devices import find_devices
 from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.methods import adapt
-from tunewright.trainer.sft_trainer import TunewrightTrainer
+from tunewright.trainer.prepared import prepare
+from tunewright.trainer.sft import TunewrightTrainer
 
 VOCABULARY, TOKENS = 512, 5
 LENGTHS = (3, 40, 11, 2)

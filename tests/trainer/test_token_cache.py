@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 
 from tunewright.config.compose import compose_config
 from tunewright.errors import DataError
-from tunewright.launch.preparation import Preparation
 from tunewright.launch.prepare import ensure_prepared
 from tunewright.trainer.data.build_cache import build_cache, find_cache, open_rows
 from tunewright.trainer.data.cache_key import cache_key
@@ -287,19 +286,6 @@ def test_a_second_start_repeats_what_the_first_remarked(
     second = capfd.readouterr().out
     assert f"{remark} (row 40 = 0)" in second
     assert "mine: 41 of 41 rows" in second
-
-
-def test_preparing_that_was_begun_early_does_the_same(
-    tmp_path: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    config = configured(tmp_path, "model=folder", f"model.path={tiny_model}")
-    config.data.cache_dir = str(tmp_path / "cache")
-    preparation = Preparation()
-    preparation.begin(config)
-    prepared = ensure_prepared(config, preparation=preparation)
-    assert "optimiser steps" in capfd.readouterr().out
-    assert prepared.cache.counts("train")[0] == len(ROWS)
-    assert preparation.process is None
 
 
 def test_nothing_to_train_on_is_refused_whatever_left_nothing(tmp_path: Path, build: Any) -> None:

@@ -21,11 +21,11 @@ from omegaconf import DictConfig
 
 import tunewright.trainer.training
 from tunewright.config.compose import load_config
-from tunewright.launch.prepare import prepare
 from tunewright.launch.train import check_all
 from tunewright.plan.devices import find_devices
 from tunewright.run_folder import Claim, RunDir, prepare_folder
 from tunewright.trainer.console import Printer
+from tunewright.trainer.prepared import prepare
 from tunewright.trainer.process_group import join
 
 

@@ -14,9 +14,8 @@ from tunewright.config import schema
 from tunewright.config.compose import CONFIG_DIR, choices, compose_config, expand_sweep, load_config
 from tunewright.config.describe import choices_text, keys_text
 from tunewright.errors import ConfigError
-from tunewright.launch.aside import AsideFailed
+from tunewright.launch.children import ChildFailed
 from tunewright.launch.cli import main, parser
-from tunewright.launch.prepare import PrepareFailed
 from tunewright.plan.devices import Devices
 from tunewright.plan.rules import OPTIMIZERS, SCHEDULERS, check
 from tunewright.run_folder import redacted_yaml
@@ -115,8 +114,8 @@ def test_what_nobody_expected_is_a_bug_of_ours(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("tunewright.launch.cli._config", broken)
     assert main(["config"]) == 70
     assert "nobody expected this" in capsys.readouterr().err
-    assert AsideFailed(1).exit_code == PrepareFailed(1).exit_code == 70
-    assert AsideFailed(3).exit_code == 3
+    assert ChildFailed("it", 1).exit_code == 70
+    assert ChildFailed("it", 3).exit_code == 3
 
 
 def test_no_parser_takes_an_abbreviated_option(capsys: pytest.CaptureFixture[str]) -> None:

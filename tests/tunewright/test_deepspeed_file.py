@@ -13,12 +13,14 @@ from tests.conftest import manifest, read_metrics
 from tunewright.config.compose import compose_config
 from tunewright.config.deepspeed_file import DEEPSPEED_DIR, account, read
 from tunewright.errors import ConfigError
-from tunewright.launch.deepspeed_check import ensure_accepted, for_trainer, unknown_keys
+from tunewright.launch.ask_torch import ensure_accepted
+from tunewright.launch.deepspeed_check import unknown_keys
+from tunewright.launch.rank import _strategy_of_environment, overruled
 from tunewright.plan.devices import Devices
 from tunewright.plan.rules import check
 from tunewright.plan.substitutes import settle
 from tunewright.plan.support import STRATEGIES
-from tunewright.trainer.__main__ import _strategy_of_environment, overruled
+from tunewright.trainer.deepspeed_settings import for_trainer
 
 CPU, GPU = Devices("cpu", 0, 2), Devices("cuda", 2, 8)
 ZERO2: dict[str, Any] = {"zero_optimization": {"stage": 2}}

@@ -14,6 +14,7 @@ from tunewright.config.compose import compose_config
 from tunewright.config.schema import Compat
 from tunewright.errors import DataError, StorageError
 from tunewright.registry import Entry, Place, edited_registry, load_entry, parse_entry
+from tunewright.shipped import shipped
 from tunewright.trainer.data.hub_datasets import read_snapshot
 from tunewright.trainer.data.sources import Rows, open_datasets
 
@@ -360,6 +361,33 @@ def test_columns_without_a_plain_meaning_are_an_error_that_lists_them(tmp_path: 
     (tmp_path / "rows.json").write_text(json.dumps([{"left": "a", "right": "b"}]))
     with pytest.raises(DataError, match="not plain: left, right"):
         opened(tmp_path, str(tmp_path / "rows.json"))
+
+
+def test_shipped_datasets_are_found_in_any_folder_unless_a_name_is_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = compose_config().data
+    assert Path(load_entry("demo", data).location) == shipped("data") / "demo.json"
+    with pytest.raises(DataError, match=r"no registry at data/dataset_info.json.*Did you mean 'demo'.*demo, demo_eval"):
+        load_entry("demoo", data)
+    (tmp_path / "data").mkdir()
+    registry(tmp_path / "data", name="demo")
+    assert load_entry("demo", data).location == "data/rows.json"
+    assert Path(load_entry("demo_eval", data).location) == shipped("data") / "demo_eval.json"
+    with pytest.raises(DataError, match="no registry at elsewhere/"):  # a folder that somebody named is that folder
+        load_entry("demo", compose_config(["data.dir=elsewhere"]).data)
+
+
+def test_names_are_relative_to_the_root_that_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tmp_path / "project"
+    (project / "data").mkdir(parents=True)
+    registry(project / "data")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    data = compose_config([f"data.root={project}"]).data
+    assert load_entry("mine", data).location == str(project / "data" / "rows.json")
+    assert load_entry("data/rows.json", data).location == str(project / "data" / "rows.json")
 
 
 def test_an_entry_goes_before_a_file_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from tunewright.run_folder import (
     check_inputs,
     claim,
     prepare_folder,
+    settings_of,
     sole_user,
 )
 
@@ -343,3 +344,22 @@ def test_a_damaged_manifest_is_told(tmp_path: Path) -> None:
     run.manifest.write_text('{"status": ')
     with pytest.raises(StorageError, match="damaged"):
         claim(config_in(tmp_path))
+
+
+def test_a_runs_relative_paths_are_those_of_the_folder_where_it_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    for folder in (there, elsewhere):
+        folder.mkdir()
+    monkeypatch.chdir(there)
+    overrides = ["data.dir=mine", "data.cache_dir=cache", "model=folder", "model.path=models/base"]
+    run = begun(there / "runs", *overrides)
+    assert settings_of(run).data.root is None
+    monkeypatch.chdir(elsewhere)
+    config = settings_of(run)
+    assert (config.data.root, config.data.dir) == (str(there), "mine")
+    assert config.model.path == str(there / "models" / "base")
+    assert config.data.cache_dir == str(there / "cache")
+    there.rename(tmp_path / "moved")  # with its runs
+    assert settings_of(RunDir(tmp_path / "moved" / "runs" / "run")).model.path == "models/base"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.plugins import PLUGINS
+from tunewright.ranks import die_with_parent
 
 
 @contextmanager
@@ -52,6 +53,7 @@ def sent(value: Any) -> Iterator[Callable[..., Any] | None]:
 
 def _begin(imports: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
+    die_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
     PLUGINS.load(imports)
 

@@ -1,28 +1,22 @@
 """From a model's config.json to its `Architecture` and to exact parameter counts, without any weight.
 
-The model is built on the meta device, where tensors have shapes and no memory. It happens in a process of its own
-(`python -m tunewright.trainer.model.meta_model < config.yaml`), since the launcher does not import torch; what comes
-out is kept.
+The model is built on the meta device, where tensors have shapes and no memory; what comes out is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from tunewright.config.compose import load_config
 from tunewright.config.schema import Source
-from tunewright.errors import ConfigError, StorageError, TunewrightError
+from tunewright.errors import ConfigError, StorageError
 from tunewright.files import write_json
-from tunewright.launch.aside import ask
 from tunewright.plan.architecture import Architecture, plain
-from tunewright.ranks import imports_that_stay, leave
 from tunewright.trainer.model import download, tiny
 from tunewright.trainer.model.load import cache_folder, find_model, quiet_libraries
 
@@ -95,26 +89,28 @@ def find_architecture(config: DictConfig) -> Architecture | None:
     return Architecture.read(_file(config, model_numbers(config)))
 
 
-def ensure_architecture(config: DictConfig) -> Architecture:
-    """Return what is known of the model, worked out in a process of its own, for seconds, where it is not kept yet.
+def make_architecture(config: DictConfig) -> Architecture:
+    """Work out what is known of the model, which imports torch and transformers, and keep it.
 
     Raises:
         StorageError, ConfigError: the model's config.json cannot be had, or transformers cannot use it.
     """
-    found = find_architecture(config)
-    if found:
-        return found
-    ask("tunewright.trainer.model.meta_model", "describe", config)
-    found = find_architecture(config)
-    if found is None:
-        raise StorageError(f"The configuration of '{config.model.path}' vanished while it was read.")
+    numbers = model_numbers(config)
+    found = describe(_empty(config, numbers), ia3=_wants_ia3(config))
+    file = _file(config, numbers)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, found.as_json())
     return found
 
 
-def ensure_counts(config: DictConfig) -> tuple[int, int]:
+def count_parameters(config: DictConfig) -> tuple[int, int]:
     """Return (trainable, total) parameters that the configuration will train, counted on the meta device."""
-    trainable, total = json.loads(ask("tunewright.trainer.model.meta_model", "count", config).splitlines()[-1])
-    return int(trainable), int(total)
+    return count(config, _empty(config, model_numbers(config)))
+
+
+def _empty(config: DictConfig, numbers: dict[str, Any]) -> PreTrainedModel:
+    quiet_libraries()
+    return empty_model(hf_config(config, numbers), trust_remote_code=config.model.trust_remote_code)
 
 
 def _file(config: DictConfig, numbers: dict[str, Any]) -> Path:
@@ -226,29 +222,3 @@ def count(config: DictConfig, model: PreTrainedModel) -> tuple[int, int]:
     from tunewright.trainer.methods import adapt, parameter_counts
 
     return parameter_counts(adapt(model, config.method))
-
-
-def main(task: str) -> int:
-    """Describe the model of the configuration on standard input, or count its parameters and print them."""
-    quiet_libraries()
-    try:
-        config = load_config(sys.stdin)
-        numbers = model_numbers(config)
-        with imports_that_stay():
-            model = empty_model(hf_config(config, numbers), trust_remote_code=config.model.trust_remote_code)
-        if task == "count":
-            print(json.dumps(count(config, model)))
-            return 0
-        file = _file(config, numbers)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, describe(model, ia3=_wants_ia3(config)).as_json())
-    except TunewrightError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    leave(main(sys.argv[1]))  # the launcher waits, and torch would take half a second to go

@@ -140,7 +140,10 @@ class DataConfig:
     eval_size: float = option(
         0.0, "held out of `names` when neither of the above is set: below 1 a share, from 1 a row count"
     )
-    dir: str = option("data", "folder that holds dataset_info.json")
+    dir: str = option("data", "folder that holds dataset_info.json; in `data`, the datasets of the demo may be missing")
+    root: Optional[str] = option(
+        None, "folder that `dir` and the files of `names` are relative to; null: the working directory"
+    )
     max_samples: Optional[int] = option(None, "use at most this many rows of each dataset, drawn under train.seed")
     mix: Mix = option(
         Mix.concat,

@@ -1,0 +1,78 @@
+"""What needs torch to answer, asked of a process of its own for seconds by a command that does not import it.
+
+python -m tunewright.launch.ask_torch architecture|parameters|deepspeed < config.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from omegaconf import DictConfig
+
+from tunewright.config.compose import load_config
+from tunewright.config.deepspeed_file import deepspeed_file
+from tunewright.errors import StorageError, TunewrightError
+from tunewright.launch.children import ask
+from tunewright.launch.deepspeed_check import ask_deepspeed, kept
+from tunewright.plan.architecture import Architecture
+from tunewright.ranks import leave
+from tunewright.trainer.model.meta_model import count_parameters, find_architecture, make_architecture
+
+MODULE = "tunewright.launch.ask_torch"
+
+
+def ensure_architecture(config: DictConfig) -> Architecture:
+    """Return what is known of the model, worked out where it is not kept yet.
+
+    Raises:
+        ChildFailed: the model's config.json cannot be had, or transformers cannot use it.
+    """
+    found = find_architecture(config)
+    if found is None:
+        ask(MODULE, "architecture", config)
+        found = find_architecture(config)
+    if found is None:
+        raise StorageError(f"The configuration of '{config.model.path}' vanished while it was read.")
+    return found
+
+
+def ensure_counts(config: DictConfig) -> tuple[int, int]:
+    """Return (trainable, total) parameters that the configuration will train."""
+    trainable, total = json.loads(ask(MODULE, "parameters", config).splitlines()[-1])
+    return int(trainable), int(total)
+
+
+def ensure_accepted(config: DictConfig) -> list[str]:
+    """Return the keys of the strategy's DeepSpeed JSON that DeepSpeed does not know; shipped files have none.
+
+    Raises:
+        ChildFailed: DeepSpeed refuses the file.
+    """
+    file = deepspeed_file(config)
+    if file.shipped:
+        return []
+    answer = kept(config, file)
+    if not answer.is_file():
+        ask(MODULE, "deepspeed", config)
+    return list(json.loads(answer.read_text(encoding="utf-8")))
+
+
+def main(task: str) -> int:
+    """Answer for the configuration on standard input."""
+    try:
+        config = load_config(sys.stdin)
+        if task == "architecture":
+            make_architecture(config)
+        elif task == "parameters":
+            print(json.dumps(count_parameters(config)))
+        else:
+            ask_deepspeed(config)
+    except TunewrightError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1]))  # the asker waits, and torch would take half a second to go

@@ -1,0 +1,103 @@
+"""Processes beside this one, ours and accelerate's: what they may import, and that none outlives this one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import psutil
+from omegaconf import DictConfig, OmegaConf
+
+from tunewright.errors import TunewrightError, code_of
+from tunewright.ranks import die_with_parent, without_ranks
+
+GRACE_SECONDS = 10.0  # between asking processes to stop and killing them
+# The working directory may hold a datasets.py or a yaml.py of the user's own, which must not be imported. What Python
+# and accelerate leave of it, `tunewright/__init__.py` takes away.
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+
+
+class ChildFailed(TunewrightError):
+    """A process of ours ended with this exit code, after it had said why on standard error."""
+
+    shown = True
+
+    def __init__(self, module: str, exit_code: int) -> None:
+        super().__init__(f"{module} could not do its part, see above")
+        self.exit_code = code_of(exit_code)
+
+
+def start(command: Sequence[str], env: Mapping[str, str], **streams: Any) -> subprocess.Popen[str]:
+    """Start a process that is no rank of another launch, hears no Ctrl-C, and ends when this one does.
+
+    `env` is added to the environment.
+    """
+    # Before it has a session of its own, a Ctrl-C would become an error of Popen's.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return subprocess.Popen(
+            command,
+            env={**without_ranks(os.environ), **SAFE_PATH, **env},
+            encoding="utf-8",
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+            **streams,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ask(module: str, task: str, config: DictConfig, stdout: int | None = subprocess.PIPE) -> str:
+    """Run `python -m MODULE TASK < config.yaml` and return what it prints, if that goes to no other `stdout`.
+
+    Raises:
+        ChildFailed: it has said why.
+    """
+    env = {"DS_ACCELERATOR": "cpu"}  # nothing asked like this needs a GPU, and DeepSpeed need not look for one
+    if config.offline:
+        env["HF_HUB_OFFLINE"] = "1"  # the Hub's package reads it while it is imported
+    process = start([sys.executable, "-m", module, task], env, stdin=subprocess.PIPE, stdout=stdout)
+    try:
+        printed, _ = process.communicate(OmegaConf.to_yaml(config))
+    except BaseException:
+        end(process, grace=0)
+        process.wait()
+        raise
+    if process.returncode:
+        raise ChildFailed(module, process.returncode)
+    return printed or ""
+
+
+def end(process: subprocess.Popen[str], grace: float = GRACE_SECONDS) -> None:
+    """Ask a process and all below it to end, and kill what is still there after a time of grace.
+
+    Ranks are sessions of their own, so a process group does not hold them.
+    """
+    with suppress(psutil.NoSuchProcess):
+        top = psutil.Process(process.pid)
+        everyone = [top, *top.children(recursive=True)]
+        for one in everyone:
+            _signal(one, signal.SIGTERM)
+        deadline = time.monotonic() + grace
+        while time.monotonic() < deadline and any(map(_alive, everyone)):
+            process.poll()  # reaps it, so that it does not count as alive
+            time.sleep(0.05)
+        for one in filter(_alive, everyone):
+            _signal(one, signal.SIGKILL)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    with suppress(psutil.NoSuchProcess):  # it ended by itself in the meantime
+        process.send_signal(number)
+
+
+def _alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False

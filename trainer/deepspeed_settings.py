@@ -1,0 +1,26 @@
+"""What DeepSpeed gets of a DeepSpeed JSON."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def for_trainer(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return DeepSpeed settings with what the trainer decides left to it; `deepspeed_file` tells the user which."""
+    settings = copy.deepcopy(settings)
+    for key in (*BATCH, "gradient_clipping"):
+        settings[key] = "auto"
+    for key in ("fp16", "amp", "optimizer", "scheduler"):
+        settings.pop(key, None)
+    settings["bf16"] = {**settings.get("bf16", {}), "enabled": "auto"}
+    # Optimisers of transformers' names are not on DeepSpeed's list of tested ones.
+    settings["zero_allow_untested_optimizer"] = True
+    zero = settings.get("zero_optimization", {})
+    if "offload_optimizer" in zero:
+        settings["zero_force_ds_cpu_optimizer"] = False
+    if zero.get("stage") == 3:  # without it DeepSpeed gives nobody the whole weights, and no result is saved
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return settings

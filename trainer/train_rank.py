@@ -1,0 +1,39 @@
+"""One rank from its first import to its end: what it says goes to its log, what ends it into a file beside that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from omegaconf import DictConfig
+
+from tunewright.ranks import leave
+from tunewright.run_folder import RunDir
+from tunewright.trainer.console import Console, reported_errors
+from tunewright.trainer.prepared import Prepared
+from tunewright.trainer.process_group import join
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+def train_rank(
+    config: DictConfig,
+    run: RunDir,
+    checkpoint: Path | None,
+    prepared: Callable[[], Prepared],
+    state: PartialState | None = None,
+) -> NoReturn:
+    """Train as one rank of a run, and end the process; a rank that has not joined the others, without `state`, does."""
+    console = Console(run.logs)
+    with reported_errors(run.logs, console):
+        found = prepared()
+        state = state or join(config.strategy.launcher.name, config.train.timeout_minutes, console.say)
+        from tunewright.trainer.training import train
+
+        train(config, run, found, state, console, checkpoint)
+        state.destroy_process_group()
+    # At the interpreter's own end a rank over gloo aborts now and then (torch 2.13), and a finished run would count as
+    # failed.
+    leave(0)
