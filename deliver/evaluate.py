@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from tunewright.errors import ConfigError, DataError
 from tunewright.files import write_json
 from tunewright.plugins import PLUGINS
 from tunewright.run_folder import RunDir
+from tunewright.terminal import Progress
 from tunewright.trainer.data.formats import Conversation, Plain, to_conversation
 from tunewright.trainer.data.messages import Unusable
 from tunewright.trainer.data.render import Renderer
@@ -160,16 +161,13 @@ def _answers(answerer: Answerer, asked: Asked, name: str, say: Callable[[str], N
     # Prompts of one length next to each other: less padding.
     order = sorted(range(len(asked.prompts)), key=lambda index: len(asked.prompts[index]))
     answers = [""] * len(order)
-    started = last = time.monotonic()
-    for start in range(0, len(order), BATCH):
-        batch = order[start : start + BATCH]
-        given = answerer.answer([asked.prompts[index] for index in batch], asked.max_new_tokens)
-        for index, text in zip(batch, given, strict=True):
-            answers[index] = text
-        now, done = time.monotonic(), start + len(batch)
-        if now - last > 5:
-            last = now
-            say(f"  {name}: {done} of {len(order)} answers, {(now - started) / done * (len(order) - done):.0f} s left")
+    with Progress(say, sys.stdout, leave=False) as progress:
+        for start in range(0, len(order), BATCH):
+            progress.update(f"{name}: answers", start, len(order))
+            batch = order[start : start + BATCH]
+            given = answerer.answer([asked.prompts[index] for index in batch], asked.max_new_tokens)
+            for index, text in zip(batch, given, strict=True):
+                answers[index] = text
     return answers
 
 

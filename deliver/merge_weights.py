@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-import time
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from torch import nn
 
 from tunewright.errors import ConfigError, StorageError
 from tunewright.files import write_json
+from tunewright.terminal import Progress
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = ((WHOLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
@@ -335,15 +336,11 @@ def write_merged(
     written = Written()
     shards = Shards(out, max_shard)
     total, done = size_of(adapted.checkpoint, dtype, adapted), 0
-    started = last = time.monotonic()
-    for name, tensor in _tensors(adapted, dtype, written):
-        shards.add(name, tensor)
-        done += tensor.nbytes
-        now = time.monotonic()
-        if now - last > 5:
-            last = now
-            left = (now - started) / done * max(total - done, 0)
-            say(f"  {done / 1e9:.1f} of about {total / 1e9:.1f} GB written, {left:.0f} s left")
+    with Progress(say, sys.stdout, leave=False) as progress:
+        for name, tensor in _tensors(adapted, dtype, written):
+            progress.update("written: MB", done // 10**6, total // 10**6)
+            shards.add(name, tensor)
+            done += tensor.nbytes
     shards.finish()
     return written
 
