@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tunewright.errors import TunewrightError, code_of
 from tunewright.ranks import die_with_parent, without_ranks
+from tunewright.terminal import begin_line
 
 GRACE_SECONDS = 10.0  # between asking processes to stop and killing them
 # The working directory may hold a datasets.py or a yaml.py of the user's own, which must not be imported. What Python
@@ -68,6 +69,7 @@ def ask(module: str, task: str, config: DictConfig, stdout: int | None = subproc
     except BaseException:
         end(process, grace=0)
         process.wait()
+        begin_line()
         raise
     if process.returncode:
         raise ChildFailed(module, process.returncode)

@@ -20,6 +20,7 @@ from tunewright.launch.children import end, start
 from tunewright.launch.command import Command
 from tunewright.ranks import LAUNCHED_BY
 from tunewright.run_folder import RunDir
+from tunewright.terminal import begin_line
 
 TAIL_LINES = 15
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -54,12 +55,14 @@ def run_ranks(command: Command, run: RunDir, say: Callable[[str], None] = print)
         )
     if _wait(process):
         run.update_manifest(status="stopped")
+        begin_line()
         say(stopped(run))
         return INTERRUPTED
     if run.read_manifest().get("status") == "done":
         return 0
     run.update_manifest(status="failed")
     error = first_error(run, log_path, since=started, offset=said)
+    begin_line()
     say(f"Rank {error.rank} failed with {error.kind}: {error.message}\n  log: {error.log}")
     return error.exit_code
 

@@ -159,6 +159,13 @@ class Progress:
         return True
 
 
+def begin_line() -> None:
+    """Begin a new line of the terminal: a process that was ended has left its bar in the present one."""
+    if sys.stdout.isatty():
+        with suppress(OSError):
+            print(flush=True)
+
+
 def _bar(stream: TextIO) -> Bar:
     """A bar in one line, refreshed by hand: a thread would live on in forks, and draw when a process is being ended."""
     from rich.console import Console

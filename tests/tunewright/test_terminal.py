@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tunewright.terminal import Progress, table
+from tunewright.terminal import Progress, begin_line, table
 from tunewright.text import clip, clip_start, clock, display_width, one_line
 
 
@@ -150,6 +150,18 @@ def test_a_terminal_that_went_away_ends_no_run() -> None:
         stream.close()
         progress.say("hello")
         progress.update("step", 2, 2)
+
+
+def test_what_is_said_after_a_process_was_ended_stands_below_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr("sys.stdout", stream)
+    Progress(print, stream).update("step", 1, 2)  # and it is killed
+    begin_line()
+    print("Stopped.")
+    assert [row.split()[0] for row in screen(stream.getvalue())] == ["step", "Stopped."]
+    monkeypatch.setattr("sys.stdout", elsewhere := io.StringIO())
+    begin_line()
+    assert elsewhere.getvalue() == ""
 
 
 @pytest.mark.parametrize("columns", [8, 20, 50, 200])
