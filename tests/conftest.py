@@ -80,7 +80,7 @@ def hub_server() -> Any:
 
 @pytest.fixture(scope="session")
 def train_here(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Train on one device in this process, and return the run folder."""
+    """Train on one device in this process, and return the run folder; further options are those of `train`."""
     from accelerate import PartialState
 
     from tunewright.trainer.console import Printer
@@ -88,13 +88,14 @@ def train_here(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
     root = tmp_path_factory.mktemp("here")
 
-    def run(name: str, *overrides: str, checkpoint: Path | None = None) -> Path:
+    def run(name: str, *overrides: str, checkpoint: Path | None = None, **options: Any) -> Path:
         config = compose_config([f"output_root={root}", f"name={name}", *overrides])
         check_all(config, find_devices())
         folder = RunDir(root / name)
         prepare_folder(config, Claim(folder, checkpoint))
         prepared = prepare(config, lambda line: None)
-        train(config, folder, prepared, PartialState(cpu=True), Printer(lambda line: None), checkpoint)
+        options = {"output": Printer(lambda line: None), **options}
+        train(config, folder, prepared, PartialState(cpu=True), checkpoint=checkpoint, **options)
         return folder.path
 
     return run

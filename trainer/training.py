@@ -31,7 +31,7 @@ from tunewright.trainer.methods import adapt, parameter_counts
 from tunewright.trainer.methods.lora import keep_pissa_start, starts_as_pissa
 from tunewright.trainer.model import attention
 from tunewright.trainer.model.gradient_checkpointing import FitCheckpointing
-from tunewright.trainer.model.load import load_model, load_tokenizer, stop_tokens, torch_dtype
+from tunewright.trainer.model.load import load_model, load_tokenizer, quiet_libraries, stop_tokens, torch_dtype
 from tunewright.trainer.model.regional_compile import compile_layers
 from tunewright.trainer.process_group import all_gather, join
 from tunewright.trainer.results import describe_result, describe_training, name_of, write_hyperparameters
@@ -78,7 +78,9 @@ def train(
     """
     started = time.perf_counter()
     state = state or join(config.strategy.launcher.name, config.train.timeout_minutes)
-    output = output or Printer()
+    if output is None:
+        quiet_libraries()
+        output = Printer()
     if loss is None and config.train.loss is not None:
         loss = PLUGINS.losses[config.train.loss]
     trainer = _build(config, run, prepared, state, loss)
