@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -29,9 +30,12 @@ def train_rank(
     console = Console(run.logs)
     with reported_errors(run.logs, console):
         found = prepared()
+        gc.disable()  # it would look through a million imported objects again and again, for two seconds, in vain
         state = state or join(config.strategy.launcher.name, config.train.timeout_minutes, console.say)
         from tunewright.trainer.training import train
 
+        gc.freeze()
+        gc.enable()
         train(config, run, found, state, console, checkpoint)
         state.destroy_process_group()
     # At the interpreter's own end a rank over gloo aborts now and then (torch 2.13), and a finished run would count as

@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch  # noqa: E402
 from cells import SPEED, tiny  # noqa: E402
-from worker import Clock, Console, forget, job_of, synchronise, train_here  # noqa: E402
+from worker import Clock, Said, forget, job_of, synchronise, train_here  # noqa: E402
 
 FIRST, LAST = 2, 5  # steps whose end begins and ends the profile
 GROUPS = {  # the first that a kernel's name has in it
@@ -32,16 +32,16 @@ GROUPS = {  # the first that a kernel's name has in it
 }
 
 
-class Profiled(Console):
+class Profiled(Said):
     """Profiles from the end of one step to the end of another."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock)
         self.profiler = torch.profiler.profile()
 
-    def say(self, text: str) -> None:
+    def __call__(self, text: str) -> None:
         before = len(self.clock.marks)
-        super().say(text)
+        super().__call__(text)
         if len(self.clock.marks) == before:
             return
         if len(self.clock.marks) == FIRST:
@@ -106,9 +106,9 @@ def main() -> int:
         forget()
         job, _ = job_of(cell, Path(scratch), {})
         clock = Clock()
-        console = Profiled(clock)
-        train_here(job, cell.lever, console)
-    found = summary(console.profiler, clock.marks[LAST - 1] - clock.marks[FIRST - 1])
+        said = Profiled(clock)
+        train_here(job, cell.lever, said)
+    found = summary(said.profiler, clock.marks[LAST - 1] - clock.marks[FIRST - 1])
     args.out.write_text(json.dumps({"cell": cell.as_json(), **found}, indent=1) + "\n")
     sys.stdout.flush()
     os._exit(0)
