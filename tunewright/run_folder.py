@@ -19,6 +19,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from tunewright.files import write_json
 from tunewright.folders import LOCK, check_name, is_locked, locked, set_aside
 from tunewright.identity import differing_settings, digest, identity, table
 from tunewright.redaction import redact_tree
-from tunewright.trust import check_ours, sign
+from tunewright.trust import check_ours, is_ours, sign
 
 # What a run makes in its folder. Nothing else in it is ever moved.
 RESULTS = ("final", "merged", "evaluation*.json")
@@ -128,9 +129,13 @@ def settings_of(run: RunDir, *, trusted: bool = False) -> DictConfig:
     Raises:
         ConfigError: see `load_config`.
     """
+    manifest = run.read_manifest()
+    folder = Path(manifest.get("folder", ""))
+    away = folder.is_dir() and not folder.samefile(".")
+    if away and (trusted or is_ours(run.config, manifest)):
+        sys.path.append(str(folder))  # for the modules of `imports`
     config = load_config(run.config, trusted=trusted)
-    folder = Path(run.read_manifest().get("folder", ""))
-    if not folder.is_dir() or folder.samefile("."):
+    if not away:
         return config
 
     def there(path: str) -> str:
@@ -343,7 +348,7 @@ def prepare_folder(config: DictConfig, claimed: Claim, inputs: Mapping[str, str]
         )
         run.logs.mkdir(exist_ok=True)
         run.config.write_text(redacted_yaml(config), encoding="utf-8")
-        run.update_manifest(signature=sign(run.config))
+        run.update_manifest(signature=sign(run.config, os.getcwd()))
     except OSError as error:
         raise StorageError(f"Cannot write to the run folder {run.path}: {error.strerror}.") from error
     return aside

@@ -1,8 +1,8 @@
 """Whose run folder is this? One made by this user with this installation opens by itself, another's has to be trusted.
 
 A run's config.yaml says which model and data are opened and whether Python code that comes with them is run. So each
-run signs it: the manifest's `signature` is an HMAC of the file under a key that lies in tunewright's cache and that
-only its user can read.
+run signs it: the manifest's `signature` is an HMAC of the file, and of the manifest's `folder`, under a key that lies
+in tunewright's cache and that only its user can read.
 """
 
 from __future__ import annotations
@@ -58,17 +58,18 @@ def _make_key(file: Path) -> None:
         staging.unlink(missing_ok=True)
 
 
-def sign(config_file: Path) -> str | None:
-    """Return the signature of a run's configuration, or None where there is no key."""
+def sign(config_file: Path, folder: str) -> str | None:
+    """Return the signature of a run's configuration and of the folder its paths are relative to; None without a key."""
     key = installation_key()
-    return hmac.new(key, config_file.read_bytes(), hashlib.sha256).hexdigest() if key else None
+    told = b"\0".join((os.fsencode(folder), config_file.read_bytes()))
+    return hmac.new(key, told, hashlib.sha256).hexdigest() if key else None
 
 
 def is_ours(config_file: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether this installation wrote the configuration, and nobody has changed it since."""
     if not config_file.is_file():
         return False
-    expected, found = sign(config_file), manifest.get("signature")
+    expected, found = sign(config_file, str(manifest.get("folder"))), manifest.get("signature")
     return expected is not None and isinstance(found, str) and hmac.compare_digest(expected, found)
 
 

@@ -53,12 +53,14 @@ def test_a_run_that_moved_is_still_ones_own(tmp_path: Path) -> None:
     assert is_ours(moved.config, moved.read_manifest())
 
 
-@pytest.mark.parametrize("change", ["config", "no signature", "other installation", "no key"])
+@pytest.mark.parametrize("change", ["config", "folder", "no signature", "other installation", "no key"])
 def test_a_run_from_elsewhere_has_to_be_trusted(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = begun(tmp_path)
     if change == "config":
         text = run.config.read_text(encoding="utf-8")
         run.config.write_text(text.replace("trust_remote_code: false", "trust_remote_code: true"), encoding="utf-8")
+    elif change == "folder":  # which decides what a relative path means
+        run.update_manifest(folder="/somewhere/else")
     elif change == "no signature":
         run.update_manifest(signature=None)
     elif change == "other installation":
