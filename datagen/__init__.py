@@ -2,7 +2,7 @@
 
 settings      what can be set; endpoint: the server and its key
 plan          the system message, and the topics, people, difficulties and forms that examples are spread over
-documents     documents and seed examples as pieces to build on
+documents     documents and seed examples as pieces to build on; chunking: where they are cut
 grid          the independent requests that plan, pieces and a seed mean; prompts: their wording
 provider      one request: retries, what the server accepts; limiter: how many at once; budget: what they may cost
 replies       what a reply says; reply_log: the log of all of them

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pypdf import PdfReader, PdfWriter
 
-from tunewright.datagen.documents import SIZE, Chunk, cut, read_sources
+from tunewright.datagen.chunking import SIZE, cut
+from tunewright.datagen.documents import Chunk, read_sources
 from tunewright.errors import DataError
 
 

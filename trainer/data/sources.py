@@ -9,12 +9,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from tunewright.config.schema import DataConfig
 from tunewright.errors import DataError, StorageError, did_you_mean
-from tunewright.files import write_json, written_aside
 from tunewright.registry import REQUIRED_COLUMNS, Entry, Place, check_inside, check_trainable, load_entry, parse_entry
 from tunewright.trainer.data.detect import detect
 from tunewright.trainer.data.readers import CHUNK, SUFFIXES, Row, is_saved_dataset, read_file, saved_files
@@ -71,7 +70,9 @@ def _open(entry: Entry, data: DataConfig, *, offline: bool) -> Rows:
     if entry.place is Place.file:
         return _open_path(entry, Path(entry.location))
     if entry.place is Place.cloud:
-        return _open_path(entry, _fetch_cloud(entry, cache / "cloud", offline=offline))
+        from tunewright.trainer.data.cloud_files import fetch_cloud
+
+        return _open_path(entry, fetch_cloud(entry, cache / "cloud", offline=offline))
 
     from tunewright.trainer.data.hub_datasets import open_hub
 
@@ -145,47 +146,6 @@ def _file_identity(path: Path) -> str:
         while part := file.read(CHUNK):
             digest.update(part)
     return digest.hexdigest()
-
-
-def _fetch_cloud(entry: Entry, cache: Path, *, offline: bool) -> Path:
-    """Copy a file or folder of a cloud store here, once for each version of it, and return where it is.
-
-    Raises:
-        StorageError: it cannot be reached, or the store's package is not installed.
-    """
-    import fsspec
-
-    # The folder's name is the digest of what is there, so the last copy can be found without asking.
-    record = cache / (hashlib.sha256(entry.location.encode()).hexdigest()[:16] + ".json")
-    name = entry.location.rstrip("/").rpartition("/")[2]
-    if offline:
-        if record.is_file():
-            return cache / json.loads(record.read_text(encoding="utf-8"))["version"] / name
-        raise StorageError(f"{entry.where} is {entry.location}, which is not on this machine, and `offline` is true.")
-    try:
-        store, path = fsspec.url_to_fs(entry.location)
-        listed = store.find(path, detail=True) if store.isdir(path) else {path: store.info(path)}
-        if any(".." in PurePosixPath(file).parts for file in (name, *listed)):
-            raise DataError(f"{entry.where}: {entry.location} has names with '..', which would lead out of the cache.")
-        stamps = {
-            file: {key: str(info.get(key)) for key in ("size", "ETag", "etag", "mtime", "LastModified", "updated")}
-            for file, info in listed.items()
-        }
-        version = hashlib.sha256(json.dumps([entry.location, stamps], sort_keys=True).encode()).hexdigest()[:16]
-        if not (cache / version).is_dir():
-            with written_aside(cache / version) as staging:
-                staging.mkdir(parents=True)
-                store.get(path, str(staging / name), recursive=store.isdir(path))
-    except DataError:
-        raise
-    except ImportError as error:
-        raise StorageError(f"{entry.where} is {entry.location}: {error}") from error
-    except Exception as error:  # each store's client has exceptions of its own (botocore, gcsfs, ...)
-        raise StorageError(
-            f"{entry.where}: {entry.location} cannot be read ({type(error).__name__}: {error})."
-        ) from error
-    write_json(record, {"version": version})
-    return cache / version / name
 
 
 def _checked(rows: Rows) -> Rows:
