@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tunewright.datagen.rouge import Coder, Index, normal, tokens
 from tunewright.errors import ConfigError, did_you_mean
+from tunewright.trees import texts_in
 
 Row = dict[str, Any]
 
@@ -105,27 +105,16 @@ def is_in(language: str, text: str) -> bool:
     """Tell whether a text can be in a language (as py3langid names it); of code, figures and a few letters all can."""
     import py3langid
 
-    plain = CODE.sub(" ", "\n".join(_strings(text)))
+    try:  # the marks of JSON would be taken for Latin
+        said = json.loads(text) if text.strip()[:1] in ("{", "[") else text
+    except (ValueError, RecursionError):
+        said = text
+    plain = CODE.sub(" ", "\n".join(texts_in(said)))
     if sum(map(str.isalpha, plain)) < LEAST_LETTERS:
         return True
     ranked = py3langid.rank(plain)
     accepted = {language, NO_LANGUAGE, *KIN.get(language, ())}
     return ranked[0][1] - next(score for code, score in ranked if code in accepted) < MARGIN
-
-
-def _strings(text: str) -> Iterator[str]:
-    """Yield the texts in a JSON object or list, whose marks would be taken for Latin; of anything else, itself."""
-    try:
-        found = json.loads(text) if text.strip()[:1] in ("{", "[") else text
-    except (ValueError, RecursionError):
-        found = text
-    waiting = [found]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, (list, dict)):
-            waiting.extend(reversed(list(item.values()) if isinstance(item, dict) else item))
 
 
 def _known_language(language: str) -> str:

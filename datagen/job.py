@@ -21,10 +21,11 @@ from tunewright.datagen.plan import Plan, as_plan, plan_prompt
 from tunewright.datagen.prompts import SCORE_SCHEMA, schema_of, score_prompt
 from tunewright.datagen.provider import Ask, Provider, RequestFailed
 from tunewright.datagen.replies import object_of, row_of
-from tunewright.datagen.reply_log import ReplyLog, scrubbed
+from tunewright.datagen.reply_log import ReplyLog
 from tunewright.datagen.settings import DatagenConfig, Mode, prices
 from tunewright.errors import ConfigError, DataError, PeerError
 from tunewright.terminal import Progress
+from tunewright.trees import map_texts
 
 TICK = 0.5  # seconds between two looks at the clock
 DRAIN_SECONDS = 10.0
@@ -235,7 +236,7 @@ def logged_plan(config: DatagenConfig, log: ReplyLog) -> Plan | None:
     """Return the plan that the log has."""
     for number in range(PLAN_TRIES):
         found = object_of(log.records.get(_plan_id(config, number), {"error": ""}))
-        plan = as_plan(scrubbed(found, log.scrub)) if isinstance(found, dict) else None
+        plan = as_plan(map_texts(found, log.scrub)) if isinstance(found, dict) else None
         if plan:
             return plan
     return None

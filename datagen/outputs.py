@@ -16,12 +16,13 @@ from tunewright.datagen.endpoint import Endpoint
 from tunewright.datagen.preview import preview_page
 from tunewright.datagen.prompts import PROMPTS_VERSION
 from tunewright.datagen.replies import Row
-from tunewright.datagen.reply_log import ReplyLog, scrubbed
+from tunewright.datagen.reply_log import ReplyLog
 from tunewright.datagen.settings import Format, as_plain, prices
 from tunewright.datagen.split import split
 from tunewright.errors import ConfigError, DataError
 from tunewright.files import write_json, write_text
 from tunewright.registry import edited_registry, read_registry
+from tunewright.trees import map_texts
 
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}
 OURS = ("file_name", "formatting", "columns", "tags")  # keys of a registry entry that follow from the rows
@@ -79,7 +80,7 @@ def write_outputs(files: Files, curation: Curation, endpoint: Endpoint, log: Rep
     """
     config, plan = curation.config, curation.plan
     # The log has no key in it, but may have one in an escaped form that is plain here.
-    rows_kept: list[Row] = scrubbed(curation.rows, endpoint.scrub)
+    rows_kept: list[Row] = map_texts(curation.rows, endpoint.scrub)
     dealt = split(rows_kept, config.eval_share, config.seed, config.similarity)
     if dealt.test and dealt.highest >= config.similarity:
         raise DataError(f"Rows {dealt.pair} of training and held-out data are alike ({dealt.highest:.2f}).")

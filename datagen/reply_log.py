@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from tunewright.datagen.budget import taken
 from tunewright.errors import ConfigError, StorageError
+from tunewright.trees import map_texts
 
 Record = dict[str, Any]
 
@@ -75,7 +76,7 @@ class ReplyLog:
 
     def append(self, record: Record) -> None:
         """Add a reply; it has left this process when the call returns."""
-        record = scrubbed(record, self.scrub)
+        record = map_texts(record, self.scrub)
         self._write(record)
         self.records[record["id"]] = record
 
@@ -120,12 +121,3 @@ class ReplyLog:
     def replies(self) -> list[Record]:
         """Return everything that a reply or an error was logged for."""
         return [*self.records.values(), *self._forgotten]
-
-
-def scrubbed(value: Any, scrub: Callable[[str], str]) -> Any:
-    """Return a JSON value with every text in it scrubbed."""
-    if isinstance(value, str):
-        return scrub(value)
-    if isinstance(value, dict):
-        return {key: scrubbed(item, scrub) for key, item in value.items()}
-    return [scrubbed(item, scrub) for item in value] if isinstance(value, list) else value

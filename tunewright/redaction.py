@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
+
+from tunewright.trees import map_texts
 
 SHORTEST = 8  # characters: the value `true` of a variable such as USE_TOKEN is no secret, and stands everywhere
 WORDS = {"TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "APIKEY"}
@@ -87,11 +89,7 @@ def hide_credentials(text: str) -> str:
 
 def redact_tree(tree: Any) -> Any:
     """Return mappings and lists with every text in them redacted; keys stay."""
-    if isinstance(tree, str):
-        return redact(tree)
-    if isinstance(tree, Mapping):
-        return {key: redact_tree(value) for key, value in tree.items()}
-    return [redact_tree(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+    return map_texts(tree, redact)
 
 
 def typed_secrets(arguments: Iterable[str]) -> list[str]:

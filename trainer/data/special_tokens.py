@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from tunewright.trainer.data.formats import Conversation
 from tunewright.trainer.data.messages import THOUGHT_MARKS, Unusable
+from tunewright.trees import map_texts, texts_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,20 +38,17 @@ class StandIns:
         found: dict[str, int] = {}
 
         def replaced(value: Any, specials: re.Pattern[str]) -> Any:
-            if isinstance(value, str):
-                return specials.sub(lambda match: chr(found.setdefault(match[0], STAND_INS + len(found))), value)
-            if isinstance(value, list):
-                return [replaced(item, specials) for item in value]
-            if isinstance(value, dict):
-                return {key: replaced(item, specials) for key, item in value.items()}
-            return value
+            def stand_in(match: re.Match[str]) -> str:
+                return chr(found.setdefault(match[0], STAND_INS + len(found)))
+
+            return map_texts(value, partial(specials.sub, stand_in))
 
         messages = [
             replaced(message, self._specials_of_answers if message["role"] == "assistant" else self._specials)
             for message in conversation.messages
         ]
         given = Conversation(messages, conversation.learnt, replaced(conversation.tools, self._specials))
-        learnt = "".join(text for turn in turns for text in _texts(messages[turn]))
+        learnt = "".join(text for turn in turns for text in texts_in(messages[turn], keys=True))
         kept_as_text = frozenset(text for text, stand_in in found.items() if chr(stand_in) in learnt)
         return given, {stand_in: text for text, stand_in in found.items()}, kept_as_text
 
@@ -87,18 +85,5 @@ def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
 
 
 def check_text(conversation: Conversation) -> None:
-    if any(UNUSABLE_TEXT.search(text) for text in _texts([conversation.messages, conversation.tools])):
+    if any(UNUSABLE_TEXT.search(text) for text in texts_in([conversation.messages, conversation.tools], keys=True)):
         raise Unusable("half of a surrogate pair, or a character of the private-use planes, is in the text")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in a value that JSON could hold, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _texts(key)
-            yield from _texts(item)

@@ -1,0 +1,28 @@
+"""Values as JSON holds them: mappings and lists, with texts at their ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+
+def map_texts(tree: Any, change: Callable[[str], str]) -> Any:
+    """Return mappings and lists with every text in them changed; keys stay."""
+    if isinstance(tree, str):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_texts(value, change) for key, value in tree.items()}
+    return [map_texts(value, change) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def texts_in(tree: Any, *, keys: bool = False) -> Iterator[str]:
+    """Yield every text of mappings and lists in its order, with `keys` those of the keys too."""
+    waiting = [tree]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping):
+            waiting += reversed([*(item if keys else ()), *item.values()])
+        elif isinstance(item, (list, tuple)):
+            waiting += reversed(item)
