@@ -14,12 +14,13 @@ from openai.types.chat import ChatCompletion
 from tunewright.datagen.budget import BudgetSpent
 from tunewright.datagen.curation import Curation
 from tunewright.datagen.endpoint import Endpoint
-from tunewright.datagen.grid import Cell, digest
+from tunewright.datagen.grid import Cell
 from tunewright.datagen.prompts import schema_of
 from tunewright.datagen.provider import Ask, Provider, as_usage, client_of
 from tunewright.datagen.reply_log import Record, ReplyLog
 from tunewright.datagen.settings import DatagenConfig
 from tunewright.errors import ConfigError, PeerError, Preempted
+from tunewright.trees import digest
 
 URL: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 WINDOW: Literal["24h"] = "24h"

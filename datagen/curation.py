@@ -9,13 +9,14 @@ from typing import Any
 
 from tunewright.datagen.documents import Chunk
 from tunewright.datagen.filtering import Filter, Rules
-from tunewright.datagen.grid import Cell, cell, cell_count, digest, sequential_cell
+from tunewright.datagen.grid import Cell, cell, cell_count, sequential_cell
 from tunewright.datagen.plan import Plan
 from tunewright.datagen.preview import Rejected
 from tunewright.datagen.prompts import score_prompt
 from tunewright.datagen.replies import Row, row_of, score_of
 from tunewright.datagen.reply_log import Record, ReplyLog
 from tunewright.datagen.settings import DatagenConfig, Mode
+from tunewright.trees import digest
 
 REJECTS_SHOWN = 200  # kept for the preview
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from tunewright.datagen.documents import Chunk
 from tunewright.datagen.plan import Plan
 from tunewright.datagen.prompts import example_prompt
 from tunewright.datagen.settings import DatagenConfig
+from tunewright.trees import digest
 
 Message = dict[str, str]
 
@@ -90,9 +89,3 @@ def sequential_cell(config: DatagenConfig, plan: Plan, index: int, earlier: Sequ
 def request_id(config: DatagenConfig, messages: tuple[tuple[str, str], ...], index: int | None = None) -> str:
     """Return the hash of a request and of everything that decides its reply."""
     return digest([config.model, config.temperature, config.max_tokens, config.seed, messages, index])
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()[
-        :16
-    ]

@@ -14,7 +14,7 @@ from tunewright.datagen.budget import Budget, BudgetSpent
 from tunewright.datagen.curation import Curation, score_id
 from tunewright.datagen.documents import Chunk
 from tunewright.datagen.endpoint import Endpoint
-from tunewright.datagen.grid import Cell, digest
+from tunewright.datagen.grid import Cell
 from tunewright.datagen.limiter import Limiter, Stopped
 from tunewright.datagen.plan import SCHEMA as PLAN_SCHEMA
 from tunewright.datagen.plan import Plan, as_plan, plan_prompt
@@ -25,7 +25,7 @@ from tunewright.datagen.reply_log import ReplyLog
 from tunewright.datagen.settings import DatagenConfig, Mode, prices
 from tunewright.errors import ConfigError, DataError, PeerError
 from tunewright.terminal import Progress
-from tunewright.trees import map_texts
+from tunewright.trees import digest, map_texts
 
 TICK = 0.5  # seconds between two looks at the clock
 DRAIN_SECONDS = 10.0

@@ -14,7 +14,6 @@ from tunewright.datagen.curation import Curation
 from tunewright.datagen.documents import Chunk, read_sources
 from tunewright.datagen.endpoint import Endpoint
 from tunewright.datagen.estimate import estimate
-from tunewright.datagen.grid import digest
 from tunewright.datagen.job import Job, logged_plan
 from tunewright.datagen.outputs import Files, write_outputs
 from tunewright.datagen.plan import Plan, read_plan
@@ -22,6 +21,7 @@ from tunewright.datagen.prompts import PROMPTS_VERSION
 from tunewright.datagen.reply_log import ReplyLog
 from tunewright.datagen.settings import DatagenConfig, identity
 from tunewright.errors import ConfigError, DataError, StorageError
+from tunewright.trees import digest
 
 
 def make_dataset(

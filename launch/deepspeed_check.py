@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -16,14 +15,15 @@ from tunewright.errors import ConfigError, closest
 from tunewright.files import write_json
 from tunewright.trainer.deepspeed_settings import BATCH, for_trainer
 from tunewright.trainer.model.load import cache_folder
+from tunewright.trees import digest
 
 FORMAT = 1  # of the kept files
 
 
 def kept(config: DictConfig, file: DeepSpeedFile) -> Path:
     """Return where the answer about a DeepSpeed JSON is kept: its keys that DeepSpeed does not know."""
-    key = json.dumps([FORMAT, version("deepspeed"), file.settings], sort_keys=True)
-    return cache_folder(config.data.cache_dir) / "deepspeed" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    key = digest([FORMAT, version("deepspeed"), file.settings])
+    return cache_folder(config.data.cache_dir) / "deepspeed" / f"{key}.json"
 
 
 def ask_deepspeed(config: DictConfig) -> None:

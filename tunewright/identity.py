@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -56,10 +54,6 @@ def identity(config: DictConfig) -> dict[str, Any]:
     """Return the settings that decide what a run trains, flat; two runs with the same ones are the same run."""
     tree = redact_tree(OmegaConf.to_container(config, enum_to_str=True))
     return {key: value for key, value in flatten(tree) if key not in OPERATIONAL}
-
-
-def digest(config: DictConfig) -> str:
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differing_settings(manifest: Mapping[str, Any], config: DictConfig) -> list[tuple[str, Any, Any]]:

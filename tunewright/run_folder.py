@@ -36,8 +36,9 @@ from tunewright.config.schema import Resume, Source
 from tunewright.errors import ConfigError, StorageError
 from tunewright.files import write_json
 from tunewright.folders import LOCK, check_name, is_locked, locked, set_aside
-from tunewright.identity import differing_settings, digest, identity, table
+from tunewright.identity import differing_settings, identity, table
 from tunewright.redaction import redact_tree
+from tunewright.trees import digest
 from tunewright.trust import check_ours, is_ours, sign
 
 # What a run makes in its folder. Nothing else in it is ever moved.
@@ -339,7 +340,7 @@ def prepare_folder(config: DictConfig, claimed: Claim, inputs: Mapping[str, str]
                 },
                 "folder": os.getcwd(),
                 "identity": identity(config),
-                "config_digest": digest(config),
+                "config_digest": digest(identity(config)),
                 # A run of an older version stays known as one whose beginning nobody has written down.
                 **({"inputs": dict(inputs)} if inputs and (not known or "inputs" in known) else {}),
                 "files": list(FILES),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,3 +28,8 @@ def texts_in(tree: Any, *, keys: bool = False) -> Iterator[str]:
             waiting += reversed([*(item if keys else ()), *item.values()])
         elif isinstance(item, (list, tuple)):
             waiting += reversed(item)
+
+
+def digest(tree: Any) -> str:
+    """Return 16 characters that stand for a value; the order of keys decides nothing."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]

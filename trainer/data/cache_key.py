@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from omegaconf import DictConfig
 from tunewright.config.chat_templates import template_text
 from tunewright.plan.rules import longest_row
 from tunewright.trainer.data.sources import Rows
+from tunewright.trees import digest
 
 FORMAT = 5  # raise it when the meaning of the cached columns changes
 
@@ -36,10 +36,6 @@ def cache_key(rows: Rows, config: DictConfig, model_path: Path | None, limit: in
         "tokenizer": _tokenizer_files(model_path) if model_path else None,
     }
     return digest(settings)
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +10,7 @@ import fsspec
 from tunewright.errors import DataError, StorageError
 from tunewright.files import write_json, written_aside
 from tunewright.registry import Entry
+from tunewright.trees import digest
 
 
 def fetch_cloud(entry: Entry, cache: Path, *, offline: bool) -> Path:
@@ -20,7 +20,7 @@ def fetch_cloud(entry: Entry, cache: Path, *, offline: bool) -> Path:
         StorageError: it cannot be reached, or the store's package is not installed.
     """
     # The folder's name is the digest of what is there, so the last copy can be found without asking.
-    record = cache / (hashlib.sha256(entry.location.encode()).hexdigest()[:16] + ".json")
+    record = cache / f"{digest(entry.location)}.json"
     name = entry.location.rstrip("/").rpartition("/")[2]
     if offline:
         if record.is_file():
@@ -35,7 +35,7 @@ def fetch_cloud(entry: Entry, cache: Path, *, offline: bool) -> Path:
             file: {key: str(info.get(key)) for key in ("size", "ETag", "etag", "mtime", "LastModified", "updated")}
             for file, info in listed.items()
         }
-        version = hashlib.sha256(json.dumps([entry.location, stamps], sort_keys=True).encode()).hexdigest()[:16]
+        version = digest([entry.location, stamps])
         if not (cache / version).is_dir():
             with written_aside(cache / version) as staging:
                 staging.mkdir(parents=True)

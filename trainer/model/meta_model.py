@@ -5,7 +5,6 @@ The model is built on the meta device, where tensors have shapes and no memory; 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from tunewright.files import write_json
 from tunewright.plan.architecture import Architecture, plain
 from tunewright.trainer.model import download, tiny
 from tunewright.trainer.model.load import cache_folder, find_model, quiet_libraries
+from tunewright.trees import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -114,11 +114,8 @@ def _empty(config: DictConfig, numbers: dict[str, Any]) -> PreTrainedModel:
 
 
 def _file(config: DictConfig, numbers: dict[str, Any]) -> Path:
-    known = [FORMAT, version("transformers"), version("peft"), numbers, _wants_ia3(config)]
-    key = json.dumps(known, sort_keys=True, default=str)
-    return (
-        cache_folder(config.data.cache_dir) / "architectures" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    )
+    key = digest([FORMAT, version("transformers"), version("peft"), numbers, _wants_ia3(config)])
+    return cache_folder(config.data.cache_dir) / "architectures" / f"{key}.json"
 
 
 def _wants_ia3(config: DictConfig) -> bool:
