@@ -70,7 +70,8 @@ def load(job: Job, dtype: Any, *, quantized: bool = False, attention: str = "sdp
     if not job.drawn:
         options = {"quantization_config": quantization()} if quantized else {}
         return AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation=attention, **options)
-    from tunewright.config.schema import ModelConfig, QLoraConfig, Source
+    from tunewright.config.method_schema import QLoraConfig
+    from tunewright.config.schema import ModelConfig, Source
     from tunewright.trainer.model.load import load_model
 
     source = ModelConfig(name="bench", path=job.model, source=Source.folder, random_weights=True)

@@ -16,8 +16,8 @@ from tunewright.errors import ConfigError
 from tunewright.run_folder import RunDir, settings_of
 from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.methods.prompt_learning import learns_prompt
-from tunewright.trainer.model.load import load_model, load_tokenizer, quiet_libraries, stop_tokens, torch_dtype
-from tunewright.trainer.model.tokenizer import stop_ids
+from tunewright.trainer.model.load import load_model, quiet_libraries, torch_dtype
+from tunewright.trainer.model.tokenizer import load_tokenizer, stop_ids, stop_tokens
 from tunewright.trust import check_code, check_ours
 
 if TYPE_CHECKING:

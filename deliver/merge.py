@@ -30,7 +30,8 @@ from tunewright.files import write_json
 from tunewright.folders import check_name, set_aside
 from tunewright.run_folder import RunDir
 from tunewright.trainer.inputs import check_base
-from tunewright.trainer.model.load import load_tokenizer, quiet_libraries, stop_tokens
+from tunewright.trainer.model.load import quiet_libraries
+from tunewright.trainer.model.tokenizer import load_tokenizer, stop_tokens
 from tunewright.trainer.prepared import find_prepared, prepare
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -14,7 +14,7 @@ from tunewright.config.deepspeed_file import SIMILAR, DeepSpeedFile, deepspeed_f
 from tunewright.errors import ConfigError, closest
 from tunewright.files import write_json
 from tunewright.trainer.deepspeed_settings import BATCH, for_trainer
-from tunewright.trainer.model.load import cache_folder
+from tunewright.trainer.model.model_folder import cache_folder
 from tunewright.trees import digest
 
 FORMAT = 1  # of the kept files

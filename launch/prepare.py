@@ -22,7 +22,7 @@ from tunewright.plan.devices import find_devices
 from tunewright.plan.rules import world_size
 from tunewright.ranks import leave
 from tunewright.redaction import redact
-from tunewright.trainer.model.load import load_tokenizer
+from tunewright.trainer.model.tokenizer import load_tokenizer
 from tunewright.trainer.prepared import Prepared, check_vocabulary, find_prepared, prepare
 
 

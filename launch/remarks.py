@@ -11,8 +11,8 @@ from tunewright.files import write_json
 from tunewright.launch.data.report import Report, known_positions
 from tunewright.launch.data.report_text import remarks
 from tunewright.trainer.data.token_cache import TokenCache, describe
-from tunewright.trainer.model.load import cache_folder
 from tunewright.trainer.model.meta_model import find_architecture, model_numbers
+from tunewright.trainer.model.model_folder import cache_folder
 
 
 def keep_remarks(config: DictConfig, cache: TokenCache, report: Report) -> None:

@@ -107,7 +107,7 @@ def run_job(job: Job, say: Callable[[str], None]) -> int:
     """Prepare the data, start the ranks, and return the exit code."""
     from tunewright.launch.prepare import ensure_prepared
     from tunewright.trainer.inputs import planned_inputs, prepared_inputs
-    from tunewright.trainer.model.load import find_model
+    from tunewright.trainer.model.model_folder import find_model
     from tunewright.trainer.prepared import find_prepared
 
     config, claimed = job.config, job.claimed

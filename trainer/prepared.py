@@ -24,8 +24,9 @@ from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.data.token_cache import TokenCache
 from tunewright.trainer.data.tokenization import warm_up
 from tunewright.trainer.model import tiny
-from tunewright.trainer.model.load import cache_folder, fetch_model, find_model, load_tokenizer
 from tunewright.trainer.model.meta_model import find_architecture, make_architecture
+from tunewright.trainer.model.model_folder import cache_folder, fetch_model, find_model
+from tunewright.trainer.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

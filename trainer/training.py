@@ -31,8 +31,9 @@ from tunewright.trainer.methods import adapt, parameter_counts
 from tunewright.trainer.methods.lora import keep_pissa_start, starts_as_pissa
 from tunewright.trainer.model import attention
 from tunewright.trainer.model.gradient_checkpointing import FitCheckpointing
-from tunewright.trainer.model.load import load_model, load_tokenizer, quiet_libraries, stop_tokens, torch_dtype
+from tunewright.trainer.model.load import load_model, quiet_libraries, torch_dtype
 from tunewright.trainer.model.regional_compile import compile_layers
+from tunewright.trainer.model.tokenizer import load_tokenizer, stop_tokens
 from tunewright.trainer.process_group import all_gather, join
 from tunewright.trainer.results import describe_result, describe_training, name_of, write_hyperparameters
 from tunewright.trainer.saving import save_result, verify_saved

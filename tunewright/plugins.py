@@ -28,7 +28,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from tunewright.config.schema import METHODS, STRATEGIES, MethodConfig, option
+from tunewright.config.method_schema import METHODS, MethodConfig
+from tunewright.config.schema import STRATEGIES, option
 from tunewright.errors import ConfigError, TunewrightError, did_you_mean
 from tunewright.shipped import shipped
 

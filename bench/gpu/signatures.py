@@ -96,7 +96,7 @@ def _one_row() -> Any:
 
 
 def quantised_layers() -> None:
-    """trainer/model/load.py: bitsandbytes has a library for this CUDA, and transformers takes the settings."""
+    """trainer/model/quantization.py: bitsandbytes has a library for this CUDA, and transformers takes the settings."""
     import bitsandbytes
     from transformers import BitsAndBytesConfig
 

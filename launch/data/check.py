@@ -108,7 +108,7 @@ def make_tokens(config: DictConfig) -> Tokens:
     Raises:
         DataError: the data cannot be read; data that can be read and not be trained on is returned with the refusal.
     """
-    from tunewright.trainer.model.load import load_tokenizer
+    from tunewright.trainer.model.tokenizer import load_tokenizer
     from tunewright.trainer.prepared import find_prepared, prepare
 
     with redirect_stdout(sys.stderr):  # libraries say things there, and the report may be read by a program

@@ -16,7 +16,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from tunewright.plan.batch_plan import BatchPlan, Steps, planned_steps
-from tunewright.plan.rules import longest_row
+from tunewright.plan.method_rules import longest_row
 from tunewright.trainer.data.formats import OLDER_TOOLS
 from tunewright.trainer.data.minhash import PERMUTATIONS, similar_pairs
 from tunewright.trainer.data.token_cache import SAMPLE, SPLITS, CachedDataset, TokenCache, epoch_size

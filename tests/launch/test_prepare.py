@@ -13,7 +13,7 @@ from tunewright.config.compose import compose_config
 from tunewright.deliver.evaluate import held_out
 from tunewright.errors import ConfigError, DataError, StorageError
 from tunewright.trainer.data.sampling import held_out_rows
-from tunewright.trainer.model.load import load_tokenizer
+from tunewright.trainer.model.tokenizer import load_tokenizer
 from tunewright.trainer.prepared import check_vocabulary, find_prepared, prepare
 
 

@@ -17,7 +17,7 @@ from transformers import set_seed
 from trl import SFTConfig
 
 from tunewright.config.compose import compose_config
-from tunewright.config.schema import FullConfig, LoraConfig
+from tunewright.config.method_schema import FullConfig, LoraConfig
 from tunewright.errors import ConfigError
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.trainer.data.batches import FlatCollator, PaddedCollator
@@ -25,6 +25,7 @@ from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.loss import cross_entropy_sum
 from tunewright.trainer.methods import adapt
 from tunewright.trainer.model import attention
+from tunewright.trainer.model.padding_free import padded_implementation, padding_free_problem
 from tunewright.trainer.sft_trainer import TunewrightTrainer
 
 VOCABULARY = 512
@@ -116,7 +117,7 @@ def model_of(name: str, implementation: str) -> Any:
 
 def padded_model(name: str) -> Any:
     config = config_of(name)
-    return model_of(name, attention.padded_implementation(config, class_of(config)))
+    return model_of(name, padded_implementation(config, class_of(config)))
 
 
 def rows_of(*lengths: int) -> list[dict[str, np.ndarray]]:
@@ -146,7 +147,7 @@ def test_flat_rows_are_padded_rows_and_rows_alone(name: str) -> None:
     rows = rows_of(*LENGTHS)
     flat, padded = model_of(name, attention.register()), padded_model(name)
     assert flat.config.get_text_config()._attn_implementation == attention.NAME
-    assert attention.padding_free_problem(flat.config, type(flat)) is None
+    assert padding_free_problem(flat.config, type(flat)) is None
     loss, expected = cross_entropy_sum(flat, FlatCollator(0)(rows)), padded_loss_sum(padded, rows)
     alone = sum(loss_alone(padded, row) for row in rows)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
@@ -162,7 +163,7 @@ def test_flat_rows_are_padded_rows_and_rows_alone(name: str) -> None:
 @pytest.mark.parametrize("name", PADDED)
 def test_what_cannot_be_flat_says_why_and_is_right_when_padded(name: str) -> None:
     config = config_of(name)
-    problem = attention.padding_free_problem(config, class_of(config))
+    problem = padding_free_problem(config, class_of(config))
     assert problem
     assert PADDED[name] in problem
     rows, model = rows_of(*LENGTHS), padded_model(name)
@@ -203,7 +204,7 @@ def build(small_tokenizer: Any, tmp_path: Path) -> Build:
 
     def trainer(name: str, method: str = "full", *, micro_batch: int = 4, **options: Any) -> TunewrightTrainer:
         config = config_of(name)
-        flat = attention.padding_free_problem(config, class_of(config)) is None
+        flat = padding_free_problem(config, class_of(config)) is None
         model = model_of(name, attention.register()) if flat else padded_model(name)
         # Gradients of weights this large would be those of a model far from any minimum.
         for parameter in model.parameters():

@@ -13,7 +13,8 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 from tunewright.errors import ConfigError
 from tunewright.trainer.model import attention
-from tunewright.trainer.model.attention import padded_implementation, padding_free_problem, varlen_attention
+from tunewright.trainer.model.attention import varlen_attention
+from tunewright.trainer.model.padding_free import padded_implementation, padding_free_problem
 
 LENGTHS = [5, 1, 33, 12]
 WINDOW = 6

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tests.conftest import REPOSITORY
 from tunewright.config import schema
 from tunewright.config.compose import compose_config
+from tunewright.config.method_schema import METHODS
 from tunewright.errors import TunewrightError
 from tunewright.launch.forecast import steps
 from tunewright.launch.train import plan_job
@@ -66,7 +67,7 @@ ELSEWHERE = {"train.compile", "cluster.num_processes"}
 def kinds(method: str) -> dict[str, Any]:
     """Return {dotted key: type} of every setting, with those of a method."""
     found = {}
-    for group, cls in {**GROUPS, "method": schema.METHODS[method]}.items():
+    for group, cls in {**GROUPS, "method": METHODS[method]}.items():
         hints = get_type_hints(cls)
         for item in fields(cls):
             key = f"{group}.{item.name}" if group else item.name
@@ -104,7 +105,7 @@ def mentions(method: str) -> list[tuple[str, str]]:
         found |= {bare[name] for name in re.findall(r"`(\w+)`", text) if name in bare}
         return found & set(known)
 
-    for group, cls in {**GROUPS, "method": schema.METHODS[method]}.items():
+    for group, cls in {**GROUPS, "method": METHODS[method]}.items():
         for item in fields(cls):
             own = f"{group}.{item.name}" if group else item.name
             if own in known:
@@ -168,9 +169,9 @@ def trainable(changes: dict[str, Any]) -> bool:
     return not any(key in ELSEWHERE or (key, str(value)) in ENDLESS for key, value in changes.items())
 
 
-ALONE = [(method, key) for method in schema.METHODS for key in kinds(method) if method == "lora" or "method." in key]
+ALONE = [(method, key) for method in METHODS for key in kinds(method) if method == "lora" or "method." in key]
 PAIRS = [("lora", *pair) for pair in mentions("lora")]
-PAIRS += [(m, *p) for m in schema.METHODS for p in mentions(m) if m != "lora" and "method." in "".join(p)]
+PAIRS += [(m, *p) for m in METHODS for p in mentions(m) if m != "lora" and "method." in "".join(p)]
 
 
 # Values just inside their ranges, several at a time: the walk below trains every one alone, and takes minutes.

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 
 from tests.conftest import losses, manifest
 from tunewright.config.compose import compose_config, load_config
-from tunewright.config.schema import PROMPT_LEARNING
+from tunewright.config.method_schema import PROMPT_LEARNING
 from tunewright.trainer.data.build_cache import find_cache
 from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.methods import adapt, parameter_counts

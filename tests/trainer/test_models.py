@@ -19,7 +19,9 @@ from tunewright.errors import ConfigError
 from tunewright.trainer.methods import adapt, parameter_counts
 from tunewright.trainer.model import tiny
 from tunewright.trainer.model.download import has_weights
-from tunewright.trainer.model.load import find_model, load_model, load_tokenizer, stop_tokens, torch_dtype
+from tunewright.trainer.model.load import load_model, torch_dtype
+from tunewright.trainer.model.model_folder import find_model
+from tunewright.trainer.model.tokenizer import load_tokenizer, stop_tokens
 
 
 def test_the_embedded_model_is_kept_under_a_key_of_what_made_it(
@@ -59,7 +61,7 @@ def test_a_hub_model_in_the_local_cache_is_opened_without_the_network(tiny_model
     (cached / "refs" / "main").write_text("abc")
     code = (
         "from tunewright.config.compose import compose_config\n"
-        "from tunewright.trainer.model.load import find_model\n"
+        "from tunewright.trainer.model.model_folder import find_model\n"
         "print(find_model(compose_config(['model=qwen2_5_7b', 'model.path=org/small']).model, ''))\n"
     )
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}

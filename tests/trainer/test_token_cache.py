@@ -23,7 +23,7 @@ from tunewright.trainer.data.render import IGNORED, Renderer
 from tunewright.trainer.data.sampling import held_out_rows
 from tunewright.trainer.data.token_cache import TokenCache, as_json, describe
 from tunewright.trainer.data.tokenization import tokenize, warm_up
-from tunewright.trainer.model.load import load_tokenizer
+from tunewright.trainer.model.tokenizer import load_tokenizer
 
 ROWS = [{"instruction": f"Say {number}.", "input": "", "output": f"{number} it is"} for number in range(40)]
 
@@ -250,7 +250,7 @@ def test_two_processes_at_once_make_one_cache(tmp_path: Path, tiny_model: Path) 
         "from tunewright.config.compose import compose_config\n"
         "from tunewright.trainer.data.build_cache import build_cache\n"
         "from tunewright.trainer.data.render import Renderer\n"
-        "from tunewright.trainer.model.load import load_tokenizer\n"
+        "from tunewright.trainer.model.tokenizer import load_tokenizer\n"
         "root, model = sys.argv[1:]\n"
         "where = [f'data.dir={root}', f'data.cache_dir={root}/c']\n"
         "config = compose_config(['data=registry', 'data.names=[mine]', *where])\n"

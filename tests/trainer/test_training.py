@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
 from tests.conftest import read_metrics
-from tunewright.config.schema import PROMPT_LEARNING
+from tunewright.config.method_schema import PROMPT_LEARNING
 from tunewright.errors import ConfigError
 from tunewright.plugins import PLUGINS
 from tunewright.trainer.callbacks import ProgressReport

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tunewright.config.chat_templates import template_text
-from tunewright.plan.rules import longest_row
+from tunewright.plan.method_rules import longest_row
 from tunewright.trainer.data.sources import Rows
 from tunewright.trees import digest
 

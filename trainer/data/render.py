@@ -15,7 +15,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from tunewright.config.schema import Overlong
-from tunewright.plan.rules import longest_row
+from tunewright.plan.method_rules import longest_row
 from tunewright.trainer.data.encode import Encoded, Encoder
 from tunewright.trainer.data.formats import Conversation, Plain
 from tunewright.trainer.data.messages import THOUGHT_MARKS, Message, Unusable

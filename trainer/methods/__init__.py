@@ -1,7 +1,7 @@
 """What each tuning method trains: a module for each, named as in `configs/hydra/method`, with a function `build`.
 
-Their settings are data classes in `tunewright/config/schema.py`, what is refused before anything starts is told in
-`tunewright/plan/rules.py`: both without torch. A plug-in brings all three (docs/extending.md).
+Their settings are data classes in `tunewright/config/method_schema.py`, and `tunewright/plan/method_rules.py` refuses
+what cannot work before anything starts: both without torch. A plug-in brings all three (docs/extending.md).
 """
 
 from __future__ import annotations

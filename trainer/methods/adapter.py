@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from peft import PeftConfig, PeftModel, get_peft_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from transformers import PreTrainedModel
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> PeftModel:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
 
 from tunewright.plan.architecture import ends_with
 from tunewright.trainer.model.layers import decoder_layers
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
 
 
 def build(model: PreTrainedModel, method: Any, model_path: Path | None) -> PreTrainedModel:

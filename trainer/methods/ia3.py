@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import IA3Config, PeftModel, TaskType
+from transformers import PreTrainedModel
 
 from tunewright.plan.architecture import plain
 from tunewright.trainer.methods.adapter import add_adapter
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def build(model: PreTrainedModel, method: Any, model_path: Path | None) -> PeftModel:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType
+from transformers import PreTrainedModel
 
-from tunewright.config.schema import LoraInit
+from tunewright.config.method_schema import LoraInit
 from tunewright.plan.architecture import plain
 from tunewright.trainer.methods.adapter import add_adapter
 from tunewright.trainer.model.fused_lora import fuse
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PISSA_START = "pissa_start"
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftModel, PromptEncoderConfig, TaskType
+from transformers import PreTrainedModel
 
 from tunewright.trainer.methods.adapter import add_adapter, width
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def build(model: PreTrainedModel, method: Any, model_path: Path | None) -> PeftModel:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from tunewright.trainer.methods import lora
 from tunewright.trainer.model.quantization import keep_differentiable
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 def build(model: PreTrainedModel, method: Any, model_path: Path | None) -> PeftModel:

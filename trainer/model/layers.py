@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunewright.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:

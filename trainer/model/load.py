@@ -1,78 +1,18 @@
-"""From the `model` group to a folder, and from the folder to a tokenizer and weights."""
+"""From a model's folder to its weights in memory."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.config.schema import Dtype, ModelConfig, Source
-from tunewright.errors import ConfigError, StorageError
-from tunewright.trainer.model import download, tiny
-from tunewright.trainer.model.tokenizer import install_template, set_end_of_turn, stop_ids
+from tunewright.config.schema import Dtype, ModelConfig
+from tunewright.trainer.model.tokenizer import from_folder
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def cache_folder(cache_dir: str) -> Path:
-    return Path(cache_dir).expanduser()
-
-
-def find_model(model: ModelConfig, cache_dir: str) -> Path | None:
-    """Return the folder of a model that is on this machine already, without using the network or torch.
-
-    Raises:
-        ConfigError: `model.source=folder` and there is no such folder, or no weights in it.
-    """
-    if model.source is Source.embedded:
-        return tiny.tiny_folder(cache_folder(cache_dir)) if tiny.is_built(cache_folder(cache_dir)) else None
-    if model.source is Source.folder:
-        folder = Path(model.path).expanduser()
-        if not (download.has_weights(folder) or (model.random_weights and (folder / "config.json").is_file())):
-            problem = "holds no model weights" if folder.is_dir() else "does not exist"
-            raise ConfigError(f"`model.path` is '{model.path}', a folder that {problem}.")
-        return folder
-    if model.random_weights:
-        config = download.find_config(model)
-        return config.parent if config else None
-    return download.find_hub(model) if model.source is Source.hub else None
-
-
-def fetch_model(
-    model: ModelConfig, cache_dir: str, progress: tiny.Progress, *, offline: bool = False, weights: bool = True
-) -> Path:
-    """Return the folder of a model, built or downloaded first where it is not there yet.
-
-    Without `weights`, or where they are drawn, the files of the tokenizer are enough.
-    """
-    found = find_model(model, cache_dir)
-    if found:
-        return found
-    if model.source is Source.embedded:
-        return tiny.build_tiny(cache_folder(cache_dir), progress)
-    fetch = download.fetch_modelscope if model.source is Source.modelscope else download.fetch_hub
-    return fetch(model, offline=offline, weights=weights and not model.random_weights)
-
-
-def load_tokenizer(path: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, with the chosen chat template, ready to pad and to end a turn.
-
-    A missing pad token becomes the end token, which padding masks anyway.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = _load(AutoTokenizer.from_pretrained, path, model)
-    if model.template:
-        install_template(tokenizer, model.template)
-    if tokenizer.chat_template:
-        set_end_of_turn(tokenizer)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    from transformers import PreTrainedModel
 
 
 def torch_dtype(dtype: Dtype, device_type: str) -> torch.dtype:
@@ -109,7 +49,7 @@ def load_model(
         options["device_map"] = {"": device if device is not None else "cpu"}
     if model.random_weights:
         return _draw(path, model, device, options)
-    return _load(AutoModelForCausalLM.from_pretrained, path, model, **options)  # type: ignore[no-any-return]
+    return from_folder(AutoModelForCausalLM.from_pretrained, path, model, **options)  # type: ignore[no-any-return]
 
 
 def _draw(path: Path, model: ModelConfig, device: torch.device | None, options: dict[str, Any]) -> PreTrainedModel:
@@ -120,7 +60,7 @@ def _draw(path: Path, model: ModelConfig, device: torch.device | None, options: 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = _load(AutoConfig.from_pretrained, path, model)
+    config = from_folder(AutoConfig.from_pretrained, path, model)
     device = device or torch.device("cpu")
     gpus = [device] if device.type == "cuda" else []
     drawn = {key: options[key] for key in ("dtype", "attn_implementation")}
@@ -135,9 +75,9 @@ def _draw(path: Path, model: ModelConfig, device: torch.device | None, options: 
 def _padded_attention(path: Path, model: ModelConfig) -> str:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tunewright.trainer.model.attention import padded_implementation
+    from tunewright.trainer.model.padding_free import padded_implementation
 
-    config = _load(AutoConfig.from_pretrained, path, model)
+    config = from_folder(AutoConfig.from_pretrained, path, model)
     known = AutoModelForCausalLM._model_mapping
     return padded_implementation(config, known[type(config)]) if type(config) in known else "sdpa"
 
@@ -149,18 +89,3 @@ def quiet_libraries() -> None:
     disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that end an answer: the model's own and the one with which the chat template ends a turn."""
-    known = model.generation_config.eos_token_id
-    ids = known if isinstance(known, list) else [known] if known is not None else []
-    return sorted({*ids, *stop_ids(tokenizer)})
-
-
-def _load(load: Callable[..., Any], path: Path, model: ModelConfig, **options: Any) -> Any:
-    try:
-        return load(str(path), trust_remote_code=model.trust_remote_code, **options)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StorageError(f"`model.path` is '{model.path}' and could not be loaded from {path}: {reason}") from error

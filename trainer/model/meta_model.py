@@ -17,7 +17,8 @@ from tunewright.errors import ConfigError, StorageError
 from tunewright.files import write_json
 from tunewright.plan.architecture import Architecture, plain
 from tunewright.trainer.model import download, tiny
-from tunewright.trainer.model.load import cache_folder, find_model, quiet_libraries
+from tunewright.trainer.model.load import quiet_libraries
+from tunewright.trainer.model.model_folder import cache_folder, find_model
 from tunewright.trees import digest
 
 if TYPE_CHECKING:
@@ -167,8 +168,8 @@ def describe(model: PreTrainedModel, *, ia3: bool = True) -> Architecture:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from tunewright.trainer.model.attention import padding_free_problem
     from tunewright.trainer.model.layers import decoder_layers
+    from tunewright.trainer.model.padding_free import padding_free_problem
 
     def kind(module: nn.Module) -> str:
         if isinstance(module, (nn.Linear, Conv1D)):

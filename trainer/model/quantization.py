@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from tunewright.config.schema import ComputeDtype
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from tunewright.config.method_schema import ComputeDtype
 
 
 def quantization_config(method: Any, dtype: torch.dtype) -> Any:

@@ -1,20 +1,40 @@
-"""Named chat templates, for tokenizers that come without one, and what ends an answer."""
+"""The tokenizer with its chat template, a named one where it comes without, and what ends an answer."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from tunewright.config.chat_templates import template_names, template_text
-from tunewright.errors import ConfigError
+from tunewright.config.schema import ModelConfig
+from tunewright.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Markers that a template relies on being one token, written out in its text.
 MARKER = re.compile(r"<\|[a-z_]+\|>|<｜\w+｜>|<(?:start|end)_of_turn>")
+
+
+def load_tokenizer(path: Path, model: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, with the chosen chat template, ready to pad and to end a turn.
+
+    A missing pad token becomes the end token, which padding masks anyway.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = from_folder(AutoTokenizer.from_pretrained, path, model)
+    if model.template:
+        install_template(tokenizer, model.template)
+    if tokenizer.chat_template:
+        set_end_of_turn(tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
 
 
 def install_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
@@ -72,3 +92,23 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
     tail = text.rpartition("ANSWER")[2] if "ANSWER" in text else ""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return text, [token for token in tokenizer(tail, add_special_tokens=False)["input_ids"] if token in special]
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end an answer: the model's own and the one with which the chat template ends a turn."""
+    known = model.generation_config.eos_token_id
+    ids = known if isinstance(known, list) else [known] if known is not None else []
+    return sorted({*ids, *stop_ids(tokenizer)})
+
+
+def from_folder(load: Callable[..., Any], path: Path, model: ModelConfig, **options: Any) -> Any:
+    """Return what a `from_pretrained` of transformers loads from a model's folder.
+
+    Raises:
+        StorageError: it cannot be loaded.
+    """
+    try:
+        return load(str(path), trust_remote_code=model.trust_remote_code, **options)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StorageError(f"`model.path` is '{model.path}' and could not be loaded from {path}: {reason}") from error

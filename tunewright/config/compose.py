@@ -25,6 +25,7 @@ from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, Omega
 
 from tunewright.config import schema
 from tunewright.config.deepspeed_file import follow_file
+from tunewright.config.method_schema import LoraConfig
 from tunewright.errors import ConfigError, closest, did_you_mean
 from tunewright.plugins import PLUGINS
 from tunewright.redaction import hide_credentials, name_variables, redact
@@ -280,7 +281,7 @@ def _known_keys(overrides: list[Override]) -> list[str]:
     groups: dict[str, type] = {
         "model": schema.ModelConfig,
         "data": schema.DataConfig,
-        "method": PLUGINS.method_settings().get(chosen, schema.LoraConfig),
+        "method": PLUGINS.method_settings().get(chosen, LoraConfig),
         "strategy": schema.StrategyConfig,
         "train": schema.TrainConfig,
         "cluster": schema.ClusterConfig,

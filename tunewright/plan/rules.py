@@ -11,25 +11,25 @@ import re
 import shutil
 import sysconfig
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from tunewright.config.chat_templates import template_text
 from tunewright.config.deepspeed_file import check_deepspeed, deepspeed_file
+from tunewright.config.method_schema import PROMPT_LEARNING
 from tunewright.config.ranges import check_ranges
-from tunewright.config.schema import PROMPT_LEARNING, STRATEGIES, Launcher, LoraInit, Mix, Source
+from tunewright.config.schema import STRATEGIES, Launcher, Mix, Source
 from tunewright.errors import ConfigError, did_you_mean
 from tunewright.plan.batch_plan import BatchPlan, batch_plan
 from tunewright.plan.devices import Devices
+from tunewright.plan.method_rules import SHORTEST, check_method
 from tunewright.plan.support import PARTITIONED, Cell, verdict
-from tunewright.plugins import PLUGINS, chosen
+from tunewright.plugins import chosen
 
 CPU_RANKS = 2
 MOST_COPIES = 10_000  # of a row in an epoch
 EMBEDDED = "tiny"  # the model that is built here
 HUB_ID = r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w([\w.-]{0,94}\w)?"  # of a model
-SHORTEST = 16  # tokens of a row: with fewer no question has an answer
 # transformers' names that need no settings or packages beyond ours; kept here to be checked without importing it.
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -63,7 +63,7 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
     ruling = verdict(cell_of(config, devices))
     if ruling.outcome == "refused":
         raise ConfigError(ruling.reason + _whose_strategy(config))
-    _check_method(config)
+    check_method(config)
     _check_checkpointing(config)
     _check_compile(config, devices)
     _check_names(config)
@@ -131,80 +131,6 @@ def _known_strategy(config: DictConfig) -> str:
     """Return the shipped strategy that runs: its DeepSpeed JSON decides, whatever the strategy is called."""
     launcher = config.strategy.launcher
     return deepspeed_file(config).strategy if launcher is Launcher.deepspeed else str(launcher.value)
-
-
-def longest_row(config: DictConfig) -> int:
-    """Return the most tokens a row may have: `data.cutoff_len` less the virtual tokens before it."""
-    return int(config.data.cutoff_len) - int(config.method.get("virtual_tokens", 0))
-
-
-def _check_method(config: DictConfig) -> None:
-    method = config.method
-    if method.name in ("lora", "qlora"):
-        _check_lora(method)
-    if method.name == "qlora" and method.bits not in (4, 8):
-        raise ConfigError(f"`method.bits` is {method.bits}: write 4 or 8.")
-    if method.name == "ia3":
-        if method.target_modules != "auto" and not (_are_names(method.target_modules) and method.target_modules):
-            raise ConfigError(
-                f"`method.target_modules` is '{method.target_modules}': write auto or a list such as "
-                f"[k_proj,v_proj,down_proj]."
-            )
-        if method.feedforward_modules and isinstance(method.target_modules, str):
-            raise ConfigError("`method.feedforward_modules` needs `method.target_modules` as a list that has them too.")
-    if method.name == "freeze" and method.layers == 0 and not method.extra_modules:
-        raise ConfigError(
-            "`method.layers` is 0 and `method.extra_modules` is empty: nothing would be trained. Write a number of "
-            "layers, or name modules."
-        )
-    if method.name in PROMPT_LEARNING:
-        _check_prompt(config)
-    added = PLUGINS.methods.get(method.name)
-    if added and added.check:
-        added.check(config)
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, ListConfig) and all(isinstance(name, str) and name for name in value)
-
-
-def _check_lora(method: DictConfig) -> None:
-    targets = method.target_modules
-    if targets != "all-linear" and not _are_names(targets):
-        raise ConfigError(
-            f"`method.target_modules` is '{targets}': write all-linear or a list such as [q_proj,v_proj]."
-        )
-    if not targets:
-        raise ConfigError("`method.target_modules` is empty: nothing would be trained. Write all-linear or a list.")
-    if method.dora and method.init.value.startswith("pissa"):
-        raise ConfigError(
-            f"`method.dora` and `method.init={method.init.value}` both begin from a split of the base weights: choose "
-            f"one."
-        )
-    if method.adapter and method.init is not LoraInit.default:
-        raise ConfigError(
-            f"`method.adapter` brings its own values, and `method.init={method.init.value}` would replace them: leave "
-            f"method.init out."
-        )
-
-
-def _check_prompt(config: DictConfig) -> None:
-    method = config.method
-    if longest_row(config) < SHORTEST:
-        raise ConfigError(
-            f"`method.virtual_tokens` is {method.virtual_tokens} and `data.cutoff_len` {config.data.cutoff_len}: the "
-            f"virtual tokens count, and {longest_row(config)} are left to a row. Write data.cutoff_len="
-            f"{method.virtual_tokens + 256} or fewer virtual tokens."
-        )
-    if method.name == "prompt_tuning" and method.init_text is not None and not method.init_text.strip():
-        raise ConfigError(
-            "`method.init_text` is empty: write the text that the prompt begins as, or null for a random one."
-        )
-    if method.name == "prefix_tuning" and config.train.gradient_checkpointing:
-        raise ConfigError(
-            "`train.gradient_checkpointing` recomputes layers without the keys and values that `method=prefix_tuning` "
-            "learns. Turn it off, or use method=prompt_tuning."
-        )
 
 
 def _check_strategy(config: DictConfig, devices: Devices, ranks: int) -> None:

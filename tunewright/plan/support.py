@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunewright.config.schema import METHODS, PROMPT_LEARNING, STRATEGIES
+from tunewright.config.method_schema import METHODS, PROMPT_LEARNING
+from tunewright.config.schema import STRATEGIES
 from tunewright.plugins import PLUGINS
 
 PARTITIONED = ("zero3", "zero3_offload", "zeropp")
