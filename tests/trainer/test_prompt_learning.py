@@ -24,7 +24,7 @@ from tunewright.plan.devices import find_devices
 from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.methods import adapt
 from tunewright.trainer.prepared import prepare
-from tunewright.trainer.sft import TunewrightTrainer
+from tunewright.trainer.sft_trainer import TunewrightTrainer
 
 VOCABULARY, TOKENS = 512, 5
 LENGTHS = (3, 40, 11, 2)
