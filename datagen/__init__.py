@@ -9,4 +9,21 @@ replies       what a reply says; reply_log: the log of all of them
 curation      which replies become rows; filtering: by similarity (rouge), language, length; split: which are held out
 outputs       the files made from it, with preview, card and push
 make_dataset  ties these together; job: the asking; batch_api: through OpenAI's Batch API
+from_python   `tunewright.datagen(...)`, which this module is called as
 """
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _Room(ModuleType):
+    def __call__(self, *overrides: Any, **settings: Any) -> Any:
+        from tunewright.datagen.from_python import datagen
+
+        return datagen(*overrides, **settings)
+
+
+sys.modules[__name__].__class__ = _Room

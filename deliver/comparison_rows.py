@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tunewright.deliver.run_record import Run, lookup, series
@@ -11,6 +12,7 @@ from tunewright.metrics import final_train_loss
 from tunewright.text import MISSING, as_number, clock, count, one_line, percent, size
 
 Row = tuple[str, list[str]]
+STAGES = (("before", "base"), ("after", "tuned"))
 
 
 def comparison_rows(runs: Sequence[Run]) -> list[Row]:
@@ -31,9 +33,20 @@ def comparison_rows(runs: Sequence[Run]) -> list[Row]:
         ("held-out rows", _held_out_cell),
         ("exact match before", lambda run: _score_cell(run, "base")),
         ("exact match after", lambda run: _score_cell(run, "tuned")),
+        *((f"{name} {when}", partial(_metric_cell, key, name)) for name in _metrics(runs) for when, key in STAGES),
         ("device", _device_cell),
     ]
     return [(label, [cell(run) for run in runs]) for label, cell in figures]
+
+
+def _metrics(runs: Sequence[Run]) -> list[str]:
+    """Return the names of the plug-ins' metrics that some run was evaluated by."""
+    return sorted({name for run in runs for name in lookup(run.evaluation, "tuned", "metrics") or ()})
+
+
+def _metric_cell(key: str, name: str, run: Run) -> str:
+    value = as_number(lookup(run.evaluation, key, "metrics", name))
+    return MISSING if value is None else f"{value:.4g}"
 
 
 def _text(value: Any) -> str:

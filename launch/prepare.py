@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 from omegaconf import DictConfig
 
@@ -43,6 +44,26 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False) -> Prepared:
     return find_prepared(config) or prepare(config, lambda line: None)
 
 
+def prepare_and_report(config: DictConfig, say: Callable[[str], None]) -> Prepared:
+    """Make what is missing in this process, and say of the data what `tunewright data check` does.
+
+    Raises:
+        ConfigError, DataError, StorageError: model or data cannot be used.
+    """
+    prepared = prepare(config, say)
+    known = known_figures(config, prepared.cache)
+    if known is None:
+        tokenizer = load_tokenizer(prepared.model_path, config.model)
+        check_vocabulary(config, prepared, tokenizer)
+        ranks = world_size(config, find_devices())
+        plan = batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
+        report = make_report(prepared.cache, config, plan, tokenizer)
+        keep_remarks(config, prepared.cache, report)
+        known = [report_text(report)]
+    say("\n".join(known))
+    return prepared
+
+
 def main() -> int:
     """Prepare for the configuration on standard input, and report on the data as `tunewright data check` does."""
     for library in ("DATASETS", "TRANSFORMERS"):  # our own lines tell how far it is
@@ -51,14 +72,7 @@ def main() -> int:
     os.environ.pop("OMP_NUM_THREADS", None)  # where a rank began this, its share of the cores
     try:
         config = load_config(sys.stdin)
-        prepared = prepare(config, lambda line: print(redact(line), flush=True))
-        tokenizer = load_tokenizer(prepared.model_path, config.model)
-        check_vocabulary(config, prepared, tokenizer)
-        ranks = world_size(config, find_devices())
-        plan = batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
-        report = make_report(prepared.cache, config, plan, tokenizer)
-        keep_remarks(config, prepared.cache, report)
-        print(redact(report_text(report)), flush=True)
+        prepare_and_report(config, lambda line: print(redact(line), flush=True))
     except TunewrightError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -24,6 +25,9 @@ from tunewright.plan.rules import check
 from tunewright.plan.substitutes import settle
 from tunewright.ranks import rank_variables
 from tunewright.run_folder import Claim, check_inputs, claim, prepare_folder, sole_user
+
+if TYPE_CHECKING:
+    from tunewright.trainer.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -103,26 +107,35 @@ def _in_a_name(change: str) -> str:
     return re.sub(r"[^\w.=+-]", "_", f"{key.rpartition('.')[2]}={value}")
 
 
-def run_job(job: Job, say: Callable[[str], None]) -> int:
-    """Prepare the data, start the ranks, and return the exit code."""
+def run_job(
+    job: Job,
+    say: Callable[[str], None],
+    make_ready: Callable[[DictConfig], Prepared] | None = None,
+    start: Callable[[Job, Prepared], int] | None = None,
+) -> int:
+    """Prepare the data, start the ranks, and return the exit code.
+
+    A program that prepares and trains in its own process gives the functions that do.
+    """
     from tunewright.launch.prepare import ensure_prepared
     from tunewright.trainer.inputs import planned_inputs, prepared_inputs
     from tunewright.trainer.model.model_folder import find_model
     from tunewright.trainer.prepared import find_prepared
 
+    make_ready = make_ready or ensure_prepared
     config, claimed = job.config, job.claimed
     run = claimed.run
     if claimed.finished:
         unseen = ""
         if find_model(config.model, config.data.cache_dir):
-            check_inputs(claimed, prepared_inputs(config, find_prepared(config) or ensure_prepared(config)))
+            check_inputs(claimed, prepared_inputs(config, find_prepared(config) or make_ready(config)))
         else:  # not worth a download
             unseen = " Whether model and data are still the same was not looked at: the model is not on this machine."
         say(f"{run.path} is finished already; nothing to do.{unseen}")
         return 0
     for text in (*job.settled, *claimed.remarks):
         say(text)
-    prepared = ensure_prepared(config)
+    prepared = make_ready(config)
     inputs = {**planned_inputs(config, job.plan), **prepared_inputs(config, prepared)}
     check_inputs(claimed, inputs)
     if claimed.checkpoint:
@@ -131,6 +144,8 @@ def run_job(job: Job, say: Callable[[str], None]) -> int:
         aside = prepare_folder(config, claimed, inputs)
         if aside:
             say(f"What was in {run.path} before is in {aside} now.")
+        if start:
+            return start(job, prepared)
         write_accelerate_config(job.command, run)
         say(job.command.shown())
         return run_ranks(job.command, run, say)

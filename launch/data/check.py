@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
 
+    from tunewright.launch.data.report import Report
     from tunewright.trainer.data.token_cache import TokenCache
 
 
@@ -30,22 +31,14 @@ def run(args: argparse.Namespace) -> int:
         DataError: the data cannot be read, or training would refuse it: then the report is printed before.
         StorageError: the page cannot be written, or its file is somebody's own.
     """
-    from tunewright.launch.data.report import make_report
     from tunewright.launch.data.report_text import report_json, report_text
-    from tunewright.launch.remarks import keep_remarks
     from tunewright.pages import check_replaceable
-    from tunewright.plan.devices import find_devices
-    from tunewright.plan.rules import check
 
     if args.html:
         check_replaceable(args.html, args.html, "name another file with --html")
     names = [item for item in args.overrides if _is_name(item)]
     config = compose(names, [item for item in args.overrides if not _is_name(item)], args.config_dir, args.dir)
-    plan = check(config, find_devices())
-    settle(config)
-    tokens = make_tokens(config)
-    report = make_report(tokens.cache, config, plan, tokens.tokenizer)
-    keep_remarks(config, tokens.cache, report)
+    report, refusal = report_of(config)
     if args.html:  # before anything is printed: who reads that may go away
         from tunewright.launch.data.page import write_page
 
@@ -54,9 +47,29 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         print(f"\nThe same as a page: {args.html}", file=sys.stderr if args.json else sys.stdout)
     sys.stdout.flush()  # what follows goes to standard error
-    if tokens.refusal:
-        raise tokens.refusal
+    if refusal:
+        raise refusal
     return 0
+
+
+def report_of(config: DictConfig) -> tuple[Report, DataError | None]:
+    """Return the report on a configuration's data, and why training would refuse them.
+
+    Raises:
+        ConfigError: a setting cannot work.
+        DataError: the data cannot be read.
+    """
+    from tunewright.launch.data.report import make_report
+    from tunewright.launch.remarks import keep_remarks
+    from tunewright.plan.devices import find_devices
+    from tunewright.plan.rules import check
+
+    plan = check(config, find_devices())
+    settle(config)
+    tokens = make_tokens(config)
+    report = make_report(tokens.cache, config, plan, tokens.tokenizer)
+    keep_remarks(config, tokens.cache, report)
+    return report, tokens.refusal
 
 
 def _is_name(item: str) -> bool:
