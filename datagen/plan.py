@@ -58,12 +58,9 @@ def plan_prompt(task: str) -> str:
     """Return the request for a plan."""
     return (
         "A language model is going to be fine-tuned for the task below, on examples that are written one by one. Plan "
-        "them: "
-        "the system message that the model gets in use (who it is, what it is given and what it answers with, in at "
-        "most "
-        f"five sentences), {TOPICS} topics that together cover the task and do not overlap, and {PERSONAS} kinds of "
-        f"people "
-        "who would ask. Stay inside the task. Write in the task's language.\n\n"
+        "them: the system message that the model gets in use (who it is, what it is given and what it answers with, in "
+        f"at most five sentences), {TOPICS} topics that together cover the task and do not overlap, and {PERSONAS} "
+        "kinds of people who would ask. Stay inside the task. Write in the task's language.\n\n"
         'Reply with the plan as one JSON object and nothing else: {"system": "...", "topics": ["...", ...], '
         f'"personas": ["...", ...]}}.\n\nTask:\n{task}'
     )
