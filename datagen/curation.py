@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from tunewright.datagen.documents import Chunk
 from tunewright.datagen.filtering import Filter, Rules
@@ -99,14 +98,7 @@ class Curation:
             if len(self.rejected) < REJECTS_SHOWN:
                 self.rejected.append(Rejected(str(reason), str(record.get("content") or record.get("error")), found.id))
             return True
-        place: dict[str, Any] = {
-            "topic": found.topic,
-            "persona": found.persona,
-            "difficulty": found.difficulty,
-            "form": found.form,
-        }
-        if score is not None:
-            place["score"] = score
+        place = {**found.place, "score": score}
         self.rows.append({**row, **{key: value for key, value in place.items() if value}})
         return True
 

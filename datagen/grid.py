@@ -31,10 +31,13 @@ class Cell:
     source: str | None = None
 
     @property
+    def place(self) -> dict[str, Any]:
+        return {"topic": self.topic, "persona": self.persona, "difficulty": self.difficulty, "form": self.form}
+
+    @property
     def where(self) -> dict[str, Any]:
         """What the log says of the cell beside the reply."""
-        place = {"topic": self.topic, "persona": self.persona, "difficulty": self.difficulty, "form": self.form}
-        return {"id": self.id, "index": self.index, **place, **({"source": self.source} if self.source else {})}
+        return {"id": self.id, "index": self.index, **self.place, **({"source": self.source} if self.source else {})}
 
     def request(self) -> list[Message]:
         return [{"role": role, "content": content} for role, content in self.messages]
