@@ -10,7 +10,6 @@ from tunewright.datagen.documents import Chunk
 from tunewright.datagen.filtering import Filter, Rules
 from tunewright.datagen.grid import Cell, cell, cell_count, sequential_cell
 from tunewright.datagen.plan import Plan
-from tunewright.datagen.preview import Rejected
 from tunewright.datagen.prompts import score_prompt
 from tunewright.datagen.replies import Row, row_of, score_of
 from tunewright.datagen.reply_log import Record, ReplyLog
@@ -18,6 +17,15 @@ from tunewright.datagen.settings import DatagenConfig, Mode
 from tunewright.trees import digest
 
 REJECTS_SHOWN = 200  # kept for the preview
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A reply that did not become a row."""
+
+    reason: str
+    text: str
+    cell: str
 
 
 @dataclass

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tunewright.datagen.curation import Rejected
 from tunewright.pages import Bars, Chart, render_page
 
 Row = Mapping[str, Any]
@@ -19,15 +20,6 @@ FOLD_LINES = 25
 FOLDED, FOLDED_LINES = 400, 6  # of which these are seen before it is opened
 LONGEST = 50_000  # characters of one text that the page holds at most, so that a browser opens it
 BINS = 30  # at most
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A reply that did not become a row."""
-
-    reason: str
-    text: str
-    cell: str
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tunewright.datagen.preview import FOLD, LONGEST, Rejected, _edges, _shares, preview_page
+from tunewright.datagen.curation import Rejected
+from tunewright.datagen.preview import FOLD, LONGEST, _edges, _shares, preview_page
 
 VOID = {"meta", "input"}
 
