@@ -1,4 +1,4 @@
-"""`make demo`: the shipped task trained three ways, compared, and asked, in a few minutes on two CPU cores."""
+"""`tunewright demo`: the shipped task trained three ways, compared, and asked, in a few minutes on two CPU cores."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def demo(root: Path, say: Callable[[str], None] = print) -> int:
     # Beside the runs, so that `tunewright compare runs/demo/*` finds runs only.
     compare(paths, root.with_name(f"{root.name}-comparison"), echo=say)
     _require_improvement(paths)
-    say(f"\nThe demo took {time.monotonic() - started:.0f} s. Next: `make tensorboard`, `make chat RUN={paths[0]}`.")
+    took = time.monotonic() - started
+    say(f"\nThe demo took {took:.0f} s. Next: `tunewright chat {paths[0]}`, `tensorboard --logdir {root}`.")
     return 0
 
 
