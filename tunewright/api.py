@@ -95,7 +95,8 @@ def train(
     devices = find_devices()
     if not devices.gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for another, and say so
-    job = plan_job(config, devices)
+    with _errors_of_children():
+        job = plan_job(config, devices)
     alone = config.strategy.launcher is Launcher.single
     if not alone:
         _refuse_objects(config, {"callbacks": own, "loss": objective})
@@ -126,8 +127,7 @@ def train(
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code:
-        kinds = {exit_code: getattr(errors, name) for name, exit_code in errors.EXIT_CODES.items()}
-        raise kinds.get(code, TunewrightError)(told[-1])
+        raise _kind(code)(told[-1])
     run = Run(job.claimed.run.path)
     if metrics:
         run.evaluate(metrics=metrics, say=say)
@@ -148,6 +148,22 @@ def _refuse_objects(config: DictConfig, objects: Mapping[str, Any]) -> None:
                 f"import what they need: add it under a name in a module with a function register(plugins), and write "
                 f"imports=[my_module] {setting} (docs/extending.md). With strategy=single objects can stay."
             )
+
+
+def _kind(code: int) -> type[TunewrightError]:
+    """Return the error that an exit code stands for."""
+    return {number: getattr(errors, name) for name, number in errors.EXIT_CODES.items()}.get(code, TunewrightError)
+
+
+@contextmanager
+def _errors_of_children() -> Iterator[None]:
+    """Raise what ended a process beside this one as the error that it was; the process has told the reason."""
+    from tunewright.launch.children import ChildFailed
+
+    try:
+        yield
+    except ChildFailed as error:
+        raise _kind(error.exit_code)(str(error)) from error
 
 
 @contextmanager
