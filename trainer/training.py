@@ -78,10 +78,10 @@ def train(
         NumericError: a loss or gradient is not finite.
     """
     started = time.perf_counter()
-    state = state or join(config.strategy.launcher.name, config.train.timeout_minutes)
-    if output is None:
+    if state is None:
         quiet_libraries()
-        output = Printer()
+        state = join(config.strategy.launcher.name, config.train.timeout_minutes)
+    output = output or Printer()
     if loss is None and config.train.loss is not None:
         loss = PLUGINS.losses[config.train.loss]
     trainer = _build(config, run, prepared, state, loss)

@@ -20,7 +20,7 @@ from tunewright.plan.method_rules import longest_row
 from tunewright.trainer.data.formats import OLDER_TOOLS
 from tunewright.trainer.data.minhash import PERMUTATIONS, similar_pairs
 from tunewright.trainer.data.token_cache import SAMPLE, SPLITS, CachedDataset, TokenCache, epoch_size
-from tunewright.trainer.model.meta_model import model_numbers
+from tunewright.trainer.model.config_json import model_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

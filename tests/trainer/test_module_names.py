@@ -20,7 +20,8 @@ from tunewright.errors import ConfigError
 from tunewright.plan.architecture import Architecture, check_modules
 from tunewright.plan.devices import Devices, find_devices
 from tunewright.plan.rules import check
-from tunewright.trainer.model.meta_model import _given_numbers, describe, empty_model, hf_config, model_numbers
+from tunewright.trainer.model.config_json import _given_numbers, model_numbers
+from tunewright.trainer.model.meta_model import describe, empty_model, hf_config
 
 SIZES = {
     "vocab_size": 512,

@@ -129,7 +129,8 @@ def test_an_experiment_has_the_published_settings(experiment: str) -> None:
 
 @pytest.mark.parametrize("experiment", COUNTS)
 def test_an_experiment_has_the_published_parameters(experiment: str) -> None:
-    from tunewright.trainer.model.meta_model import count, empty_model, hf_config, model_numbers
+    from tunewright.trainer.model.config_json import model_numbers
+    from tunewright.trainer.model.meta_model import count, empty_model, hf_config
 
     config = composed(experiment)
     assert count(config, empty_model(hf_config(config, model_numbers(config)))) == COUNTS[experiment]
