@@ -60,7 +60,7 @@ demo: setup  ## train the shipped task with ZeRO-2, ZeRO-3 and QLoRA, compare th
 test: lint  ## lint, then the tests that CI runs: on CPU, without network
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
 
-test-slow: setup gpu-rehearsal  ## the rest of the legality table, two steps with every setting at its extremes, the GPU kit rehearsed
+test-slow: setup gpu-rehearsal  ## the rest of the support table, two steps with every setting at its extremes, the GPU kit rehearsed
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu: setup  ## the tests that need a GPU

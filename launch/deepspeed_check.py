@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from tunewright.config.deepspeed_file import SIMILAR, DeepSpeedFile, deepspeed_file
+from tunewright.config.deepspeed_file import DeepSpeedFile, deepspeed_file
 from tunewright.errors import ConfigError, closest
 from tunewright.files import write_json
 from tunewright.trainer.deepspeed_settings import BATCH, for_trainer
@@ -18,6 +18,7 @@ from tunewright.trainer.model.model_folder import cache_folder
 from tunewright.trees import digest
 
 FORMAT = 1  # of the kept files
+SIMILAR = 0.85  # of a key that DeepSpeed does not know to one that it does: a slip of the pen
 
 
 def kept(config: DictConfig, file: DeepSpeedFile) -> Path:

@@ -97,15 +97,15 @@ def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
     """Compose from the command line; the strategy is what the launcher around this process started."""
     overrides = [*_strategy_of_environment(argv), *argv, f"cluster.num_processes={world_size()}"]
     config = compose_config(overrides)
-    plan, settled = check_all(config, find_devices())
-    settled += overruled(config, plan)
+    plan, decided = check_all(config, find_devices())
+    decided += overruled(config, plan)
     if config.strategy.launcher is Launcher.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         raise ConfigError(
             f"`strategy={config.strategy.name}` is not what runs: this process was started without DeepSpeed. Use "
             f"`tunewright train`, or `accelerate launch --use_deepspeed` without --cpu, which turns DeepSpeed off."
         )
     claimed = claim(config) if rank() == 0 else Claim(run_dir(config))
-    for text in (*settled, *claimed.remarks):
+    for text in (*decided, *claimed.remarks):
         _say(redact(text))
     return config, claimed
 

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from tunewright.config.compose import compose_config, expand_sweep
-from tunewright.config.deepspeed_file import account, deepspeed_file
+from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher
 from tunewright.errors import ConfigError
 from tunewright.launch.command import Command, build_command, write_accelerate_config
 from tunewright.launch.supervise import run_ranks
 from tunewright.plan.architecture import check_modules
 from tunewright.plan.batch_plan import BatchPlan
+from tunewright.plan.deepspeed_rules import account
 from tunewright.plan.devices import Devices, find_devices
 from tunewright.plan.rules import check
-from tunewright.plan.substitutes import settle
+from tunewright.plan.substitutes import substitute
 from tunewright.ranks import rank_variables
 from tunewright.run_folder import Claim, check_inputs, claim, prepare_folder, sole_user
 
@@ -35,7 +36,7 @@ class Job:
     """One checked run: nothing of it has been started or written yet."""
 
     config: DictConfig
-    settled: list[str]  # what was decided for the user, and why
+    decided: list[str]  # what was decided for the user, and why
     plan: BatchPlan
     claimed: Claim
     command: Command
@@ -45,31 +46,31 @@ def plan_job(config: DictConfig, devices: Devices) -> Job:
     """Check a configuration as far as can be done without starting anything.
 
     Raises:
-        ConfigError, DataError: see `legality.check`, `architecture.check_modules`, `settle`, `rundir.claim` and
+        ConfigError, DataError: see `rules.check`, `architecture.check_modules`, `substitute`, `run_folder.claim` and
             `find_prepared`.
     """
-    plan, settled = check_all(config, devices)
+    plan, decided = check_all(config, devices)
     from tunewright.trainer.inputs import planned_inputs
 
     claimed = claim(config)
     if claimed.checkpoint:
         check_inputs(claimed, planned_inputs(config, plan))
-    return Job(config, settled, plan, claimed, build_command(config, claimed.run, plan, devices, claimed.checkpoint))
+    return Job(config, decided, plan, claimed, build_command(config, claimed.run, plan, devices, claimed.checkpoint))
 
 
 def check_all(config: DictConfig, devices: Devices) -> tuple[BatchPlan, list[str]]:
-    """Check a configuration against the devices and the model's architecture; return its plan and what was settled.
+    """Check a configuration against the devices and the model's architecture; return its plan and what was decided.
 
     Raises:
-        ConfigError, StorageError: see `legality.check`, `architecture.check_modules` and `settle`.
+        ConfigError, StorageError: see `rules.check`, `architecture.check_modules` and `substitute`.
     """
     plan = check(config, devices)
     from tunewright.launch.ask_torch import ensure_architecture  # not before: a configuration error comes at once
 
     architecture = ensure_architecture(config)
-    settled = settle(config, architecture, devices)
+    decided = substitute(config, architecture, devices)
     check_modules(config, architecture)
-    return plan, [*settled, *_own_deepspeed_file(config)]
+    return plan, [*decided, *_own_deepspeed_file(config)]
 
 
 def _own_deepspeed_file(config: DictConfig) -> list[str]:
@@ -133,7 +134,7 @@ def run_job(
             unseen = " Whether model and data are still the same was not looked at: the model is not on this machine."
         say(f"{run.path} is finished already; nothing to do.{unseen}")
         return 0
-    for text in (*job.settled, *claimed.remarks):
+    for text in (*job.decided, *claimed.remarks):
         say(text)
     prepared = make_ready(config)
     inputs = {**planned_inputs(config, job.plan), **prepared_inputs(config, prepared)}
@@ -190,7 +191,7 @@ def show_plan(job: Job, say: Callable[[str], None]) -> None:
     """Print what would run."""
     from tunewright.launch.forecast import forecast
 
-    for text in chain(job.settled, job.claimed.remarks, forecast(job.config, job.plan)):
+    for text in chain(job.decided, job.claimed.remarks, forecast(job.config, job.plan)):
         say(text)
     if job.claimed.checkpoint:
         say(

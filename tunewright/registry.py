@@ -108,8 +108,8 @@ class Entry:
 def load_entry(name: str, data: DataConfig) -> Entry:
     """Find a dataset by its name: an entry of the registry, `hub:ORG/NAME`, `modelscope:ORG/NAME`, or a path.
 
-    An entry without formatting, as a path or a hub name gives, has the formatting "" until `sources.open_rows` has seen
-    its columns.
+    An entry without formatting, as a path or a hub name gives, has the formatting "" until `sources.open_datasets` has
+    seen its columns.
 
     Raises:
         DataError: no registry, broken JSON, unknown name, or an entry that cannot be used for supervised fine-tuning.

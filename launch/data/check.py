@@ -65,7 +65,7 @@ def report_of(config: DictConfig) -> tuple[Report, DataError | None]:
     from tunewright.plan.rules import check
 
     plan = check(config, find_devices())
-    settle(config)
+    set_environment(config)
     tokens = make_tokens(config)
     report = make_report(tokens.cache, config, plan, tokens.tokenizer)
     keep_remarks(config, tokens.cache, report)
@@ -147,7 +147,7 @@ def _refused(config: DictConfig, error: DataError) -> tuple[Path, TokenCache]:
     return model_path, cache
 
 
-def settle(config: DictConfig) -> None:
+def set_environment(config: DictConfig) -> None:
     """Tell libraries, before they are imported, what `tunewright.launch.prepare` tells them."""
     for library in ("DATASETS", "TRANSFORMERS"):  # our own lines tell how far it is
         os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")

@@ -208,7 +208,7 @@ def make_report(cache: TokenCache, config: DictConfig, plan: BatchPlan, tokenize
 
 
 def _table(cached: CachedDataset) -> dict[str, np.ndarray]:
-    """Return the columns of `tokens.ROWS` as arrays (rows,), the sketches as (rows, PERMUTATIONS)."""
+    """Return the columns of `tokenization.ROWS` as arrays (rows,), the sketches as (rows, PERMUTATIONS)."""
     table = cached.table()
     columns = {name: table[name].to_numpy() for name in table.column_names if name != "sketch"}
     sketches = [

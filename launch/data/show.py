@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tunewright.errors import DataError, StorageError
 from tunewright.files import written_aside
-from tunewright.launch.data.check import compose, make_tokens, settle
+from tunewright.launch.data.check import compose, make_tokens, set_environment
 from tunewright.plan.devices import find_devices
 from tunewright.plan.rules import check
 from tunewright.text import visible
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     check(config, find_devices())
     if args.dump and args.dump.exists():
         raise StorageError(f"{args.dump} is there already: name a new file.")
-    settle(config)
+    set_environment(config)
     tokens = make_tokens(config)
     cached = tokens.cache.train[0]
     if args.dump:

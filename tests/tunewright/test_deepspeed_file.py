@@ -11,14 +11,15 @@ import pytest
 
 from tests.conftest import manifest, read_metrics
 from tunewright.config.compose import compose_config
-from tunewright.config.deepspeed_file import DEEPSPEED_DIR, account, read
+from tunewright.config.deepspeed_file import DEEPSPEED_DIR, read
 from tunewright.errors import ConfigError
 from tunewright.launch.ask_torch import ensure_accepted
 from tunewright.launch.deepspeed_check import unknown_keys
 from tunewright.launch.rank import _strategy_of_environment, overruled
+from tunewright.plan.deepspeed_rules import account
 from tunewright.plan.devices import Devices
 from tunewright.plan.rules import check
-from tunewright.plan.substitutes import settle
+from tunewright.plan.substitutes import substitute
 from tunewright.plan.support import STRATEGIES
 from tunewright.trainer.deepspeed_settings import for_trainer
 
@@ -91,14 +92,14 @@ def test_the_strategy_is_the_one_that_its_file_makes(write: Callable[..., Path])
         assert file.stem in STRATEGIES
 
 
-def test_legality_and_substitutes_follow_the_file(write: Callable[..., Path]) -> None:
+def test_rules_and_substitutes_follow_the_file(write: Callable[..., Path]) -> None:
     stage3 = write({"zero_optimization": {"stage": 3}})
     assert "ZeRO-3 splits weights over the ranks" in refusal(stage3, "method=qlora")
     assert f"({stage3} makes it zero3.)" in refusal(stage3, "method=qlora")
     assert "`strategy=zero3`" in refusal(stage3, "train.compile=true")
     offloads = write({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}})
     config = checked(offloads, "train.optimizer=paged_adamw_8bit", devices=GPU)
-    assert "in host memory already" in "".join(settle(config, _plain(), GPU))
+    assert "in host memory already" in "".join(substitute(config, _plain(), GPU))
 
 
 def _plain() -> Any:

@@ -15,7 +15,7 @@ from tunewright.errors import ConfigError
 from tunewright.plan.architecture import Architecture, check_modules
 from tunewright.plan.devices import Devices
 from tunewright.plan.rules import OPTIMIZERS, check
-from tunewright.plan.substitutes import UNPAGED, adapter_folder, settle
+from tunewright.plan.substitutes import UNPAGED, adapter_folder, substitute
 
 CPU, GPU = Devices("cpu", 0, 2), Devices("cuda", 1, 8)
 BLOOM = "BloomForCausalLM has ALiBi"
@@ -25,18 +25,18 @@ ALIBI = Architecture(
 )
 
 
-def settled(*overrides: str, architecture: Architecture = PLAIN, devices: Devices = CPU) -> tuple[Any, list[str]]:
+def substituted(*overrides: str, architecture: Architecture = PLAIN, devices: Devices = CPU) -> tuple[Any, list[str]]:
     config = compose_config(overrides)
     check(config, devices)
-    return config, settle(config, architecture, devices)
+    return config, substitute(config, architecture, devices)
 
 
 @pytest.mark.parametrize("paged", sorted(UNPAGED))
 def test_a_paged_optimiser_is_kept_on_a_gpu_alone(paged: str) -> None:
-    config, said = settled(f"train.optimizer={paged}", devices=GPU)
+    config, said = substituted(f"train.optimizer={paged}", devices=GPU)
     assert (config.train.optimizer, said) == (paged, [])
     for strategy, devices, where in (("single", CPU, "no GPU here"), ("zero2_offload", GPU, "in host memory already")):
-        config, (text,) = settled(f"train.optimizer={paged}", f"strategy={strategy}", devices=devices)
+        config, (text,) = substituted(f"train.optimizer={paged}", f"strategy={strategy}", devices=devices)
         assert config.train.optimizer == UNPAGED[paged]
         assert text.startswith(f"Optimiser {UNPAGED[paged]} for {paged}: ")
         assert where in text
@@ -49,17 +49,17 @@ def test_every_paged_optimiser_has_a_substitute() -> None:
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
 def test_batches_are_padded_for_virtual_tokens(method: str) -> None:
-    config, (text,) = settled(f"method={method}")
+    config, (text,) = substituted(f"method={method}")
     assert not config.train.padding_free
     assert text.startswith(f"Padded batches: `method={method}` puts virtual tokens before every row")
 
 
 def test_batches_are_padded_where_the_architecture_cannot_do_without() -> None:
-    config, said = settled(architecture=ALIBI)
+    config, said = substituted(architecture=ALIBI)
     assert not config.train.padding_free
     assert said == [f"Padded batches: {BLOOM}."]
-    assert settled("train.padding_free=false", architecture=ALIBI)[1] == []
-    assert settled(architecture=PLAIN)[0].train.padding_free
+    assert substituted("train.padding_free=false", architecture=ALIBI)[1] == []
+    assert substituted(architecture=PLAIN)[0].train.padding_free
 
 
 def test_a_dry_run_tells_what_was_decided(tunewright: Any, tmp_path: Path) -> None:
@@ -72,11 +72,11 @@ def test_a_dry_run_tells_what_was_decided(tunewright: Any, tmp_path: Path) -> No
 
 
 def test_checkpoints_come_with_the_evaluations_that_keep_best_compares() -> None:
-    config, said = settled("train.keep_best=true", "train.eval_steps=7")
+    config, said = substituted("train.keep_best=true", "train.eval_steps=7")
     assert config.train.save_steps == 7
     assert said == ["Checkpoints every 7 steps, with each evaluation, as train.keep_best needs."]
-    assert settled("train.keep_best=true", "train.eval_steps=7", "train.save_steps=7")[1] == []
-    assert settled("train.eval_steps=7")[0].train.save_steps is None
+    assert substituted("train.keep_best=true", "train.eval_steps=7", "train.save_steps=7")[1] == []
+    assert substituted("train.eval_steps=7")[0].train.save_steps is None
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_checkpoints_come_with_the_evaluations_that_keep_best_compares() -> None
 )
 def test_a_best_checkpoint_needs_evaluations(overrides: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        settled(*overrides.split())
+        substituted(*overrides.split())
     assert said in str(caught.value)
 
 
@@ -113,7 +113,7 @@ def write_adapter(folder: Path, **changes: Any) -> Path:
 def test_an_adapters_shape_is_taken_over(method: str, of: str, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "run" / "final")
     given = folder if of == "folder" else folder.parent
-    config, (text,) = settled(f"method={method}", f"method.adapter={given}", "method.r=64")
+    config, (text,) = substituted(f"method={method}", f"method.adapter={given}", "method.r=64")
     taken = config.method
     assert (taken.r, taken.alpha, taken.dropout, taken.rslora, taken.dora) == (3, 5, 0.25, True, False)
     assert list(taken.target_modules) == ["q_proj", "v_proj"]
@@ -125,30 +125,30 @@ def test_an_adapters_shape_is_taken_over(method: str, of: str, tmp_path: Path) -
 def test_an_adapters_pattern_of_names_is_taken_over(tmp_path: Path) -> None:
     pattern = r"model\.layers\.0\..*proj"
     folder = write_adapter(tmp_path / "adapter", target_modules=pattern, modules_to_save=None)
-    config, _ = settled(f"method.adapter={folder}")
+    config, _ = substituted(f"method.adapter={folder}")
     assert config.method.target_modules == pattern
     assert list(config.method.modules_to_save) == []
 
 
 def test_what_is_no_adapter_to_go_on_with_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no adapter_config.json: write the folder"):
-        settled(f"method.adapter={tmp_path}/none")
+        substituted(f"method.adapter={tmp_path}/none")
     (tmp_path / "run" / "final").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"holds no adapter_config.json"):
-        settled(f"method.adapter={tmp_path}/run")
+        substituted(f"method.adapter={tmp_path}/run")
     other = write_adapter(tmp_path / "ia3", peft_type="IA3")
     with pytest.raises(ConfigError, match="of the kind IA3: only LoRA"):
-        settled(f"method.adapter={other}")
+        substituted(f"method.adapter={other}")
     damaged = write_adapter(tmp_path / "damaged")
     (damaged / "adapter_config.json").write_text('{"peft_type": "LORA", ')
     with pytest.raises(ConfigError, match=r"adapter_config.json is damaged: .* line 1"):
-        settled(f"method.adapter={damaged}")
+        substituted(f"method.adapter={damaged}")
     for text, missing in (("[]", "peft_type"), ('{"peft_type": "LORA", "r": 8}', "lora_alpha, lora_dropout, target")):
         (damaged / "adapter_config.json").write_text(text)
         with pytest.raises(ConfigError, match=rf"adapter_config.json is damaged: it has no {missing}"):
-            settled(f"method.adapter={damaged}")
+            substituted(f"method.adapter={damaged}")
     with pytest.raises(ConfigError, match=r"leave method.init out"):
-        settled(f"method.adapter={other}", "method.init=pissa")
+        substituted(f"method.adapter={other}", "method.init=pissa")
 
 
 def test_an_adapter_has_to_fit_the_model(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_an_adapter_has_to_fit_the_model(tmp_path: Path) -> None:
 
     folder = write_adapter(tmp_path / "adapter", modules_to_save=None)
     config = compose_config([f"method.adapter={folder}"])
-    settle(config, PLAIN, CPU)
+    substitute(config, PLAIN, CPU)
     q, v = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
     fits = replace(PLAIN, modules={q: "linear", v: "linear"}, sizes={q: [8, 4], v: [2, 4]})
     with pytest.raises(ConfigError, match="holds no weights: there is no adapter_model"):

@@ -67,7 +67,7 @@ class CachedDataset:
         return max((pyarrow.compute.max(chunk.flatten()).as_py() or 0 for chunk in column.chunks), default=-1)
 
     def table(self) -> Any:
-        """Open the table of the rows read, see `tokens.ROWS`, as a pyarrow table."""
+        """Open the table of the rows read, see `tokenization.ROWS`, as a pyarrow table."""
         return _arrow(self.folder / "rows.arrow")
 
     @cached_property

@@ -87,7 +87,7 @@ def load_plugins(overrides: Sequence[str]) -> list[Override]:
     """Load the plug-ins that are installed and those that are typed as `imports=[...]`; return the overrides, parsed.
 
     Raises:
-        ConfigError: see `Loaded.load`; or bad syntax.
+        ConfigError: see `Plugins.load`; or bad syntax.
     """
     parsed = _parse_overrides(overrides)
     PLUGINS.load(_typed_imports(parsed))

@@ -15,15 +15,16 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from tunewright.config.chat_templates import template_text
-from tunewright.config.deepspeed_file import check_deepspeed, deepspeed_file
+from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.method_schema import PROMPT_LEARNING
 from tunewright.config.ranges import check_ranges
 from tunewright.config.schema import STRATEGIES, Launcher, Mix, Source
 from tunewright.errors import ConfigError, did_you_mean
 from tunewright.plan.batch_plan import BatchPlan, batch_plan
+from tunewright.plan.deepspeed_rules import check_deepspeed
 from tunewright.plan.devices import Devices
 from tunewright.plan.method_rules import SHORTEST, check_method
-from tunewright.plan.support import PARTITIONED, Cell, verdict
+from tunewright.plan.support import PARTITIONED, Combination, support_of
 from tunewright.plugins import chosen
 
 CPU_RANKS = 2
@@ -60,9 +61,9 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
     check_ranges(config)
     ranks = world_size(config, devices)
     _check_strategy(config, devices, ranks)
-    ruling = verdict(cell_of(config, devices))
-    if ruling.outcome == "refused":
-        raise ConfigError(ruling.reason + _whose_strategy(config))
+    support = support_of(combination_of(config, devices))
+    if support.outcome == "refused":
+        raise ConfigError(support.reason + _whose_strategy(config))
     check_method(config)
     _check_checkpointing(config)
     _check_compile(config, devices)
@@ -114,10 +115,10 @@ def counted_in_tokens(config: DictConfig) -> list[str]:
     return [key for key, value in on.items() if value]
 
 
-def cell_of(config: DictConfig, devices: Devices) -> Cell:
-    """Return the cell of the legality table that a configuration falls into."""
+def combination_of(config: DictConfig, devices: Devices) -> Combination:
+    """Return the combination of the support table that a configuration falls into."""
     method = config.method
-    return Cell(
+    return Combination(
         method=method.name,
         bits=method.bits if method.name == "qlora" else 16,
         strategy=_known_strategy(config),

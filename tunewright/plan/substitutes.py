@@ -1,7 +1,7 @@
 """What tunewright decides by itself because the choice asked for cannot be had here, each with its reason.
 
 A setting that would stop or spoil a run, and has one obvious substitute, is replaced and the user told; where there is
-a choice to make, `legality` and `architecture` refuse instead.
+a choice to make, `rules` and `architecture` refuse instead.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from tunewright.config.schema import Launcher
 from tunewright.errors import ConfigError
 from tunewright.plan.architecture import Architecture
 from tunewright.plan.devices import Devices
-from tunewright.plan.rules import cell_of, counted_in_tokens
-from tunewright.plan.support import verdict
+from tunewright.plan.rules import combination_of, counted_in_tokens
+from tunewright.plan.support import support_of
 
 # Paged optimisers need the unified memory of a GPU; what comes closest without.
 UNPAGED = {
@@ -33,7 +33,7 @@ UNPAGED = {
 LORA_SHAPE = {"r", "lora_alpha", "lora_dropout", "target_modules"}
 
 
-def settle(config: DictConfig, architecture: Architecture, devices: Devices) -> list[str]:
+def substitute(config: DictConfig, architecture: Architecture, devices: Devices) -> list[str]:
     """Replace in `config` what cannot be had, and return a sentence about each.
 
     Raises:
@@ -51,8 +51,8 @@ def settle(config: DictConfig, architecture: Architecture, devices: Devices) -> 
 def _layout(config: DictConfig, architecture: Architecture, devices: Devices) -> str | None:
     if not config.train.padding_free:
         return None
-    ruling = verdict(cell_of(config, devices))
-    reason = ruling.reason if ruling.outcome == "padded" else None
+    support = support_of(combination_of(config, devices))
+    reason = support.reason if support.outcome == "padded" else None
     if architecture.padding_free_problem:
         reason = f"Padded batches: {architecture.padding_free_problem}."
     if not reason:

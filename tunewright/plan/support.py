@@ -1,7 +1,7 @@
-"""The legality table: which method runs under which strategy, batch layout and device, and why the others do not.
+"""The support table: which method runs under which strategy, batch layout and device, and why the others do not.
 
-One function decides, `verdict`. `legality.check` asks it about a configuration, `docs/methods.md` is written from it
-(`python -m tunewright.plan.support`), and the tests train every cell that it allows on this machine's kind of device.
+One function decides, `support_of`. `rules.check` asks it about a configuration, `docs/methods.md` is written from it
+(`python -m tunewright.plan.support`), and the tests train whatever it allows on this machine's kind of device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BEGIN, END = "<!-- table: python -m tunewright.plan.support -->", "<!-- end of t
 
 
 @dataclass(frozen=True)
-class Cell:
+class Combination:
     """One combination of choices."""
 
     method: str
@@ -35,66 +35,65 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What becomes of a cell: it trains, it trains in another layout, or it is refused."""
+class Support:
+    """What becomes of a combination: it trains, it trains in another layout, or it is refused."""
 
     outcome: str  # "trains", "padded" or "refused"
     reason: str = ""
 
 
-def verdict(cell: Cell) -> Verdict:
+def support_of(chosen: Combination) -> Support:
     """Return what becomes of a combination, with the reason and the way out where it is refused."""
-    if cell.strategy == "zeropp" and cell.device != "cuda":
-        found = "AMD GPUs" if cell.device == "rocm" else "no GPU"
-        return Verdict(
+    if chosen.strategy == "zeropp" and chosen.device != "cuda":
+        found = "AMD GPUs" if chosen.device == "rocm" else "no GPU"
+        return Support(
             "refused",
             f"`strategy=zeropp` needs NVIDIA GPUs: its quantised collectives are CUDA kernels, and this machine has "
             f"{found}. Use strategy=zero3.",
         )
-    if cell.bits < 16 and cell.strategy in PARTITIONED:
-        return Verdict(
+    if chosen.bits < 16 and chosen.strategy in PARTITIONED:
+        return Support(
             "refused",
-            f"`method={cell.method}` cannot run under `strategy={cell.strategy}`: ZeRO-3 splits weights over the "
-            f"ranks, "
-            f"and weights quantised to {cell.bits} bits cannot be split, so each rank would hold them whole. "
-            f"Use strategy=zero2 or strategy=ddp with method={cell.method}, or method=lora with "
-            f"strategy={cell.strategy}.",
+            f"`method={chosen.method}` cannot run under `strategy={chosen.strategy}`: ZeRO-3 splits weights over the "
+            f"ranks, and weights quantised to {chosen.bits} bits cannot be split, so each rank would hold them whole. "
+            f"Use strategy=zero2 or strategy=ddp with method={chosen.method}, or method=lora with "
+            f"strategy={chosen.strategy}.",
         )
-    if cell.init.startswith("pissa") and cell.bits < 16:
-        return Verdict(
+    if chosen.init.startswith("pissa") and chosen.bits < 16:
+        return Support(
             "refused",
-            f"`method.init={cell.init}` takes the main components out of the base weights, which a base quantised to "
-            f"{cell.bits} bits cannot give. Use method=lora, or method.init=default.",
+            f"`method.init={chosen.init}` takes the main components out of the base weights, which a base quantised to "
+            f"{chosen.bits} bits cannot give. Use method=lora, or method.init=default.",
         )
-    if cell.init.startswith("pissa") and cell.strategy in PARTITIONED:
-        return Verdict(
+    if chosen.init.startswith("pissa") and chosen.strategy in PARTITIONED:
+        return Support(
             "refused",
-            f"`method.init={cell.init}` takes the main components of whole weights, and under "
-            f"`strategy={cell.strategy}` no rank has them whole. Use strategy=zero2, or method.init=default.",
+            f"`method.init={chosen.init}` takes the main components of whole weights, and under "
+            f"`strategy={chosen.strategy}` no rank has them whole. Use strategy=zero2, or method.init=default.",
         )
-    if (added := PLUGINS.methods.get(cell.method)) and cell.strategy not in added.strategies:
-        return Verdict(
+    if (added := PLUGINS.methods.get(chosen.method)) and chosen.strategy not in added.strategies:
+        return Support(
             "refused",
-            f"`method={cell.method}` does not train under `strategy={cell.strategy}`, says the plug-in that adds it. "
-            f"Use strategy={' or strategy='.join(added.strategies)}.",
+            f"`method={chosen.method}` does not train under `strategy={chosen.strategy}`, says the plug-in that adds "
+            f"it. Use strategy={' or strategy='.join(added.strategies)}.",
         )
-    if added and not added.padding_free and cell.layout == "padding-free":
-        return Verdict("padded", f"Padded batches: `method={cell.method}` needs one row for each example.")
-    if cell.method in PROMPT_LEARNING and cell.layout == "padding-free":
-        return Verdict(
+    if added and not added.padding_free and chosen.layout == "padding-free":
+        return Support("padded", f"Padded batches: `method={chosen.method}` needs one row for each example.")
+    if chosen.method in PROMPT_LEARNING and chosen.layout == "padding-free":
+        return Support(
             "padded",
-            f"Padded batches: `method={cell.method}` puts virtual tokens before every row, which rows that lie end to "
-            f"end would share, and their tokens would see each other.",
+            f"Padded batches: `method={chosen.method}` puts virtual tokens before every row, which rows that lie end "
+            f"to end would share, and their tokens would see each other.",
         )
-    return Verdict("trains")
+    return Support("trains")
 
 
-def cells(device: str) -> Iterator[Cell]:
+def combinations(device: str) -> Iterator[Combination]:
     """Yield every combination on a kind of device."""
     for method, strategy, layout in itertools.product(METHODS, STRATEGIES, LAYOUTS):
         for bits in (4, 8) if method == "qlora" else (16,):
             for init in ("default", "pissa") if method in ("lora", "qlora") else ("default",):
-                yield Cell(method, bits, strategy, layout, device, init)
+                yield Combination(method, bits, strategy, layout, device, init)
 
 
 def table() -> str:
@@ -105,11 +104,11 @@ def table() -> str:
         f"| method | {' | '.join(f'`{strategy}`' for strategy in STRATEGIES)} |",
         f"|---|{'---|' * len(STRATEGIES)}",
     ]
-    for method, bits, init in dict.fromkeys((cell.method, cell.bits, cell.init) for cell in cells("cpu")):
+    for method, bits, init in dict.fromkeys((it.method, it.bits, it.init) for it in combinations("cpu")):
         shown = []
         for strategy in STRATEGIES:
             by_device = {
-                device: [verdict(Cell(method, bits, strategy, layout, device, init)) for layout in LAYOUTS]
+                device: [support_of(Combination(method, bits, strategy, layout, device, init)) for layout in LAYOUTS]
                 for device in DEVICES
             }
             parts: dict[str, list[str]] = {}
@@ -129,9 +128,9 @@ def _name(method: str, bits: int, init: str) -> str:
     return f"`{method}`" + (f" ({', '.join(extra)})" if extra else "")
 
 
-def _general(verdict: Verdict) -> str:
-    """Return the reason without the particulars of one cell, so that alike ones share a number."""
-    text = verdict.reason
+def _general(support: Support) -> str:
+    """Return the reason without the particulars of one combination, so that alike ones share a number."""
+    text = support.reason
     for strategy in PARTITIONED:
         text = text.replace(f"strategy={strategy}", "strategy=zero3")
     if "needs NVIDIA" in text:

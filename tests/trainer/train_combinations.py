@@ -1,7 +1,7 @@
-"""What every rank of tests/trainer/test_cells.py runs: several short trainings of one strategy, one after the other.
+"""What every rank of tests/trainer/test_support_table.py runs: short trainings of one strategy, one after another.
 
 Started with `accelerate launch`, as the product starts its ranks, so that engines and collectives are the real ones;
-many trainings in one start, so that the whole legality table can be trained in minutes.
+many trainings in one start, so that the whole support table can be trained in minutes.
 """
 
 from __future__ import annotations
