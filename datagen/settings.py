@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tunewright.config.compose import CONFIG_DIR, choices
+from tunewright.config.choices import CONFIG_DIR, choices
 from tunewright.config.ranges import POSITIVE, Range, check_ranges
 from tunewright.config.schema import option
 from tunewright.errors import ConfigError, did_you_mean

@@ -9,6 +9,7 @@ from typing import Any
 
 from tunewright.deliver.run_record import Run
 from tunewright.text import MISSING, as_number
+from tunewright.trees import flatten
 
 # Settings that say where a run is kept rather than how it trained: they differ between any two runs.
 IGNORED_KEYS = frozenset({"name", "run_name", "run.name"})
@@ -18,27 +19,13 @@ IGNORED_LEAVES = frozenset({"output_root", "output_dir", "run_dir", "logging_dir
 _EXPONENT_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
-def flatten(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return ``config`` with nested keys joined by dots; plain lists stay one value."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        dotted = f"{prefix}{key}"
-        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            value = dict(enumerate(value))
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{dotted}."))
-        else:
-            flat[dotted] = value
-    return flat
-
-
 def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Return (key, [value per run]) for the settings that are not the same in every run.
 
     A run without a configuration shows ``-`` and does not count: otherwise it would make every
     single key "different".  A key that is absent counts as null, its default in a resolved file.
     """
-    flat = [flatten(run.config) for run in runs]
+    flat = [dict(flatten(run.config)) for run in runs]
     known = [settings for settings in flat if settings]
     keys = list(dict.fromkeys(key for settings in known for key in settings))
     return [

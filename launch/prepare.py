@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from tunewright.config.compose import load_config
 from tunewright.errors import TunewrightError
 from tunewright.launch.children import ask
-from tunewright.launch.data.report import make_report
+from tunewright.launch.data.measure import make_report
 from tunewright.launch.data.report_text import report_text
 from tunewright.launch.remarks import keep_remarks, known_figures
 from tunewright.plan.batch_plan import batch_plan

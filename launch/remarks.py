@@ -8,10 +8,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from tunewright.files import write_json
-from tunewright.launch.data.report import Report, known_positions
+from tunewright.launch.data.report import Report
 from tunewright.launch.data.report_text import remarks
 from tunewright.trainer.data.token_cache import TokenCache, describe
-from tunewright.trainer.model.config_json import model_numbers
+from tunewright.trainer.model.config_json import known_positions, model_numbers
 from tunewright.trainer.model.meta_model import find_architecture
 from tunewright.trainer.model.model_folder import cache_folder
 

@@ -22,7 +22,8 @@ import pytest
 
 from tests.docs_check import EXCLUDED, INSTEAD, STAYS, Place, reason_of, walk, with_option
 from tests.documents import REPOSITORY, Command, Document, Span, documents, matches, take_apart, words
-from tunewright.config.compose import choices, compose_config, expand_sweep
+from tunewright.config.choices import choices
+from tunewright.config.compose import compose_config, expand_sweep
 from tunewright.config.method_schema import METHODS
 from tunewright.config.schema import GROUPS, Config, help_of
 from tunewright.datagen.settings import keys as datagen_keys

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from tunewright.errors import PeerError, TunewrightError
+from tunewright.errors import PeerError, TunewrightError, first_line
 from tunewright.ranks import launched, rank
 from tunewright.redaction import redact
 
@@ -119,5 +119,5 @@ def as_known_error(error: BaseException) -> BaseException:
     if isinstance(error, TunewrightError):
         return error
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_SIGNS):
-        return PeerError(f"lost contact with another rank: {str(error).splitlines()[0]}")
+        return PeerError(f"lost contact with another rank: {first_line(error)}")
     return error

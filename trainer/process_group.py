@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from tunewright.errors import ConfigError, PeerError
+from tunewright.errors import ConfigError, PeerError, first_line
 from tunewright.ranks import rank, world_size
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def meet(timeout: timedelta, say: Callable[[str], None]) -> Any:
             missing = [other for other in everyone if not arrived.check([other])]
             waiting.a_moment(f"rank{'' if len(missing) == 1 else 's'} {', '.join(missing)}")
     except DistError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         doing = "listen" if listens else "stay connected"
         raise PeerError(f"{waiting.who} cannot {doing} at {host}:{port}: {reason}.") from error
     return store

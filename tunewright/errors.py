@@ -77,3 +77,8 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest choice, or an empty string."""
     match = closest(name, choices)
     return f" Did you mean '{match}'?" if match else ""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says that is not empty, or its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

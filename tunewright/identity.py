@@ -7,10 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tunewright.config.compose import flatten
 from tunewright.config.schema import Config
 from tunewright.plugins import PLUGINS
 from tunewright.redaction import redact_tree
+from tunewright.trees import flatten
 
 # What may change when a run continues, in three kinds. Everything else decides what is trained, and is compared.
 # Where and how to run; not written down.

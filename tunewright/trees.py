@@ -30,6 +30,17 @@ def texts_in(tree: Any, *, keys: bool = False) -> Iterator[str]:
             waiting += reversed(item)
 
 
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (keys joined by dots, value) for each leaf of nested mappings; lists without mappings are leaves."""
+    for key, value in tree.items():
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def digest(tree: Any) -> str:
     """Return 16 characters that stand for a value; the order of keys decides nothing."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -59,7 +59,7 @@ def report_of(config: DictConfig) -> tuple[Report, DataError | None]:
         ConfigError: a setting cannot work.
         DataError: the data cannot be read.
     """
-    from tunewright.launch.data.report import make_report
+    from tunewright.launch.data.measure import make_report
     from tunewright.launch.remarks import keep_remarks
     from tunewright.plan.devices import find_devices
     from tunewright.plan.rules import check

@@ -5,19 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tunewright.launch.data.report import (
-    LANGUAGE_ROWS,
-    LEAST_TEXT,
-    PERCENTILES,
-    SHORT,
-    DatasetReport,
-    Found,
-    Languages,
-    Overlap,
-    Repeats,
-    Report,
-    Split,
-)
+from tunewright.launch.data.languages import LANGUAGE_ROWS, LEAST_TEXT
+from tunewright.launch.data.measure import PERCENTILES, SHORT
+from tunewright.launch.data.report import DatasetReport, Found, Languages, Overlap, Repeats, Report, Split
 from tunewright.terminal import table
 from tunewright.text import clip_start, visible
 

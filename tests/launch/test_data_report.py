@@ -16,12 +16,14 @@ import pytest
 
 from tunewright.errors import ConfigError
 from tunewright.launch.data.check import Tokens, compose, make_tokens
+from tunewright.launch.data.measure import make_report
 from tunewright.launch.data.page import report_html
-from tunewright.launch.data.report import Pair, Report, known_positions, make_report
+from tunewright.launch.data.report import Pair, Report
 from tunewright.launch.data.report_text import remarks, report_json, report_text
 from tunewright.pages import check_replaceable, render_page
 from tunewright.plan.devices import Devices
 from tunewright.plan.rules import check
+from tunewright.trainer.model.config_json import known_positions
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 WORDS = ("river", "copper", "seven", "gladly", "under", "window", "music", "never", "paper", "orange", "quick", "stone")

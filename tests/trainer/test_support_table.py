@@ -181,6 +181,6 @@ def _numel(shape: list[int]) -> int:
 
 
 def test_the_tables_strategies_are_the_shipped_ones() -> None:
-    from tunewright.config.compose import choices
+    from tunewright.config.choices import choices
 
     assert sorted(STRATEGIES) == choices("strategy")

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tunewright.config import schema
-from tunewright.config.compose import CONFIG_DIR, choices, compose_config, expand_sweep, load_config
+from tunewright.config.choices import CONFIG_DIR, choices
+from tunewright.config.compose import compose_config, expand_sweep, load_config
 from tunewright.config.describe import choices_text, keys_text
 from tunewright.config.method_schema import METHODS
 from tunewright.errors import ConfigError

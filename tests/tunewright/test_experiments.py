@@ -11,7 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.conftest import losses, manifest, read_metrics
-from tunewright.config.compose import choices, compose_config
+from tunewright.config.choices import choices
+from tunewright.config.compose import compose_config
 from tunewright.deliver.compare import compare
 from tunewright.launch.cli import main
 from tunewright.plan.devices import Devices

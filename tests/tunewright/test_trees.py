@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunewright.trees import map_texts, texts_in
+from tunewright.trees import flatten, map_texts, texts_in
 
 TREE = {"a": ["x", 1, None, {"b": "y"}], "c": ("z",), "d": True}
 
@@ -22,3 +22,8 @@ def test_depth_is_no_limit_to_finding() -> None:
     for _ in range(100_000):
         deep = [deep]
     assert list(texts_in(deep)) == ["end"]
+
+
+def test_a_tree_is_flattened_to_dotted_keys() -> None:
+    tree = {"a": {"b": 1, "c": [1, 2]}, "d": [{"e": "x"}, 3], "f": {}}
+    assert dict(flatten(tree)) == {"a.b": 1, "a.c": [1, 2], "d.0.e": "x", "d.1": 3}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tunewright.errors import DataError
+from tunewright.errors import DataError, first_line
 
 BATCH = 1000  # rows converted at once
 Reader = Callable[[Any], Any]
@@ -27,7 +27,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(batch_size=BATCH):
                 yield from rows_of(batch)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {_first_line(error)}") from error
+        raise DataError(f"{path} cannot be read as parquet: {first_line(error)}") from error
 
 
 def read_arrow(path: Path) -> Iterator[dict[str, Any]]:
@@ -44,7 +44,7 @@ def read_arrow(path: Path) -> Iterator[dict[str, Any]]:
                 for start in range(0, batch.num_rows, BATCH):
                     yield from rows_of(batch.slice(start, BATCH))
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as Arrow: {_first_line(error)}") from error
+        raise DataError(f"{path} cannot be read as Arrow: {first_line(error)}") from error
 
 
 def _arrow_batches(source: Any) -> Iterable[Any]:
@@ -102,7 +102,3 @@ def _where_not_null(reader: Reader) -> Reader:
 
 def _read(reader: Reader | None, value: Any) -> Any:
     return reader(value) if reader else value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

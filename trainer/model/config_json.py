@@ -45,6 +45,17 @@ def model_numbers(config: DictConfig) -> dict[str, Any]:
     return _read_numbers(file)
 
 
+def known_positions(numbers: dict[str, Any]) -> int | None:
+    """Return up to how many tokens a model was made for, from its config.json, or None where that does not say it."""
+    numbers = numbers.get("text_config") or numbers
+    known = numbers.get("max_position_embeddings")
+    scaling = numbers.get("rope_parameters") or numbers.get("rope_scaling") or {}
+    if not isinstance(known, int) or known < 1:
+        return None
+    original, factor = scaling.get("original_max_position_embeddings") or known, scaling.get("factor") or 1
+    return max(known, int(original * factor))
+
+
 def _given_numbers(config: DictConfig) -> dict[str, Any] | None:
     """Return `model.architecture`, unless it says that it is `of` other models than `model.path`."""
     given = plain(config.model.architecture) or {}

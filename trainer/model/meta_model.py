@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from tunewright.errors import ConfigError
+from tunewright.errors import ConfigError, first_line
 from tunewright.files import write_json
 from tunewright.plan.architecture import Architecture
 from tunewright.trainer.model.config_json import model_numbers
@@ -85,7 +85,7 @@ def hf_config(config: DictConfig, numbers: dict[str, Any]) -> PreTrainedConfig:
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(
             f"`model.path` is '{config.model.path}', whose config.json transformers {version('transformers')} cannot "
-            f"use: {str(error).splitlines()[0]}"
+            f"use: {first_line(error)}"
         ) from error
 
 

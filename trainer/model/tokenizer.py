@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from tunewright.config.chat_templates import template_names, template_text
 from tunewright.config.schema import ModelConfig
-from tunewright.errors import ConfigError, StorageError
+from tunewright.errors import ConfigError, StorageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,5 +110,5 @@ def from_folder(load: Callable[..., Any], path: Path, model: ModelConfig, **opti
     try:
         return load(str(path), trust_remote_code=model.trust_remote_code, **options)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise StorageError(f"`model.path` is '{model.path}' and could not be loaded from {path}: {reason}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from tunewright.config import schema
-from tunewright.config.compose import CONFIG_DIR, check_extra_dir, choices
+from tunewright.config.choices import CONFIG_DIR, check_extra_dir, choices
 from tunewright.plugins import PLUGINS, SHIPPED
 
 
