@@ -8,13 +8,9 @@ It is written aside, loaded again and compared with base and adapter on rows of 
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,12 +18,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from tunewright.deliver.base_tensors import Checkpoint
 from tunewright.deliver.generate import open_run
-from tunewright.deliver.merge_check import Comparison, Judge, pick_rows
-from tunewright.deliver.merge_weights import Adapted, Checkpoint, Written, adapter_config, size_of, write_merged
+from tunewright.deliver.merge_check import Comparison, Reference, pick_rows
+from tunewright.deliver.merge_folder import RECORD, check_out, new_folder
+from tunewright.deliver.merge_layers import Adapted, adapter_config
+from tunewright.deliver.merge_weights import Written, size_of, write_merged
 from tunewright.errors import ConfigError, StorageError
 from tunewright.files import write_json
-from tunewright.folders import check_name, set_aside
+from tunewright.folders import check_name
 from tunewright.run_folder import RunDir
 from tunewright.trainer.inputs import check_base
 from tunewright.trainer.model.load import quiet_libraries
@@ -39,7 +38,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # models of 2 to 64 layers and in the trained embedded one: bf16 0.3% to 3.9%, fp16 0.03% to 0.5%, fp32 to 0.0002%. So
 # twice the worst of each half format, whose precisions are 8 times apart, and for fp32 what other kernels may add.
 TOLERANCE = {torch.bfloat16: 8e-2, torch.float16: 1e-2, torch.float32: 1e-4}
-RECORD = "merge.json"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -80,7 +78,7 @@ def merge_run(
     check_base(run, model_path)
     folder = run.merged if out is None else out
     check_name(folder.name, "--out")
-    _check_out(folder, overwrite, [run.path, run.final, model_path])
+    check_out(folder, overwrite, [run.path, run.final, model_path])
     base_config = _base_config(model_path, config)
     chosen = DTYPES[dtype] if dtype else (torch.float16 if base_config.dtype is torch.float16 else torch.bfloat16)
 
@@ -89,7 +87,7 @@ def merge_run(
     adapted = Adapted(run.final, base, checkpoint)
     needed = size_of(checkpoint, chosen, adapted)
     trash_root = run.path.parent if out is None else folder.parent
-    with _written_aside(folder, trash_root, say) as staging:
+    with new_folder(folder, trash_root, say) as staging:
         free = shutil.disk_usage(staging).free
         if free < needed:
             raise StorageError(
@@ -101,9 +99,8 @@ def merge_run(
         _write_rest(staging, base, written, run, model_path, config, chosen)
         del adapted
         say("Comparing it with base and adapter on rows of the run")
-        judge = Judge(config, pick_rows(prepared.cache), chosen)
-        judge.listen(model_path, run.final)
-        comparison = judge.compare(staging)
+        reference = Reference(config, model_path, run.final, pick_rows(prepared.cache), chosen)
+        comparison = reference.compare(staging)
         refuse_different(written, comparison, chosen)
         record = {
             "adapter": str(run.final),
@@ -175,74 +172,6 @@ def _without_weights(base_config: Any, config: DictConfig) -> Any:
         model = AutoModelForCausalLM.from_config(base_config, trust_remote_code=config.model.trust_remote_code)
     model.tie_weights()
     return model
-
-
-def _check_out(folder: Path, overwrite: bool, kept: list[Path]) -> None:
-    """Refuse a folder that is taken; `--overwrite` replaces an earlier merge and nothing else."""
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if not overwrite:
-        raise ConfigError(f"{folder} is there already. Write --overwrite to replace it, or --out for another folder.")
-    holds_more = any(one.resolve().is_relative_to(folder.resolve()) for one in kept)
-    if folder.is_symlink() or not (folder / RECORD).is_file() or holds_more:
-        raise ConfigError(f"{folder} holds no merged model, so --overwrite does not replace it. Choose another --out.")
-
-
-@contextmanager
-def _written_aside(folder: Path, trash_root: Path, say: Callable[[str], None]) -> Iterator[Path]:
-    """Give a folder beside `folder` that takes its name in the end, or is gone after a failure, Ctrl-C or SIGTERM."""
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    with _stoppable() as stopped:
-        try:
-            staging.mkdir(parents=True)
-            yield staging
-            if stopped:
-                raise KeyboardInterrupt
-            aside = _give_name(staging, folder, trash_root)
-            if aside:
-                say(f"The earlier merge is in {aside} now.")
-        except OSError as error:
-            raise StorageError(f"Cannot write to {folder.parent}: {error}.") from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def _stoppable() -> Iterator[list[int]]:
-    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt, and give the list of those that came.
-
-    Some libraries swallow the exception when it is raised while they are imported, so look at the list too.
-    """
-    stopped: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        stopped.append(number)
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped  # only the main one may have handlers
-        return
-    # Commands in the background of a script have Ctrl-C ignored, and keep it.
-    wanted = [one for one in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(one) is not signal.SIG_IGN]
-    before = {one: signal.signal(one, stop) for one in wanted}
-    try:
-        yield stopped
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-
-def _give_name(staging: Path, folder: Path, trash_root: Path) -> Path | None:
-    """Put the finished folder in its place; an earlier one makes room only then. Return where that went."""
-    aside = set_aside([folder] if folder.exists() else [], trash_root, f"{folder.absolute().parent.name}-{folder.name}")
-    try:
-        staging.rename(folder)
-    except BaseException:  # Ctrl-C as well: the earlier merge is put back, and the reason goes on
-        if aside:
-            (aside / folder.name).rename(folder)
-            aside.rmdir()
-        raise
-    return aside
 
 
 def _write_rest(

@@ -20,7 +20,7 @@ POSITIONS = 32  # of each row, whose logits are kept: with 150,000 tokens in the
 
 
 @dataclass(frozen=True)
-class Spoken:
+class Outputs:
     """What a model says on the rows."""
 
     logits: list[torch.Tensor]  # (P, V) float32 for each row, P <= POSITIONS, each position centred on its mean
@@ -50,28 +50,33 @@ def pick_rows(cache: TokenCache) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-class Judge:
-    """Holds what base and adapter say, and compares what a merged model says with it."""
+class Reference:
+    """What base and adapter say on the rows, and how far a merged model is from it."""
 
-    def __init__(self, config: DictConfig, rows: list[dict[str, torch.Tensor]], dtype: torch.dtype) -> None:
-        self.config, self.rows, self.dtype = config, rows, dtype
-
-    def listen(self, model_path: Path, adapter: Path) -> None:
+    def __init__(
+        self,
+        config: DictConfig,
+        model_path: Path,
+        adapter: Path,
+        rows: list[dict[str, torch.Tensor]],
+        dtype: torch.dtype,
+    ) -> None:
         """Load base and adapter, keep what they say, and let go of them."""
         from peft import PeftModel
 
+        self.config, self.rows, self.dtype = config, rows, dtype
         device = _device(model_path)
-        base = load_model(model_path, self.config.model, self.dtype)
+        base = load_model(model_path, config.model, dtype)
         known = {id(parameter) for parameter in base.parameters()}
         adapted = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False, torch_device="cpu")
         for parameter in adapted.parameters():
             if id(parameter) not in known:
-                parameter.data = parameter.data.to(self.dtype)
+                parameter.data = parameter.data.to(dtype)
         # The base is in its format already, and not all of it in `dtype`: rotary frequencies lose by being rounded.
         adapted.to(device).eval()
-        self.adapter = _speak(adapted, self.rows, device)
+        self.adapter = _outputs(adapted, rows, device)
         with adapted.disable_adapter():
-            self.base = _speak(adapted, self.rows, device)
+            self.base = _outputs(adapted, rows, device)
 
     def compare(self, merged: Path) -> Comparison:
         """Load the merged model and compare it.
@@ -84,15 +89,15 @@ class Judge:
             model: Any = load_model(merged, self.config.model, self.dtype)
         except Exception as error:  # what was just written is on trial: whatever stops it is the answer
             raise StorageError(f"The merged model cannot be loaded: {error}") from error
-        spoken = _speak(model.to(device).eval(), self.rows, device)
-        pairs = list(zip(spoken.logits, self.adapter.logits, strict=True))
+        outputs = _outputs(model.to(device).eval(), self.rows, device)
+        pairs = list(zip(outputs.logits, self.adapter.logits, strict=True))
         return Comparison(
             rows=len(self.rows),
-            difference=_relative(spoken.logits, self.adapter.logits),
+            difference=_relative(outputs.logits, self.adapter.logits),
             largest=max(float((one - other).abs().max()) for one, other in pairs),
             effect=_relative(self.base.logits, self.adapter.logits),
             adapter_loss=self.adapter.loss,
-            merged_loss=spoken.loss,
+            merged_loss=outputs.loss,
         )
 
 
@@ -107,7 +112,7 @@ def _device(folder: Path) -> torch.device:
 
 
 @torch.no_grad()
-def _speak(model: Any, rows: list[dict[str, torch.Tensor]], device: torch.device) -> Spoken:
+def _outputs(model: Any, rows: list[dict[str, torch.Tensor]], device: torch.device) -> Outputs:
     logits, losses, count = [], 0.0, 0
     for row in rows:
         said = model(input_ids=row["input_ids"].to(device), use_cache=False).logits[0].float()  # (T, V)
@@ -118,7 +123,7 @@ def _speak(model: Any, rows: list[dict[str, torch.Tensor]], device: torch.device
         kept = said[positions]
         # What is added to all logits of a position changes no probability.
         logits.append((kept - kept.mean(-1, keepdim=True)).cpu())
-    return Spoken(logits, losses / count if count else float("nan"))
+    return Outputs(logits, losses / count if count else float("nan"))
 
 
 def _relative(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

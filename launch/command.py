@@ -58,7 +58,7 @@ def path_from_here(path: str) -> Path:
     return whole.relative_to(here) if whole.is_relative_to(here) else whole
 
 
-def accelerate_config(config: DictConfig, ranks: int, devices: Devices) -> dict[str, object]:
+def accelerate_config(config: DictConfig, ranks: int) -> dict[str, object]:
     """Return the accelerate configuration of a strategy on this machine."""
     kinds = {Launcher.single: "NO", Launcher.ddp: "MULTI_GPU", Launcher.deepspeed: "DEEPSPEED"}
     launcher = config.strategy.launcher
@@ -89,7 +89,7 @@ def build_command(
         accelerate_launch(),
         ["--config_file", str(run.path / "accelerate.yaml"), *script],
         _environment(config, plan.world_size, devices),
-        accelerate_config(config, plan.world_size, devices),
+        accelerate_config(config, plan.world_size),
     )
 
 

@@ -30,7 +30,7 @@ from transformers import (
 
 from tunewright.config.compose import compose_config, load_config
 from tunewright.deliver.merge import merge_run
-from tunewright.deliver.merge_check import Judge, pick_rows
+from tunewright.deliver.merge_check import Reference, pick_rows
 from tunewright.errors import ConfigError, StorageError
 from tunewright.launch.cli import main
 from tunewright.run_folder import Claim, RunDir, prepare_folder
@@ -224,9 +224,8 @@ def test_base_and_adapter_are_heard_with_the_rotary_frequencies_that_a_loaded_mo
     run = made()
     run.change_adapter(lambda name, tensor: torch.zeros_like(tensor) if "lora_B" in name else tensor)
     config = load_config(run.run.config)
-    judge = Judge(config, pick_rows(prepare(config, silent).cache), torch.bfloat16)
-    judge.listen(run.base, run.run.final)
-    compared = judge.compare(run.base)
+    rows = pick_rows(prepare(config, silent).cache)
+    compared = Reference(config, run.base, run.run.final, rows, torch.bfloat16).compare(run.base)
     assert (compared.difference, compared.largest, compared.effect) == (0, 0, 0)
 
 
@@ -292,7 +291,9 @@ from pathlib import Path
 import torch
 from tunewright.deliver.merge import _base_config, _without_weights
 from tunewright.config.compose import load_config
-from tunewright.deliver.merge_weights import Adapted, Checkpoint, write_merged
+from tunewright.deliver.base_tensors import Checkpoint
+from tunewright.deliver.merge_layers import Adapted
+from tunewright.deliver.merge_weights import write_merged
 run, base, out = map(Path, sys.argv[1:])
 config = load_config(run / "config.yaml")
 adapted = Adapted(run / "final", _without_weights(_base_config(base, config), config), Checkpoint(base))

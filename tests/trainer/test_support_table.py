@@ -105,7 +105,7 @@ def _train_all(combinations: list[Combination], model: Path, root: Path) -> dict
     ranks = world_size(config, devices)
     settings = root / "settings" / "accelerate.yaml"
     settings.parent.mkdir()
-    settings.write_text(yaml.safe_dump(accelerate_config(config, ranks, devices)))
+    settings.write_text(yaml.safe_dump(accelerate_config(config, ranks)))
     done = subprocess.run(
         [*ACCELERATE, str(settings), str(Path(__file__).with_name("train_combinations.py")), str(root)],
         env={**os.environ, **_environment(config, ranks, devices)},
