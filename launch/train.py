@@ -18,10 +18,10 @@ from tunewright.config.schema import Launcher
 from tunewright.errors import ConfigError
 from tunewright.launch.command import Command, build_command, write_accelerate_config
 from tunewright.launch.supervise import run_ranks
-from tunewright.plan.architecture import check_modules
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.plan.deepspeed_rules import account
 from tunewright.plan.devices import Devices, find_devices
+from tunewright.plan.module_rules import check_modules
 from tunewright.plan.rules import check
 from tunewright.plan.substitutes import substitute
 from tunewright.ranks import rank_variables
@@ -46,7 +46,7 @@ def plan_job(config: DictConfig, devices: Devices) -> Job:
     """Check a configuration as far as can be done without starting anything.
 
     Raises:
-        ConfigError, DataError: see `rules.check`, `architecture.check_modules`, `substitute`, `run_folder.claim` and
+        ConfigError, DataError: see `rules.check`, `check_modules`, `substitute`, `run_folder.claim` and
             `find_prepared`.
     """
     plan, decided = check_all(config, devices)
@@ -62,7 +62,7 @@ def check_all(config: DictConfig, devices: Devices) -> tuple[BatchPlan, list[str
     """Check a configuration against the devices and the model's architecture; return its plan and what was decided.
 
     Raises:
-        ConfigError, StorageError: see `rules.check`, `architecture.check_modules` and `substitute`.
+        ConfigError, StorageError: see `rules.check`, `check_modules` and `substitute`.
     """
     plan = check(config, devices)
     from tunewright.launch.ask_torch import ensure_architecture  # not before: a configuration error comes at once

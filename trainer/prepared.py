@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from tunewright.config.schema import Source
 from tunewright.errors import ConfigError
-from tunewright.plan.rules import needs_held_out
+from tunewright.plan.data_rules import needs_held_out
 from tunewright.safetensors_header import shapes
 from tunewright.terminal import Progress
 from tunewright.trainer.data.build_cache import build_cache, find_cache, open_rows, thread_count, wants_processes

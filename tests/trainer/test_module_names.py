@@ -17,8 +17,9 @@ import pytest
 from tests.conftest import REPOSITORY
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError
-from tunewright.plan.architecture import Architecture, check_modules
+from tunewright.plan.architecture import Architecture
 from tunewright.plan.devices import Devices, find_devices
+from tunewright.plan.module_rules import check_modules
 from tunewright.plan.rules import check
 from tunewright.trainer.model.config_json import _given_numbers, model_numbers
 from tunewright.trainer.model.meta_model import describe, empty_model, hf_config

@@ -12,8 +12,9 @@ import pytest
 
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError
-from tunewright.plan.architecture import Architecture, check_modules
+from tunewright.plan.architecture import Architecture
 from tunewright.plan.devices import Devices
+from tunewright.plan.module_rules import check_modules
 from tunewright.plan.rules import OPTIMIZERS, check
 from tunewright.plan.substitutes import UNPAGED, adapter_folder, substitute
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tunewright.trees import flatten, map_texts, texts_in
+from omegaconf import OmegaConf
+
+from tunewright.config.schema import Mix
+from tunewright.trees import flatten, map_texts, plain, texts_in
 
 TREE = {"a": ["x", 1, None, {"b": "y"}], "c": ("z",), "d": True}
 
@@ -27,3 +30,12 @@ def test_depth_is_no_limit_to_finding() -> None:
 def test_a_tree_is_flattened_to_dotted_keys() -> None:
     tree = {"a": {"b": 1, "c": [1, 2]}, "d": [{"e": "x"}, 3], "f": {}}
     assert dict(flatten(tree)) == {"a.b": 1, "a.c": [1, 2], "d.0.e": "x", "d.1": 3}
+
+
+def test_a_configurations_values_become_pythons_own() -> None:
+    tree = OmegaConf.create({"a": [1, {"b": None}], "c": Mix.concat, "d": "text"})
+    found = plain(tree)
+    assert found == {"a": [1, {"b": None}], "c": "concat", "d": "text"}
+    assert type(found) is dict
+    assert type(found["a"]) is list
+    assert type(found["a"][1]) is dict

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
 from tunewright.config.chat_templates import template_text
 from tunewright.plan.method_rules import longest_row
 from tunewright.trainer.data.sources import Rows
-from tunewright.trees import digest
+from tunewright.trees import digest, plain
 
 FORMAT = 5  # raise it when the meaning of the cached columns changes
 
@@ -36,10 +35,6 @@ def cache_key(rows: Rows, config: DictConfig, model_path: Path | None, limit: in
         "tokenizer": _tokenizer_files(model_path) if model_path else None,
     }
     return digest(settings)
-
-
-def plain(value: Any) -> Any:
-    return getattr(value, "value", list(value) if hasattr(value, "__len__") and not isinstance(value, str) else value)
 
 
 def _tokenizer_files(model_path: Path) -> list[str]:

@@ -16,12 +16,11 @@ import numpy as np
 from omegaconf import DictConfig
 
 from tunewright.config.schema import DataConfig
-from tunewright.trainer.data.cache_key import plain
 from tunewright.trainer.data.outcome import Outcome, dropped_lines
 from tunewright.trainer.data.packing import pack
 from tunewright.trainer.data.sampling import Part, held_out_rows, training_examples
 from tunewright.trainer.data.sources import Rows
-from tunewright.trees import digest
+from tunewright.trees import digest, plain
 
 if TYPE_CHECKING:
     from datasets import Dataset

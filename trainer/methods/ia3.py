@@ -8,8 +8,8 @@ from typing import Any
 from peft import IA3Config, PeftModel, TaskType
 from transformers import PreTrainedModel
 
-from tunewright.plan.architecture import plain
 from tunewright.trainer.methods.adapter import add_adapter
+from tunewright.trees import plain
 
 
 def build(model: PreTrainedModel, method: Any, model_path: Path | None) -> PeftModel:

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, TaskType
 from transformers import PreTrainedModel
 
 from tunewright.config.method_schema import LoraInit
-from tunewright.plan.architecture import plain
 from tunewright.trainer.methods.adapter import add_adapter
 from tunewright.trainer.model.fused_lora import fuse
+from tunewright.trees import plain
 
 PISSA_START = "pissa_start"
 

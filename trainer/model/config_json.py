@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 
 from tunewright.config.schema import Source
 from tunewright.errors import ConfigError, StorageError
-from tunewright.plan.architecture import plain
 from tunewright.trainer.model import download, tiny
 from tunewright.trainer.model.model_folder import find_model
+from tunewright.trees import plain
 
 
 def model_numbers(config: DictConfig) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Every check looks at the configuration and the devices alone, so that all of the
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
@@ -16,19 +15,18 @@ from omegaconf import DictConfig
 
 from tunewright.config.chat_templates import template_text
 from tunewright.config.deepspeed_file import deepspeed_file
-from tunewright.config.method_schema import PROMPT_LEARNING
 from tunewright.config.ranges import check_ranges
-from tunewright.config.schema import STRATEGIES, Launcher, Mix, Source
+from tunewright.config.schema import STRATEGIES, Launcher, Source
 from tunewright.errors import ConfigError, did_you_mean
 from tunewright.plan.batch_plan import BatchPlan, batch_plan
+from tunewright.plan.data_rules import check_data, check_flat_rows, check_held_out
 from tunewright.plan.deepspeed_rules import check_deepspeed
 from tunewright.plan.devices import Devices
-from tunewright.plan.method_rules import SHORTEST, check_method
-from tunewright.plan.support import PARTITIONED, Combination, support_of
+from tunewright.plan.method_rules import check_method
+from tunewright.plan.support import PARTITIONED, combination_of, known_strategy, support_of
 from tunewright.plugins import chosen
 
 CPU_RANKS = 2
-MOST_COPIES = 10_000  # of a row in an epoch
 EMBEDDED = "tiny"  # the model that is built here
 HUB_ID = r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w([\w.-]{0,94}\w)?"  # of a model
 # transformers' names that need no settings or packages beyond ours; kept here to be checked without importing it.
@@ -68,10 +66,10 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
     _check_checkpointing(config)
     _check_compile(config, devices)
     _check_names(config)
-    _check_held_out(config)
+    check_held_out(config)
     _check_model(config)
-    _check_data(config)
-    _check_flat_rows(config)
+    check_data(config)
+    check_flat_rows(config)
     plan = batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
     if config.strategy.launcher is Launcher.deepspeed:
         check_deepspeed(config, plan, devices.gpu)
@@ -84,54 +82,6 @@ def _whose_strategy(config: DictConfig) -> str:
         return ""
     file = deepspeed_file(config)
     return "" if file.shipped else f" ({file.path} makes it {file.strategy}.)"
-
-
-def _check_flat_rows(config: DictConfig) -> None:
-    """What decides by their tokens which rows train together needs rows without padding whose lengths are known."""
-    keys = counted_in_tokens(config)
-    for key in keys:
-        if config.method.name in PROMPT_LEARNING:
-            raise ConfigError(
-                f"`{key}` does not go with method={config.method.name}: its virtual tokens go before each row of a "
-                f"padded batch. Leave {key} out."
-            )
-        for other, set_ in (
-            ("train.padding_free=false", not config.train.padding_free),
-            ("data.streaming=true", config.data.streaming),
-            ("train.group_by_length=true", config.train.group_by_length),
-        ):
-            if set_:
-                raise ConfigError(f"`{key}` does not go with `{other}`: choose one.")
-    if len(keys) > 1:
-        raise ConfigError(
-            "`data.packing` and `train.tokens_per_batch` both fill batches with tokens: choose one. Packing counts "
-            "packs of data.cutoff_len tokens, so train.global_batch_size says how many tokens a step has."
-        )
-
-
-def counted_in_tokens(config: DictConfig) -> list[str]:
-    """Return the settings that are on and let tokens decide which rows train together."""
-    on = {"data.packing": config.data.packing, "train.tokens_per_batch": config.train.tokens_per_batch}
-    return [key for key, value in on.items() if value]
-
-
-def combination_of(config: DictConfig, devices: Devices) -> Combination:
-    """Return the combination of the support table that a configuration falls into."""
-    method = config.method
-    return Combination(
-        method=method.name,
-        bits=method.bits if method.name == "qlora" else 16,
-        strategy=_known_strategy(config),
-        layout="padding-free" if config.train.padding_free else "padded",
-        device=devices.kind,
-        init=method.init.value if "init" in method else "default",
-    )
-
-
-def _known_strategy(config: DictConfig) -> str:
-    """Return the shipped strategy that runs: its DeepSpeed JSON decides, whatever the strategy is called."""
-    launcher = config.strategy.launcher
-    return deepspeed_file(config).strategy if launcher is Launcher.deepspeed else str(launcher.value)
 
 
 def _check_strategy(config: DictConfig, devices: Devices, ranks: int) -> None:
@@ -151,10 +101,10 @@ def _check_strategy(config: DictConfig, devices: Devices, ranks: int) -> None:
             f"`strategy.deepspeed` is '{strategy.deepspeed}', and `strategy={strategy.name}` starts no DeepSpeed: use "
             f"strategy=zero2, or leave strategy.deepspeed out."
         )
-    if strategy.name in STRATEGIES and strategy.name != _known_strategy(config):
+    if strategy.name in STRATEGIES and strategy.name != known_strategy(config):
         raise ConfigError(
             f"`strategy.name` is '{strategy.name}', and `strategy.launcher={strategy.launcher.value}` starts another: "
-            f"write strategy={_known_strategy(config)}, or a name of your own."
+            f"write strategy={known_strategy(config)}, or a name of your own."
         )
 
 
@@ -173,7 +123,7 @@ def _check_compile(config: DictConfig, devices: Devices) -> None:
     """torch.compile writes C++ for a CPU, and for a GPU the code that starts kernels: both need a compiler."""
     if not config.train.compile:
         return
-    if _known_strategy(config) in PARTITIONED:
+    if known_strategy(config) in PARTITIONED:
         raise ConfigError(
             f"`train.compile` compiles a layer as a whole, and under `strategy={config.strategy.name}` DeepSpeed "
             f"gathers the weights of its parts one by one. Use strategy=zero2 or strategy=ddp, or leave train.compile "
@@ -212,30 +162,6 @@ def _check_names(config: DictConfig) -> None:
         )
 
 
-def needs_held_out(config: DictConfig) -> str | None:
-    """Return a setting that looks at held-out rows, or None."""
-    wanted = {key: config.train[key] for key in ("keep_best", "early_stopping", "eval_steps")}
-    return next((f"train.{key}" for key, value in wanted.items() if value), None)
-
-
-def _check_held_out(config: DictConfig) -> None:
-    train, data = config.train, config.data
-    key = needs_held_out(config)
-    if key and not (data.eval_names or data.eval_split or data.eval_size):
-        raise ConfigError(
-            f"`{key}` looks at the eval loss, and nothing is held out: set data.eval_size, data.eval_names or "
-            f"data.eval_split, or write {key}={'false' if train[key.rpartition('.')[2]] is True else 'null'}."
-        )
-    for key, on in (("keep_best", train.keep_best), ("early_stopping", train.early_stopping)):
-        if on and train.eval_steps is None:
-            raise ConfigError(f"`train.{key}` compares evaluations: set train.eval_steps.")
-    if train.keep_best and train.save_steps and train.save_steps != train.eval_steps:
-        raise ConfigError(
-            f"`train.save_steps` is {train.save_steps} and `train.eval_steps` {train.eval_steps}: `train.keep_best` "
-            f"needs a checkpoint of each evaluation. Write the same number, or leave train.save_steps out."
-        )
-
-
 def _check_model(config: DictConfig) -> None:
     model = config.model
     if model.source is Source.embedded and model.path != EMBEDDED:
@@ -258,43 +184,3 @@ def _check_model(config: DictConfig) -> None:
     for key, example in (("template_kwargs", "{enable_thinking: false}"), ("architecture", "{model_type: qwen2}")):
         if not isinstance(model[key], (DictConfig, type(None))):
             raise ConfigError(f"`model.{key}` is {model[key]!r}: write a mapping such as {example}.")
-
-
-def _check_data(config: DictConfig) -> None:
-    data, train = config.data, config.train
-    if not data.cache_dir.strip():
-        raise ConfigError("`data.cache_dir` is empty: write a folder, for example ~/.cache/tunewright.")
-    if data.cutoff_len < SHORTEST:
-        raise ConfigError(f"`data.cutoff_len` is {data.cutoff_len}: write a number of tokens from {SHORTEST}.")
-    if data.train_on_prompt and data.mask_history:
-        raise ConfigError(
-            "`data.train_on_prompt` and `data.mask_history` are both true: one learns every token, the other only the "
-            "last answer. Set one of them to false."
-        )
-    held = [key for key in ("eval_names", "eval_split", "eval_size") if data[key]]
-    if len(held) > 1:
-        raise ConfigError(
-            f"{' and '.join(f'`data.{key}`' for key in held)} each say what is held out: keep one of them."
-        )
-    most = MOST_COPIES if data.mix is Mix.concat else math.inf
-    right = all(0 < weight <= most and math.isfinite(weight) for weight in data.weights)
-    if data.weights and not (right and len(data.weights) == len(data.names)):
-        raise ConfigError(
-            f"`data.weights` is {list(data.weights)}: write one positive number for each of the {len(data.names)} "
-            f"datasets of `data.names`" + (f", at most {most:,} with data.mix=concat." if most < math.inf else ".")
-        )
-    if not data.streaming:
-        return
-    if train.max_steps is None:
-        raise ConfigError("`data.streaming` is true, so nobody knows how long an epoch is: set train.max_steps.")
-    for key in ("eval_size", "max_samples"):
-        if data[key]:
-            raise ConfigError(
-                f"`data.{key}` counts rows, which `data.streaming=true` does not do before training: leave it out"
-                + (", and hold rows out with data.eval_names or data.eval_split." if key == "eval_size" else ".")
-            )
-    if len(data.names) > 1 and data.mix is Mix.concat:
-        raise ConfigError(
-            "`data.mix` is concat, which would stream one dataset after the other: choose interleave_under, "
-            "interleave_over or interleave_once."
-        )

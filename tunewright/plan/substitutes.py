@@ -1,7 +1,7 @@
 """What tunewright decides by itself because the choice asked for cannot be had here, each with its reason.
 
 A setting that would stop or spoil a run, and has one obvious substitute, is replaced and the user told; where there is
-a choice to make, `rules` and `architecture` refuse instead.
+a choice to make, `rules` and `module_rules` refuse instead.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher
 from tunewright.errors import ConfigError
 from tunewright.plan.architecture import Architecture
+from tunewright.plan.data_rules import counted_in_tokens
 from tunewright.plan.devices import Devices
-from tunewright.plan.rules import combination_of, counted_in_tokens
-from tunewright.plan.support import support_of
+from tunewright.plan.support import combination_of, support_of
 
 # Paged optimisers need the unified memory of a GPU; what comes closest without.
 UNPAGED = {

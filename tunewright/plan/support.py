@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from omegaconf import DictConfig
+
+from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.method_schema import METHODS, PROMPT_LEARNING
-from tunewright.config.schema import STRATEGIES
+from tunewright.config.schema import STRATEGIES, Launcher
+from tunewright.plan.devices import Devices
 from tunewright.plugins import PLUGINS
 
 PARTITIONED = ("zero3", "zero3_offload", "zeropp")
@@ -40,6 +44,25 @@ class Support:
 
     outcome: str  # "trains", "padded" or "refused"
     reason: str = ""
+
+
+def combination_of(config: DictConfig, devices: Devices) -> Combination:
+    """Return the combination of the support table that a configuration falls into."""
+    method = config.method
+    return Combination(
+        method=method.name,
+        bits=method.bits if method.name == "qlora" else 16,
+        strategy=known_strategy(config),
+        layout="padding-free" if config.train.padding_free else "padded",
+        device=devices.kind,
+        init=method.init.value if "init" in method else "default",
+    )
+
+
+def known_strategy(config: DictConfig) -> str:
+    """Return the shipped strategy that runs: its DeepSpeed JSON decides, whatever the strategy is called."""
+    launcher = config.strategy.launcher
+    return deepspeed_file(config).strategy if launcher is Launcher.deepspeed else str(launcher.value)
 
 
 def support_of(chosen: Combination) -> Support:
