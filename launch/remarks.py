@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from tunewright.files import write_json
 from tunewright.launch.data.report import Report
-from tunewright.launch.data.report_text import remarks
+from tunewright.launch.data.report_remarks import remarks
 from tunewright.trainer.data.token_cache import TokenCache, describe
 from tunewright.trainer.model.config_json import known_positions, model_numbers
 from tunewright.trainer.model.meta_model import find_architecture

@@ -9,15 +9,8 @@ from typing import Any
 from tunewright.errors import StorageError
 from tunewright.files import write_text
 from tunewright.launch.data.report import DatasetReport, Histogram, Overlap, Repeats, Report
-from tunewright.launch.data.report_text import (
-    ALL_WELL,
-    figures_table,
-    headline,
-    languages_text,
-    lengths_table,
-    pairs_text,
-    remarks,
-)
+from tunewright.launch.data.report_remarks import pairs_text, remarks
+from tunewright.launch.data.report_text import ALL_WELL, figures_table, headline, languages_text, lengths_table
 from tunewright.pages import Bars, Chart, render_page
 
 ROWS_SHOWN = 100  # row numbers and pairs of one kind

@@ -1,130 +1,19 @@
-"""The report of `tunewright data check` in words: what to look at first, then the figures."""
+"""The report of `tunewright data check` as text and as JSON."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from tunewright.launch.data.languages import LANGUAGE_ROWS, LEAST_TEXT
-from tunewright.launch.data.measure import PERCENTILES, SHORT
-from tunewright.launch.data.report import DatasetReport, Found, Languages, Overlap, Repeats, Report, Split
+from tunewright.launch.data.measure import PERCENTILES
+from tunewright.launch.data.report import Languages, Report, Split
+from tunewright.launch.data.report_remarks import remarks
 from tunewright.terminal import table
 from tunewright.text import clip_start, visible
 
-SHOWN = 5  # of these, in the text
 NAME_WIDTH = 28  # terminal cells of a dataset's name in the text
-REASONS_SHOWN = 5
 ALL_WELL = "Nothing stands out: no row is dropped or cut, and none repeats another."
-
-
-@dataclass(frozen=True)
-class Remark:
-    """Something to look at, in a line, with details below it."""
-
-    text: str
-    details: list[str]
-
-
-def remarks(report: Report) -> list[Remark]:
-    """Return what should be looked at before training: what is lost first, then what is learnt or measured wrongly."""
-    found = [remark for dataset in report.datasets for remark in _losses(dataset, report.cutoff_len)]
-    if report.overlap:
-        found += _overlap_remarks(report.overlap)
-    return found + [remark for dataset in report.datasets for remark in _doubts(dataset, report.positions or 0)]
-
-
-def _losses(dataset: DatasetReport, cutoff_len: int) -> list[Remark]:
-    found = []
-    if dataset.dropped:
-        text = f"{_part(dataset, dataset.read - dataset.kept)} dropped, because they cannot be used"
-        found.append(Remark(text, dropped_lines(dataset, REASONS_SHOWN)))
-    if dataset.truncated.count:
-        text = f"{_part(dataset, dataset.truncated.count)} cut, because they are longer than data.cutoff_len"
-        found.append(Remark(f"{text} = {cutoff_len}", [_rows_text(dataset.truncated)]))
-    return found
-
-
-def dropped_lines(dataset: DatasetReport, reasons: int) -> list[str]:
-    """Return two lines for each of the most frequent reasons of dropping rows: the row numbers, and one row."""
-    lines = []
-    for dropped in dataset.dropped[:reasons]:
-        lines.append(f"{dropped.count:,}: {dropped.reason} ({_rows_text(Found(dropped.count, dropped.rows))})")
-        lines.append(f"  {visible(dropped.excerpt)}")
-    if len(dataset.dropped) > reasons:
-        lines.append(f"and {len(dataset.dropped) - reasons} other reasons")
-    return lines
-
-
-def _overlap_remarks(overlap: Overlap) -> list[Remark]:
-    kinds: list[tuple[Repeats, str, str]] = [
-        (overlap.same, "also among the training rows, so they measure memory", "="),
-        (overlap.question, "with the question of a training row and another answer", "asks like"),
-        (overlap.near, "nearly the same as a training row", "~"),
-    ]
-    return [
-        Remark(f"{found.count:,} of {overlap.rows:,} held-out rows {text}", [pairs_text(found, sign, both=True)])
-        for found, text, sign in kinds
-        if found.count
-    ]
-
-
-def _first(counts: dict[str, int]) -> list[tuple[str, int]]:
-    """Return the most frequent of some names, with their counts."""
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
-
-
-def _doubts(dataset: DatasetReport, positions: int) -> list[Remark]:
-    found = []
-    if dataset.beyond.count:
-        text = f"{_part(dataset, dataset.beyond.count)} longer than the {positions:,} positions that the model knows"
-        found.append(Remark(text, [_rows_text(dataset.beyond)]))
-    if dataset.special.count:
-        text = f"{_part(dataset, dataset.special.count)} with special tokens' strings in an answer, learnt as text"
-        names = ", ".join(f"{visible(name)} ({count:,})" for name, count in _first(dataset.specials))
-        advice = "data.special_tokens_in_answers=true makes tokens of those that the chat template does not use"
-        found.append(Remark(text, [f"{names}: {_rows_text(dataset.special)}", advice]))
-    for key, count in _first(dataset.unread):
-        found.append(Remark(f"{_part(dataset, count)} with a turn that has `{visible(key)}`, which nobody reads", []))
-    if dataset.unended.count:
-        text = f"{_part(dataset, dataset.unended.count)} without a stop token: they do not teach the model to stop"
-        found.append(Remark(text, [_rows_text(dataset.unended)]))
-    if dataset.short.count:
-        text = f"{_part(dataset, dataset.short.count)} with an answer of fewer than {SHORT} characters"
-        found.append(Remark(text, [_rows_text(dataset.short)]))
-    if dataset.exact.count:
-        text = f"{_part(dataset, dataset.exact.count)} copied from an earlier row"
-        found.append(Remark(text, [pairs_text(dataset.exact, "=")]))
-    if dataset.near.count:
-        text = f"{_part(dataset, dataset.near.count)} nearly the same as an earlier row"
-        found.append(Remark(text, [pairs_text(dataset.near, "~")]))
-    return found
-
-
-def _part(dataset: DatasetReport, count: int) -> str:
-    return f"{visible(dataset.name)}: {count:,} of {dataset.read:,} rows ({_percent(count / dataset.read)})"
-
-
-def _percent(share: float) -> str:
-    """Two figures: 0.013% is not nothing, and 99.98% is not everything."""
-    if 0 < share < 0.01 or 0.99 < share < 1:
-        return f"{share:.2%}"
-    return f"{share:.0%}"
-
-
-def _rows_text(found: Found) -> str:
-    numbers = ", ".join(str(row) for row in found.rows[:SHOWN])
-    return f"row{'s' if found.count > 1 else ''} {numbers}{', ...' if found.count > SHOWN else ''}"
-
-
-def pairs_text(found: Repeats, sign: str, *, both: bool = False, shown: int = SHOWN) -> str:
-    """Return "row 3 = 1, 7 = other 2": a dataset is named where it differs, or with `both` where there are several."""
-    both = both and len({name for pair in found.pairs for name in (pair.dataset, pair.other_dataset)}) > 1
-    texts = []
-    for pair in found.pairs[:shown]:
-        here = f"{pair.dataset} {pair.row}" if both else str(pair.row)
-        there = f"{pair.other_dataset} {pair.other_row}" if both or pair.other_dataset != pair.dataset else ""
-        texts.append(f"{here} {sign} {there or pair.other_row}")
-    return visible(f"{'' if both else 'row '}{', '.join(texts)}{', ...' if found.count > shown else ''}")
 
 
 def report_json(report: Report) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from tunewright.launch.data.check import Tokens, compose, make_tokens
 from tunewright.launch.data.measure import make_report
 from tunewright.launch.data.page import report_html
 from tunewright.launch.data.report import Pair, Report
-from tunewright.launch.data.report_text import remarks, report_json, report_text
+from tunewright.launch.data.report_remarks import remarks
+from tunewright.launch.data.report_text import report_json, report_text
 from tunewright.pages import check_replaceable, render_page
 from tunewright.plan.devices import Devices
 from tunewright.plan.rules import check

@@ -104,8 +104,7 @@ def batch_plan(
     if total < world_size:
         raise ConfigError(
             f"`train.global_batch_size` is {total}, less than the {world_size} ranks: each rank needs a {unit} at "
-            f"least. "
-            f"Write {world_size} or more."
+            f"least. Write {world_size} or more."
         )
     per_rank = math.ceil(total / world_size)
     return _doable(BatchPlan(total, world_size, min(micro, total), math.ceil(per_rank / micro), unit=unit))

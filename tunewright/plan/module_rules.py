@@ -134,9 +134,8 @@ def _check_ia3(method: Any, architecture: Architecture) -> None:
         if architecture.ia3 is None:
             raise ConfigError(
                 f"`method.target_modules` is auto, but PEFT knows no IA3 modules for {architecture.model_type}: name "
-                f"the "
-                f"modules of keys, values and the MLP's last matrix, the last one in method.feedforward_modules too. "
-                f"It has {listed(architecture.leaves(), SHOWN)}."
+                f"the modules of keys, values and the MLP's last matrix, the last one in method.feedforward_modules "
+                f"too. It has {listed(architecture.leaves(), SHOWN)}."
             )
         return
     for name in method.target_modules:
