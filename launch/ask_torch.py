@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from tunewright.config.compose import load_config
 from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.errors import StorageError, TunewrightError
-from tunewright.launch.children import ask
+from tunewright.launch.children import ask, report
 from tunewright.launch.deepspeed_check import ask_deepspeed, kept
 from tunewright.plan.architecture import Architecture
 from tunewright.ranks import leave
@@ -26,7 +26,7 @@ def ensure_architecture(config: DictConfig) -> Architecture:
     """Return what is known of the model, worked out where it is not kept yet.
 
     Raises:
-        ChildFailed: the model's config.json cannot be had, or transformers cannot use it.
+        ConfigError, StorageError: the model's config.json cannot be had, or transformers cannot use it.
     """
     found = find_architecture(config)
     if found is None:
@@ -47,7 +47,7 @@ def ensure_accepted(config: DictConfig) -> list[str]:
     """Return the keys of the strategy's DeepSpeed JSON that DeepSpeed does not know; shipped files have none.
 
     Raises:
-        ChildFailed: DeepSpeed refuses the file.
+        ConfigError: DeepSpeed refuses the file.
     """
     file = deepspeed_file(config)
     if file.shipped:
@@ -69,8 +69,7 @@ def main(task: str) -> int:
         else:
             ask_deepspeed(config)
     except TunewrightError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return report(error)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 from omegaconf import DictConfig, OmegaConf
 
-from tunewright.errors import TunewrightError, code_of
+from tunewright.errors import ERRORS, TunewrightError
 from tunewright.ranks import die_with_parent, without_ranks
 from tunewright.terminal import begin_line
 
@@ -22,16 +23,7 @@ GRACE_SECONDS = 10.0  # between asking processes to stop and killing them
 # The working directory may hold a datasets.py or a yaml.py of the user's own, which must not be imported. What Python
 # and accelerate leave of it, `tunewright/__init__.py` takes away.
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
-
-
-class ChildFailed(TunewrightError):
-    """A process of ours ended with this exit code, after it had said why on standard error."""
-
-    shown = True
-
-    def __init__(self, module: str, exit_code: int) -> None:
-        super().__init__(f"{module} could not do its part, see above")
-        self.exit_code = code_of(exit_code)
+REPORTED = re.compile(rf"^({'|'.join(ERRORS)}): ", re.MULTILINE)
 
 
 def start(command: Sequence[str], env: Mapping[str, str], **streams: Any) -> subprocess.Popen[str]:
@@ -58,22 +50,35 @@ def ask(module: str, task: str, config: DictConfig, stdout: int | None = subproc
     """Run `python -m MODULE TASK < config.yaml` and return what it prints, if that goes to no other `stdout`.
 
     Raises:
-        ChildFailed: it has said why.
+        TunewrightError: the process ended with one, which is raised here as it was there.
     """
     env = {"DS_ACCELERATOR": "cpu"}  # nothing asked like this needs a GPU, and DeepSpeed need not look for one
     if config.offline:
         env["HF_HUB_OFFLINE"] = "1"  # the Hub's package reads it while it is imported
-    process = start([sys.executable, "-m", module, task], env, stdin=subprocess.PIPE, stdout=stdout)
+    process = start(
+        [sys.executable, "-m", module, task], env, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE
+    )
     try:
-        printed, _ = process.communicate(OmegaConf.to_yaml(config))
+        printed, told = process.communicate(OmegaConf.to_yaml(config))
     except BaseException:
         end(process, grace=0)
         process.wait()
         begin_line()
         raise
+    # An error is what the process said last; its text may have lines of its own.
+    error = next(REPORTED.finditer(told), None) if process.returncode else None
+    sys.stderr.write(told[: error.start()] if error else told)  # of libraries
+    if error:
+        raise ERRORS[error[1]](told[error.end() :].rstrip())
     if process.returncode:
-        raise ChildFailed(module, process.returncode)
+        raise TunewrightError(f"{module} ended with {process.returncode}, see above.")
     return printed or ""
+
+
+def report(error: TunewrightError) -> int:
+    """Say in a process that was asked what it cannot do, as `ask` reads it, and return the exit code."""
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def end(process: subprocess.Popen[str], grace: float = GRACE_SECONDS) -> None:

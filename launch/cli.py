@@ -133,8 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except TunewrightError as error:
-        if not error.shown:
-            print(redact(f"{type(error).__name__}: {error}", typed_secrets(given)), file=sys.stderr)
+        print(redact(f"{type(error).__name__}: {error}", typed_secrets(given)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)

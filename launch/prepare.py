@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from tunewright.config.compose import load_config
 from tunewright.errors import TunewrightError
-from tunewright.launch.children import ask
+from tunewright.launch.children import ask, report
 from tunewright.launch.data.measure import make_report
 from tunewright.launch.data.report_text import report_text
 from tunewright.launch.remarks import keep_remarks, known_figures
@@ -31,7 +31,7 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False) -> Prepared:
     """Make what is missing in a process of its own; several ranks may call it at once, one of them does the work.
 
     Raises:
-        ChildFailed: the process said why on standard error.
+        TunewrightError: see `prepare_and_report`.
     """
     found = find_prepared(config)
     if found and quiet:
@@ -57,9 +57,9 @@ def prepare_and_report(config: DictConfig, say: Callable[[str], None]) -> Prepar
         check_vocabulary(config, prepared, tokenizer)
         ranks = world_size(config, find_devices())
         plan = batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
-        report = make_report(prepared.cache, config, plan, tokenizer)
-        keep_remarks(config, prepared.cache, report)
-        known = [report_text(report)]
+        found = make_report(prepared.cache, config, plan, tokenizer)
+        keep_remarks(config, prepared.cache, found)
+        known = [report_text(found)]
     say("\n".join(known))
     return prepared
 
@@ -74,8 +74,7 @@ def main() -> int:
         config = load_config(sys.stdin)
         prepare_and_report(config, lambda line: print(redact(line), flush=True))
     except TunewrightError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return report(error)
     return 0
 
 

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         state, claimed = _join_and_prepare(config, claimed, prepared, held)
     except TunewrightError as error:
         # One rank of a machine says it for all, but each knows for itself whom it waits for.
-        if not error.shown and (_speaks() or isinstance(error, PeerError)):
+        if _speaks() or isinstance(error, PeerError):
             told = redact(f"{type(error).__name__}: {error}", typed_secrets(argv))
             print(told, file=sys.stderr, flush=True)
         return error.exit_code

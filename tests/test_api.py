@@ -174,13 +174,12 @@ def test_mistakes_are_the_errors_of_the_commands(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_another_process_refuses_is_its_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_another_process_refuses_is_its_error(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "nothing_known"}')
     path = [f"model.path={tmp_path}/model", "model.random_weights=true", f"output_root={tmp_path}/runs"]
-    with pytest.raises(tunewright.ConfigError, match="see above"):
+    with pytest.raises(tunewright.ConfigError, match="nothing_known"):
         tunewright.train("model=folder", *path, dataset=ROWS)
-    assert "nothing_known" in capfd.readouterr().err
 
 
 def test_several_ranks_go_through_the_launcher(quick: list[str]) -> None:

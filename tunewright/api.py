@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from omegaconf import DictConfig, OmegaConf
 
-from tunewright import errors
 from tunewright.config.compose import compose_config
 from tunewright.config.schema import GROUPS, Launcher
-from tunewright.errors import ConfigError, DataError, TunewrightError
+from tunewright.errors import ERRORS, ConfigError, DataError, TunewrightError
 from tunewright.files import written_aside
 from tunewright.metrics import read_metrics
 from tunewright.redaction import redact
@@ -95,8 +94,7 @@ def train(
     devices = find_devices()
     if not devices.gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for another, and say so
-    with _errors_of_children():
-        job = plan_job(config, devices)
+    job = plan_job(config, devices)
     alone = config.strategy.launcher is Launcher.single
     if not alone:
         _refuse_objects(config, {"callbacks": own, "loss": objective})
@@ -152,18 +150,7 @@ def _refuse_objects(config: DictConfig, objects: Mapping[str, Any]) -> None:
 
 def _kind(code: int) -> type[TunewrightError]:
     """Return the error that an exit code stands for."""
-    return {number: getattr(errors, name) for name, number in errors.EXIT_CODES.items()}.get(code, TunewrightError)
-
-
-@contextmanager
-def _errors_of_children() -> Iterator[None]:
-    """Raise what ended a process beside this one as the error that it was; the process has told the reason."""
-    from tunewright.launch.children import ChildFailed
-
-    try:
-        yield
-    except ChildFailed as error:
-        raise _kind(error.exit_code)(str(error)) from error
+    return next((kind for kind in ERRORS.values() if kind.exit_code == code), TunewrightError)
 
 
 @contextmanager

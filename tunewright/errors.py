@@ -15,7 +15,6 @@ class TunewrightError(Exception):
     """A failure that the user can act on; its text is shown without a traceback, and without secrets."""
 
     exit_code = 70
-    shown = False  # True when another process has shown the reason already
 
     def __str__(self) -> str:
         return redact(super().__str__())
@@ -57,14 +56,8 @@ class Preempted(TunewrightError):
     exit_code = 75
 
 
-def code_of(returncode: int) -> int:
-    """Return our exit code for that of a Python process of ours: 1 is its own for an exception that nobody expected."""
-    return TunewrightError.exit_code if returncode == 1 else returncode
-
-
-EXIT_CODES = {
-    cls.__name__: cls.exit_code for cls in (ConfigError, DataError, StorageError, NumericError, PeerError, Preempted)
-}
+ERRORS = {cls.__name__: cls for cls in (ConfigError, DataError, StorageError, NumericError, PeerError, Preempted)}
+EXIT_CODES = {name: cls.exit_code for name, cls in ERRORS.items()}
 
 
 def closest(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str | None:

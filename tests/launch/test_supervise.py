@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tunewright.config.compose import compose_config
-from tunewright.launch.children import ChildFailed, ask, start
+from tunewright.errors import ConfigError, TunewrightError
+from tunewright.launch.children import ask, start
 from tunewright.launch.command import Command, accelerate_launch
 from tunewright.launch.supervise import run_ranks
 from tunewright.run_folder import RunDir
@@ -62,12 +63,13 @@ def test_what_the_launcher_complains_of_is_in_its_log(tmp_path: Path) -> None:
     assert "an unexplained exit" in said[0]
 
 
-def test_an_own_process_that_fails_ends_with_its_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_an_own_process_is_raised_here(capfd: pytest.CaptureFixture[str]) -> None:
     config = compose_config(["model=folder", "model.path=/nowhere/at/all"])
-    with pytest.raises(ChildFailed) as failed:
+    with pytest.raises(ConfigError, match="/nowhere/at/all"):
         ask("tunewright.launch.ask_torch", "architecture", config)
-    assert failed.value.exit_code == 2
-    assert "/nowhere/at/all" in capfd.readouterr().err
+    with pytest.raises(TunewrightError, match="ended with 1, see above"):
+        ask("tunewright.launch.no_such_module", "", config)
+    assert "no_such_module" in capfd.readouterr().err
 
 
 def test_a_configuration_error_imports_nothing_heavy() -> None:
