@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import os
+import pkgutil
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -95,6 +96,8 @@ def problem_of_path(text: str) -> str | None:
 
 
 def problem_of_dotted(text: str) -> str | None:
+    if text.startswith("tunewright."):
+        return problem_of_import(text.removesuffix("()"))
     match = re.fullmatch(r"(\w+)\.(\w+)", text)
     if match is None or re.search(r"\.(py|md|json|jsonl|yaml|toml|txt|html)$", text):
         return None
@@ -112,6 +115,15 @@ def problem_of_dotted(text: str) -> str | None:
     if first in modules():
         return f"{', '.join(modules()[first])} defines no {second}"
     return None if importlib.util.find_spec(first) else "no setting, module or package"
+
+
+def problem_of_import(name: str) -> str | None:
+    """Say what is wrong with the full name of a module, or of something in one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        return str(error)
+    return None
 
 
 def problem_of_setting(text: str, document: str = "") -> str | None:
