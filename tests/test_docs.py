@@ -96,7 +96,7 @@ def problem_of_path(text: str) -> str | None:
 
 
 def problem_of_dotted(text: str) -> str | None:
-    if text.startswith("tunewright."):
+    if re.fullmatch(r"tunewright(\.\w+)+(\(\))?", text):
         return problem_of_import(text.removesuffix("()"))
     match = re.fullmatch(r"(\w+)\.(\w+)", text)
     if match is None or re.search(r"\.(py|md|json|jsonl|yaml|toml|txt|html)$", text):
