@@ -98,7 +98,7 @@ def test_a_run_is_opened_and_asked(trained: Any) -> None:
 
 
 def test_runs_are_compared(trained: Any, tmp_path: Path) -> None:
-    comparison = tunewright.compare([trained[0]], tmp_path / "comparison")
+    comparison = tunewright.compare(trained[0], tmp_path / "comparison")  # one alone, or a list
     assert comparison.page.is_file()
     assert "final train loss" in str(comparison)
 
@@ -157,6 +157,10 @@ def test_what_fails_here_is_raised_here(quick: list[str]) -> None:
         (["strategy=ddp"], {"callbacks": [Steps()]}, tunewright.ConfigError, r"imports=\[my_module\] train.callbacks="),
         (["strategy=zero2"], {"loss": len}, tunewright.ConfigError, r"imports=\[my_module\] train.loss=NAME"),
         ([], {"callbacks": ["nobodys"]}, tunewright.ConfigError, "`train.callbacks` names 'nobodys'"),
+        ([], {"callbacks": Steps()}, tunewright.ConfigError, "write a list"),
+        ([], {"callbacks": [len]}, tunewright.ConfigError, "holds <built-in function len>: write transformers"),
+        ([], {"loss": 3}, tunewright.ConfigError, "`loss` is 3: write a function"),
+        ([], {"dataset": ROWS, "metrics": {"n": len}}, tunewright.ConfigError, "give `eval_dataset` too"),
         (["data.names=[demo]"], {"dataset": ROWS}, tunewright.ConfigError, "both say which data"),
         ([], {"dataset": []}, tunewright.DataError, "has no rows"),
         ([], {"dataset": [3]}, tunewright.DataError, "Row 0 is int"),

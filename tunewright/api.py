@@ -84,6 +84,7 @@ def train(
     from tunewright.launch.train import plan_job, run_job
     from tunewright.plan.devices import find_devices
 
+    _check_objects(callbacks, loss)
     names = [item for item in callbacks if isinstance(item, str)]
     own = [item for item in callbacks if not isinstance(item, str)]
     objective = None if isinstance(loss, str) else loss
@@ -91,6 +92,8 @@ def train(
     if isinstance(loss, str):
         settings += override_list([{"train.loss": loss}])
     config = _compose(settings, dataset, eval_dataset, config_dir)
+    if metrics and not (config.data.eval_names or config.data.eval_split or config.data.eval_size):
+        raise ConfigError("`metrics` judge answers to held-out rows: give `eval_dataset` too, or set `data.eval_size`.")
     devices = find_devices()
     if not devices.gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for another, and say so
@@ -130,6 +133,21 @@ def train(
     if metrics:
         run.evaluate(metrics=metrics, say=say)
     return run
+
+
+def _check_objects(callbacks: Any, loss: Any) -> None:
+    """Find out before anything is loaded what would fail at the first step.
+
+    Raises:
+        ConfigError: a callback or the loss is none.
+    """
+    if not isinstance(callbacks, (list, tuple)):
+        raise ConfigError(f"`callbacks` is {callbacks!r}: write a list.")
+    for one in callbacks:
+        if not isinstance(one, str) and not hasattr(one, "on_train_begin"):
+            raise ConfigError(f"`callbacks` holds {one!r}: write transformers.TrainerCallback objects, or names.")
+    if loss is not None and not isinstance(loss, str) and not callable(loss):
+        raise ConfigError(f"`loss` is {loss!r}: write a function of logits and labels, or a plug-in's name.")
 
 
 def _refuse_objects(config: DictConfig, objects: Mapping[str, Any]) -> None:
@@ -331,7 +349,8 @@ class Comparison:
 
 
 def compare(
-    runs: Iterable[Run | str | os.PathLike[str]], out: str | os.PathLike[str] = "runs/comparison"
+    runs: Run | str | os.PathLike[str] | Iterable[Run | str | os.PathLike[str]],
+    out: str | os.PathLike[str] = "runs/comparison",
 ) -> Comparison:
     """Compare runs by their losses, figures, settings and answers, as `tunewright compare` does.
 
@@ -342,6 +361,8 @@ def compare(
     from tunewright.deliver.compare import compare as write_comparison
 
     told: list[str] = []
+    if isinstance(runs, (Run, str, os.PathLike)):
+        runs = [runs]
     paths = [run.path if isinstance(run, Run) else Path(run) for run in runs]
     folder = write_comparison(paths, Path(out), echo=told.append)
     return Comparison(folder, told[0])

@@ -60,7 +60,7 @@ def test_every_yaml_key_is_typed() -> None:
         (["data.names=demo"], ["`data.names` is 'demo'", "data.names=[one,two]"]),
         (["data.names=[]"], ["`data.names` is empty"]),
         (["train.epochs=1,2"], ["--multirun"]),
-        (["strategy"], ["Cannot read `strategy`", "key=value"]),
+        (["strategy"], ["Cannot read `strategy`", "'strategy'. Write overrides as key=value"]),
         (["name=${nothing}"], ["'nothing' not found"]),
     ],
 )

@@ -154,7 +154,7 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
         key, _, value = (error.override or "").partition("=")
         hint = f" Text with other letters or signs goes into quotes: '{key}=\"{value}\"'." if value else ""
         raise ConfigError(
-            f"Cannot read `{error.override}`: {first_line(error)} Write overrides as key=value, "
+            f"Cannot read `{error.override}`: {first_line(error)}. Write overrides as key=value, "
             f"for example train.learning_rate=1e-4 or data.names=[demo].{hint}"
         ) from error
 
