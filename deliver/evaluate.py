@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -191,9 +192,12 @@ def _scored(
 
 def _mean(name: str, score: Metric, pairs: list[tuple[str, str]]) -> float:
     try:
-        return fmean(float(score(answer, expected)) for answer, expected in pairs)
+        mean = fmean(float(score(answer, expected)) for answer, expected in pairs)
     except Exception as error:  # somebody else's code
         raise ConfigError(f"The metric '{name}' failed: {type(error).__name__}: {error}.") from error
+    if not isfinite(mean):  # nothing that JSON or a comparison has
+        raise ConfigError(f"The metric '{name}' is {mean} on average: it has to return a finite number for each row.")
+    return mean
 
 
 def _write(run: RunDir, evaluation: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -135,9 +135,14 @@ def test_a_dataset_and_a_loss_and_metrics(quick: list[str]) -> None:
     assert calls
     evaluation = json.loads((run.path / "evaluation.json").read_text())
     assert set(evaluation["base"]["metrics"]) >= {"right"}
+    with pytest.raises(tunewright.ConfigError, match="'none' is nan on average"):
+        run.evaluate(metrics={"none": lambda answer, expected: float("nan")}, say=lambda line: None)
 
 
-def test_what_fails_here_is_raised_here(quick: list[str]) -> None:
+def test_what_fails_here_is_raised_here(quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *args, **kwargs: pytest.fail("told TRL"))
+
     class Break(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             raise ZeroDivisionError("as a notebook sees it")

@@ -85,6 +85,9 @@ class TunewrightTrainer(SFTTrainer):
         self.meter = Meter(self.model, self.args.device, dtype)
         self.add_callback(self.meter)
 
+    def _send_telemetry(self) -> None:
+        """Tell nobody: TRL sends its authors a note of each training, with the model's architecture in it."""
+
     # Batches
 
     def get_train_dataloader(self) -> EpochDataLoader | StreamDataLoader:
