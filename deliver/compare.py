@@ -14,6 +14,7 @@ from tunewright.deliver.run_record import Run, load_run
 from tunewright.errors import ConfigError, StorageError
 from tunewright.files import write_bytes, write_text
 from tunewright.pages import check_replaceable
+from tunewright.run_folder import RunDir
 
 
 def compare(run_paths: Sequence[Path], out_dir: Path, *, echo: Callable[[str], object] = print) -> Path:
@@ -23,8 +24,8 @@ def compare(run_paths: Sequence[Path], out_dir: Path, *, echo: Callable[[str], o
         ConfigError: there is no run, or one of them is none.
         StorageError: the files cannot be written, or are somebody's own.
     """
-    runs = _load_distinct(run_paths)
     out_dir = Path(out_dir)
+    runs = _load_distinct(run_paths, out_dir)
     text, markdown, image, page = (out_dir / f"comparison.{kind}" for kind in ("txt", "md", "png", "html"))
     for file in (text, markdown, image, page):
         check_replaceable(file, page, "name another folder with --out")
@@ -47,11 +48,13 @@ def compare(run_paths: Sequence[Path], out_dir: Path, *, echo: Callable[[str], o
     return out_dir
 
 
-def _load_distinct(run_paths: Sequence[Path]) -> list[Run]:
-    """Load every run once; a shell pattern easily names the same folder twice."""
+def _load_distinct(run_paths: Sequence[Path], out_dir: Path) -> list[Run]:
+    """Load every run once; a shell pattern easily names the same folder twice, and that of an earlier comparison."""
     distinct: dict[Path, Path] = {}
     for path in run_paths:
         distinct.setdefault(Path(path).resolve(), Path(path))
+    if (out_dir / "comparison.html").is_file() and not RunDir(out_dir).manifest.is_file():
+        distinct.pop(out_dir.resolve(), None)
     if not distinct:
         raise ConfigError("nothing to compare: name at least one run folder")
     return [load_run(path) for path in distinct.values()]

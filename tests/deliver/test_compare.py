@@ -451,6 +451,11 @@ class TestCompare:
         assert re.search(r"^a +✓ Lumo$", text, re.MULTILINE)
         assert text.splitlines()[0].split() == ["run", "a", "b"]  # the run named twice is shown once
 
+    def test_the_same_pattern_again_passes_over_the_comparison(self, tmp_path: Path) -> None:
+        make_run(tmp_path, "a")
+        for _ in range(2):
+            compare(sorted(tmp_path.iterdir()), tmp_path / "comparison", echo=lambda text: None)
+
     def test_terminal_escapes_in_answers_are_not_printed(self, tmp_path: Path) -> None:
         rows = [{"prompt": "p", "expected": "e", "base": "\x1b[2J\x07gone \ud83d", "tuned": "e"}]
         said: list[str] = []
