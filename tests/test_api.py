@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pandas import DataFrame
 from transformers import TrainerCallback
 
 import tunewright
@@ -91,6 +92,8 @@ def test_a_run_is_opened_and_asked(trained: Any) -> None:
     assert isinstance(first, str)
     assert run.chat([{"role": "user", "content": "1 + 1"}], max_new_tokens=4) == first
     assert isinstance(run.chat("1 + 1", max_new_tokens=4, base=True), str)
+    with pytest.raises(tunewright.ConfigError, match="A prompt is a text or a list"):
+        run.chat([{"rol": "user"}])
     evaluation = run.evaluate(metrics={"length": lambda answer, expected: float(len(expected))}, say=lambda line: None)
     assert evaluation["examples"] == 8
     assert evaluation["tuned"]["metrics"]["length"] == len("It is 17.")
@@ -170,6 +173,7 @@ def test_what_fails_here_is_raised_here(quick: list[str], monkeypatch: pytest.Mo
         ([], {"dataset": []}, tunewright.DataError, "has no rows"),
         ([], {"dataset": [3]}, tunewright.DataError, "Row 0 is int"),
         ([], {"dataset": [{"a": object()}]}, tunewright.DataError, "Row 0 cannot be written as JSON"),
+        ([], {"dataset": DataFrame({"a": ["b"]})}, tunewright.DataError, "to_dict"),
         ([], {"dataset": {"train": ROWS}}, tunewright.DataError, "choose one of its splits"),
         ([], {"dataset": "nowhere"}, tunewright.DataError, "nowhere"),
         ([], {"dataset": [{"a": "b"}]}, tunewright.DataError, "the meaning of its columns is not plain"),

@@ -237,7 +237,9 @@ class Run:
             ConfigError, DataError, StorageError: as `tunewright chat`.
         """
         opening = [{"role": "system", "content": system}] if system else []
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not (isinstance(asked, Sequence) and all(isinstance(turn, Mapping) and "role" in turn for turn in asked)):
+            raise ConfigError(f"A prompt is a text or a list of {{'role', 'content'}}, not {prompt!r}.")
         answerer, run = self._answerer(trusted=trust)
         text = answerer.renderer.prompt([*opening, *asked])
         if base:
@@ -481,6 +483,8 @@ def _names(given: Rows, cache: Path) -> list[str]:
         return [os.fspath(given)]
     if isinstance(given, Sequence) and given and all(isinstance(name, (str, os.PathLike)) for name in given):
         return [os.fspath(name) for name in given]
+    if type(given).__name__ == "DataFrame":
+        raise DataError("A data frame is no list of rows: write dataset=frame.to_dict('records').")
     if isinstance(given, Mapping):  # a DatasetDict too
         raise DataError(f"A dataset is given as a mapping of {', '.join(map(str, given))}: choose one of its splits.")
     if not hasattr(given, "__len__") or not len(given):

@@ -59,6 +59,7 @@ def test_every_yaml_key_is_typed() -> None:
         (["data=registry"], ["No value for `data.names`", "data.names=[demo]"]),
         (["data.names=demo"], ["`data.names` is 'demo'", "data.names=[one,two]"]),
         (["data.names=[]"], ["`data.names` is empty"]),
+        (["data.names=[mine.json]"], ["`data.eval_names` is still ['demo_eval']", "data=registry"]),
         (["train.epochs=1,2"], ["--multirun"]),
         (["strategy"], ["Cannot read `strategy`", "'strategy'. Write overrides as key=value"]),
         (["name=${nothing}"], ["'nothing' not found"]),
@@ -232,7 +233,7 @@ def test_configuration_errors_do_not_wait_for_torch() -> None:
         "import sys\n"
         "from tunewright.launch.cli import main\n"
         "assert main(['train', 'strategy=zero4']) == 2\n"
-        "assert main(['train', 'data.names=[nothing]']) == 3\n"
+        "assert main(['train', 'data=registry', 'data.names=[nothing]']) == 3\n"
         "assert main(['config', '--keys']) == 0\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )

@@ -124,7 +124,7 @@ def test_a_name_is_one_plain_part_of_a_path(tmp_path: Path, name: str, how: list
 
 def test_runs_of_a_sweep_get_plain_names_of_their_own(tmp_path: Path) -> None:
     varied = ["train.learning_rate=0.1,1.1", "model.path=/models/a.b,/models/c", "data.names=[x/y],[z]"]
-    configs = sweep_jobs(["name=run", f"output_root={tmp_path}", *varied], None, multirun=True)
+    configs = sweep_jobs(["name=run", f"output_root={tmp_path}", "data=registry", *varied], None, multirun=True)
     assert configs[0].name == "run-learning_rate=0.1-path=_models_a.b-names=_x_y_"
     assert len({claim(config).run.path for config in configs}) == 8
 

@@ -107,9 +107,23 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
         OmegaConf.resolve(config)
     except InterpolationResolutionError as error:
         raise ConfigError(f"A value refers to a setting that is not there: {first_line(error)}.") from error
+    _check_preset(config, parsed)
     refuse_secrets(config)
     check_trust(config, parsed)
     return config
+
+
+def _check_preset(config: DictConfig, overrides: list[Override]) -> None:
+    """Refuse other data under what is set for the shipped task, which would be judged by the rows of that task."""
+    typed = {item.key_or_group for item in overrides}
+    if "data.names" in typed and not typed & {"data", "data.eval_names", "experiment"}:
+        held_out = [name for name in config.data.eval_names if f"{name}".removesuffix("_eval") not in config.data.names]
+        if held_out:
+            raise ConfigError(
+                f"`data.names` is {list(config.data.names)}, and `data.eval_names` is still {held_out}, of data=demo: "
+                f"write data=registry before data.names for data of your own, or say what is held out "
+                f"(data.eval_names=[])."
+            )
 
 
 def load_config(source: Path | TextIO, *, trusted: bool = False) -> DictConfig:
