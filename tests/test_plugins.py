@@ -181,7 +181,7 @@ def test_a_name_that_no_plugin_adds_is_told() -> None:
 
 
 def test_what_is_reserved_is_what_is_shipped() -> None:
-    from tunewright.config.compose import choices
+    from tunewright.config.choices import choices
     from tunewright.trainer.data.formats import READERS
 
     assert sorted(SHIPPED["method"]) == choices("method")
