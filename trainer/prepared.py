@@ -110,7 +110,8 @@ def prepare(config: DictConfig, say: Callable[[str], None] = print, *, weights: 
     cache = find_cache(config, model_path)
     if cache is None:
         say(f"Tokenising {', '.join([*config.data.names, *config.data.eval_names])}")
-        with started_workers(thread_count(config), warm_up) if wants_processes(config) else nullcontext() as processes:
+        many = wants_processes(config)
+        with started_workers(thread_count(config), warm_up, config.imports) if many else nullcontext() as processes:
             renderer = Renderer.of(config, load_tokenizer(model_path, config.model))
             with Progress(say, sys.stdout, every=PROGRESS_SECONDS, leave=False) as progress:
                 show = partial(progress.update, unit="rows")

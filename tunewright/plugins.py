@@ -168,7 +168,6 @@ class Loaded(Plugins):
     def __init__(self) -> None:
         super().__init__()
         self.origins: dict[tuple[str, str], str] = {}
-        self.imports: list[str] = []  # loaded so far, for processes begun from here
         self.found = False  # whether the entry points were loaded
 
     def load(self, imports: Iterable[str] = ()) -> None:
@@ -191,8 +190,6 @@ class Loaded(Plugins):
             if os.getcwd() not in sys.path:
                 sys.path.append(os.getcwd())
             self._register(name, "`imports`", partial(importlib.import_module, name))
-            if name not in self.imports:
-                self.imports.append(name)
 
     def _register(self, origin: str, who: str, load: Callable[[], Any]) -> None:
         added = Plugins()

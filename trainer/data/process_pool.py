@@ -10,7 +10,7 @@ import os
 import pickle
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -22,10 +22,10 @@ from tunewright.ranks import die_with_parent
 
 
 @contextmanager
-def started_workers(count: int, warm_up: Callable[[], None]) -> Iterator[Executor]:
-    """Give a pool of so many processes, on their way up, each of which begins with `warm_up`."""
+def started_workers(count: int, warm_up: Callable[[], None], imports: Sequence[str] = ()) -> Iterator[Executor]:
+    """Give a pool of so many processes, on their way up, each of which loads `imports` and begins with `warm_up`."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, _begin, (PLUGINS.imports,)) as pool:
+    with ProcessPoolExecutor(count, context, _begin, (tuple(imports),)) as pool:
         for _ in range(count):  # a process starts with the first task that finds no idle one
             pool.submit(warm_up)
         try:
@@ -51,7 +51,7 @@ def sent(value: Any) -> Iterator[Callable[..., Any] | None]:
         yield partial(_call, str(path))
 
 
-def _begin(imports: list[str]) -> None:
+def _begin(imports: Sequence[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
     die_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
