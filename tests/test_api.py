@@ -248,4 +248,4 @@ assert "train" in dir(tunewright)
     with pytest.raises(tunewright.ConfigError, match="is not a run folder"):
         tunewright.open_run("nowhere")
     with pytest.raises(AttributeError):
-        tunewright.nothing  # noqa: B018
+        tunewright.nothing()

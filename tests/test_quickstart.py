@@ -44,7 +44,7 @@ def test_the_notebook_goes_the_whole_way(executed: Any) -> None:
     assert "step 70/70" in text
     assert "Saved to runs/full/final" in text
     assert re.search(r"first_letter [\d.]+ before, [\d.]+ after", text)
-    after = float(re.search(r"full: exact match .* before, ([\d.]+)% .* after", text)[1])  # type: ignore[index]
+    after = float(re.search(r"full: exact match .* before, ([\d.]+)% .* after", text)[1])
     assert after > 50
     assert "tuned: billing" in text
     assert "`method=qlora` cannot run under `strategy=zero3`" in text

@@ -69,7 +69,7 @@ def test_a_loss_that_is_no_sum_is_refused(train_here: TrainHere, small_model: Pa
         train_here("each", *quick(small_model), loss=partial(cross_entropy, reduction="none"))
 
 
-class Counting(TrainerCallback):  # type: ignore[misc]
+class Counting(TrainerCallback):
     """Counts the steps of all trainings."""
 
     steps = 0

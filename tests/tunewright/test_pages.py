@@ -14,8 +14,8 @@ from tunewright.pages import TEMPLATES, Bars, Chart, check_replaceable, code, en
 
 def test_pages_escape_and_markdown_does_not() -> None:
     text = environment().from_string("{{ x }}{{ y }}")
-    assert environment().autoescape("x.html.jinja") is True  # type: ignore[operator]
-    assert environment().autoescape("x.md.jinja") is False  # type: ignore[operator]
+    assert environment().autoescape("x.html.jinja") is True
+    assert environment().autoescape("x.md.jinja") is False
     with pytest.raises(jinja2.UndefinedError, match="'y' is undefined"):
         text.render(x=1)
 
@@ -43,7 +43,7 @@ def test_markdown_shows_text_as_it_is(text: str) -> None:
 def test_bars_of_a_chart_stand_on_the_axis_and_none_is_drawn_for_nothing() -> None:
     parts = environment().get_template("parts.html.jinja").module
     series = [Bars([0.5, 0, 1], ["a", "b", "c"]), Bars([0, 0.001, 0], ["d", "e", "f"])]
-    drawn = str(parts.chart(Chart("rows", "tokens", ["0", "1", "2", "3"], "100%", series)))  # type: ignore[attr-defined]
+    drawn = str(parts.chart(Chart("rows", "tokens", ["0", "1", "2", "3"], "100%", series)))
     assert re.findall("<title>(.)</title>", drawn) == ["a", "c", "e"]
     bars = [(float(y), float(height)) for y, height in re.findall(r'<rect.*? y="(.*?)".*? height="(.*?)"', drawn, re.S)]
     assert {y + height for y, height in bars} == {136.0}
