@@ -19,6 +19,7 @@ from tunewright.metrics import read_metrics
 from tunewright.plan.batch_plan import batch_plan
 from tunewright.plugins import PLUGINS
 from tunewright.run_folder import RunDir
+from tunewright.trainer.agreement import Agreement
 from tunewright.trainer.arguments import sft_config
 from tunewright.trainer.callbacks import MetricsWriter, ProgressReport
 from tunewright.trainer.checkpoint_loading import plain_data_only
@@ -87,7 +88,9 @@ def train(
     trainer = _build(config, run, prepared, state, loss)
     device, dtype, plan = state.device, trainer.dtype, trainer.plan
     metrics, progress = MetricsWriter(run.metrics, trainer.meter, started), ProgressReport(output)
-    ours = [metrics, progress, VerifyStrategy(config, run, trainer, output), *_chosen(config, run, trainer, output)]
+    agreement = Agreement([], config.train.timeout_minutes)
+    verify = VerifyStrategy(config, run, trainer, output)
+    ours = [metrics, progress, agreement, verify, *_chosen(config, run, trainer, output)]
     added = [PLUGINS.callbacks[name]() for name in config.train.callbacks]
     for callback in (*ours, *added, *callbacks):
         trainer.add_callback(callback)
