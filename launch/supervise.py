@@ -14,15 +14,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tunewright.errors import EXIT_CODES
 from tunewright.launch.children import end, start
 from tunewright.launch.command import Command
-from tunewright.ranks import LAUNCHED_BY
+from tunewright.ranks import LAUNCHED_BY, SPARE_ERRORS
 from tunewright.run_folder import RunDir
 from tunewright.terminal import begin_line
 
 TAIL_LINES = 15
+MEMORY = "/dev/shm"
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -46,25 +48,35 @@ def run_ranks(command: Command, run: RunDir, say: Callable[[str], None] = print)
     log_path = run.logs / "launch.log"
     log_path.touch()
     started, said = time.time(), log_path.stat().st_size  # the logs of earlier attempts are kept
-    with log_path.open("a") as log:
-        process = start(
-            command.program + command.arguments,
-            {**command.env, LAUNCHED_BY: str(os.getpid())},
-            stdin=subprocess.DEVNULL,
-            stderr=log,
-        )
-    if _wait(process):
-        run.update_manifest(status="stopped")
-        begin_line()
-        say(stopped(run))
-        return INTERRUPTED
-    if run.read_manifest().get("status") == "done":
-        return 0
-    run.update_manifest(status="failed")
-    error = first_error(run, log_path, since=started, offset=said)
+    # In memory where there is such a place: the disk of the run may be the one that is full.
+    with TemporaryDirectory(prefix="tunewright-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as spare:
+        with log_path.open("a") as log:
+            process = start(
+                command.program + command.arguments,
+                {**command.env, LAUNCHED_BY: str(os.getpid()), SPARE_ERRORS: spare},
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+            )
+        if _wait(process):
+            _mark(run, "stopped", say)
+            begin_line()
+            say(stopped(run))
+            return INTERRUPTED
+        if run.read_manifest().get("status") == "done":
+            return 0
+        error = first_error(run, log_path, since=started, offset=said, spare=Path(spare))
     begin_line()
     say(f"Rank {error.rank} failed with {error.kind}: {error.message}\n  log: {error.log}")
+    _mark(run, "failed", say)
     return error.exit_code
+
+
+def _mark(run: RunDir, status: str, say: Callable[[str], None]) -> None:
+    """Write into the manifest how it ended, as far as the disk has room."""
+    try:
+        run.update_manifest(status=status)
+    except OSError as error:
+        say(f"{run.manifest} still calls the run running: {error.strerror}.")
 
 
 def stopped(run: RunDir) -> str:
@@ -95,12 +107,17 @@ def _wait(process: subprocess.Popen[str]) -> bool:
     return bool(received)
 
 
-def first_error(run: RunDir, launch_log: Path, *, since: float = 0.0, offset: int = 0) -> RankError:
+def first_error(
+    run: RunDir, launch_log: Path, *, since: float = 0.0, offset: int = 0, spare: Path | None = None
+) -> RankError:
     """Return the failure that the others followed from: the earliest that is not the loss of a peer.
 
-    Of this attempt alone, which began at the time `since` and at the byte `offset` of the launcher's log.
+    Of this attempt alone, which began at the time `since` and at the byte `offset` of the launcher's log. `spare` is
+    where ranks write when the run's folder has no room.
     """
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in run.logs.glob("rank*.error.json")]
+    folders = [run.logs, *([spare] if spare else [])]
+    files = [path for folder in folders for path in folder.glob("rank*.error.json")]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     records = [record for record in records if record["time"] >= since]
     own = [record for record in records if record["exit_code"] != EXIT_CODES["PeerError"]]
     report = launch_log.read_bytes()[offset:].decode(errors="replace")

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from tunewright.files import write_text
 from tunewright.terminal import Progress
 from tunewright.trainer.console import Output
 from tunewright.trainer.throughput import Meter
@@ -49,11 +50,13 @@ class MetricsWriter(TrainerCallback):
         """Drop the lines of steps that a resumed run is about to repeat."""
         if not self.path.is_file():
             return
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        # The last one may be half of a line, of a process that was killed or whose disk was full.
+        found = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = [json.loads(line) for line in found if line.endswith("}\n")]
         kept = [line for line in lines if line["step"] <= step]
         self.tokens_seen = max((line["tokens_seen"] for line in kept), default=0)
         self.seconds_before = max((line.get("wall_seconds", 0.0) for line in kept), default=0.0)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 class ProgressReport(TrainerCallback):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import io
-import json
 import os
 import sys
 import time
@@ -13,11 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
-from tunewright.errors import PeerError, TunewrightError, first_line
-from tunewright.ranks import launched, rank
+from tunewright.errors import PeerError, StorageError, TunewrightError, first_line
+from tunewright.files import write_json
+from tunewright.ranks import SPARE_ERRORS, launched, rank
 from tunewright.redaction import redact
+from tunewright.space import STORAGE_ERRNOS
 
 PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out waiting")
 
@@ -54,6 +55,23 @@ class Printer:
         pass
 
 
+class _Kept(io.FileIO):
+    """A file that keeps what its disk has room for: a line that finds none ends no training."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in STORAGE_ERRNOS:
+                raise
+            return len(data)
+
+
+def _writer(descriptor: int, *, closefd: bool = True) -> TextIO:
+    raw = io.BufferedWriter(_Kept(descriptor, "w", closefd=closefd))
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="replace", line_buffering=True)
+
+
 class Console:
     """The output of a rank: the first rank speaks, everything else goes to logs/rankN.log."""
 
@@ -63,12 +81,12 @@ class Console:
         sys.stdout.flush()
         sys.stderr.flush()
         # The descriptors themselves are turned over, so that what libraries write from C++ is kept as well.
-        self._terminal: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
+        self._terminal = _writer(os.dup(1))
         log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        sys.stdout, sys.stderr = _writer(1, closefd=False), _writer(2, closefd=False)
         faulthandler.enable()
 
     @property
@@ -93,7 +111,7 @@ class Console:
 
 @contextmanager
 def reported_errors(logs: Path, console: Console) -> Iterator[None]:
-    """Write what ends this rank to logs/rankN.error.json and exit with the code of its class."""
+    """Write what ends this rank to logs/rankN.error.json and exit with the code of its class, on a full disk too."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -107,17 +125,29 @@ def reported_errors(logs: Path, console: Console) -> Iterator[None]:
             "traceback": redact(traceback.format_exc()),
         }
         print(record["traceback"], file=sys.stderr)
-        (logs / f"rank{rank()}.error.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        _keep(record, logs)
         console.fail(f"Rank {rank()} failed: {record['type']}: {record['message']} (log: {console.log_path})")
         # Without waiting for the others: a rank that still sits in a collective would hold the exit up.
         sys.stdout.flush()
         os._exit(int(record["exit_code"]))
 
 
+def _keep(record: dict[str, Any], logs: Path) -> None:
+    """Write down what ended this rank, beside its log or, when there is no room, where its launcher looks as well."""
+    name, spare = f"rank{rank()}.error.json", os.environ.get(SPARE_ERRORS)
+    try:
+        write_json(logs / name, record)
+    except OSError:
+        if spare:
+            write_json(Path(spare) / name, record)
+
+
 def as_known_error(error: BaseException) -> BaseException:
-    """Tell a failed peer from a failure of this rank's own."""
+    """Tell a failed peer and a disk that refuses from a failure of this rank's own."""
     if isinstance(error, TunewrightError):
         return error
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
+        return StorageError(str(error))
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_SIGNS):
         return PeerError(f"lost contact with another rank: {first_line(error)}")
     return error

@@ -26,8 +26,10 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file."""
-    with written_aside(path) as staging:
-        staging.write_bytes(content)
+    with written_aside(path) as staging, staging.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # before the name: a power cut would leave a file of nothing under it
 
 
 def write_text(path: Path, text: str) -> None:

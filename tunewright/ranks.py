@@ -11,6 +11,7 @@ from typing import NoReturn
 
 # Set by `tunewright train`: it reads the error files and shows one of them, so that ranks need not.
 LAUNCHED_BY = "TUNEWRIGHT_LAUNCHER_PID"
+SPARE_ERRORS = "TUNEWRIGHT_SPARE_ERRORS"  # the folder for error files that find no room in the run's
 # What launchers tell their ranks, and torchrun (PET_) and MPI theirs. Whoever starts ranks owns these: what another
 # launch left in the environment would make them wait for ranks that nobody starts.
 RANK_NAMES = {
@@ -28,6 +29,7 @@ RANK_NAMES = {
     "MASTER_PORT",
     "FORK_LAUNCHED",
     LAUNCHED_BY,
+    SPARE_ERRORS,
 }
 RANK_PREFIXES = (
     "ACCELERATE_",
