@@ -18,7 +18,7 @@ from tunewright.errors import PeerError, StorageError, TunewrightError, first_li
 from tunewright.files import write_json
 from tunewright.ranks import SPARE_ERRORS, launched, rank
 from tunewright.redaction import redact
-from tunewright.space import STORAGE_ERRNOS
+from tunewright.space import STORAGE_ERRNOS, refused
 
 PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out waiting")
 
@@ -146,7 +146,7 @@ def as_known_error(error: BaseException) -> BaseException:
     """Tell a failed peer and a disk that refuses from a failure of this rank's own."""
     if isinstance(error, TunewrightError):
         return error
-    if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
+    if refused(error):
         return StorageError(str(error))
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_SIGNS):
         return PeerError(f"lost contact with another rank: {first_line(error)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,52 @@ import torch
 from safetensors import safe_open
 
 from tunewright.errors import StorageError
+from tunewright.files import bring_to_disk, make_readable
+from tunewright.folders import set_aside
+from tunewright.run_folder import RunDir
+from tunewright.space import storing
+from tunewright.trainer.disk_room import DiskRoom
 from tunewright.trainer.methods.lora import save_as_plain_lora, starts_as_pissa
 
 
-def save_result(trainer: Any, method: Any, run: Path, folder: Path) -> None:
-    """Save what was trained, and the tokenizer. Every rank has to call it."""
-    trainer.save_model(str(folder))
-    if starts_as_pissa(method) and trainer.is_world_process_zero():
-        save_as_plain_lora(trainer.accelerator.unwrap_model(trainer.model), run, folder)
+PART = ".final.part"
+
+
+def save_result(trainer: Any, method: Any, run: RunDir, room: DiskRoom) -> None:
+    """Save what was trained, and the tokenizer, as `final/`, which is there once it is whole and was read back.
+
+    Every rank has to call it.
+
+    Raises:
+        StorageError: the disk refuses, or what was saved is not what was trained.
+    """
+    staging, leads = run.path / PART, trainer.is_world_process_zero()
+    if leads:
+        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+    room.check_result()
+    try:
+        with storing(run.path, "The result", needed=room.result, advice=room.advice):
+            trainer.save_model(str(staging))
+            if starts_as_pissa(method) and leads:
+                save_as_plain_lora(trainer.accelerator.unwrap_model(trainer.model), run.path, staging)
+            trainer.accelerator.wait_for_everyone()
+            if leads:
+                _finish(staging, run)
+    finally:
+        if leads:
+            shutil.rmtree(staging, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def _finish(staging: Path, run: RunDir) -> None:
+    """Give a saved result its name."""
+    make_readable(staging)
+    verify_saved(staging)
+    for path in staging.rglob("*"):
+        bring_to_disk(path)
+    set_aside([run.final] if run.final.exists() else [], run.path.parent, run.path.name)
+    os.rename(staging, run.final)
+    bring_to_disk(run.path)
 
 
 def verify_saved(folder: Path) -> None:

@@ -19,6 +19,7 @@ from tunewright.metrics import read_metrics
 from tunewright.plan.batch_plan import batch_plan
 from tunewright.plugins import PLUGINS
 from tunewright.run_folder import RunDir
+from tunewright.space import storing
 from tunewright.trainer.agreement import Agreement
 from tunewright.trainer.arguments import sft_config
 from tunewright.trainer.callbacks import MetricsWriter, ProgressReport
@@ -26,6 +27,7 @@ from tunewright.trainer.checkpoint_loading import plain_data_only
 from tunewright.trainer.console import Output, Printer
 from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.data.stream import TokenStream
+from tunewright.trainer.disk_room import DiskRoom
 from tunewright.trainer.hardware import peak_memory
 from tunewright.trainer.loss import Loss
 from tunewright.trainer.methods import adapt, parameter_counts
@@ -37,7 +39,7 @@ from tunewright.trainer.model.regional_compile import compile_layers
 from tunewright.trainer.model.tokenizer import load_tokenizer, stop_tokens
 from tunewright.trainer.process_group import all_gather, join
 from tunewright.trainer.results import describe_result, describe_training, name_of, write_hyperparameters
-from tunewright.trainer.saving import save_result, verify_saved
+from tunewright.trainer.saving import save_result
 from tunewright.trainer.sft_trainer import TunewrightTrainer
 from tunewright.trainer.strategy_check import VerifyStrategy
 
@@ -75,7 +77,7 @@ def train(
 
     Raises:
         ConfigError: what runs is not what the strategy asks for.
-        StorageError: what was saved cannot be read back.
+        StorageError: the disk has no room or refuses, or what was saved cannot be read back.
         NumericError: a loss or gradient is not finite.
     """
     started = time.perf_counter()
@@ -89,8 +91,9 @@ def train(
     device, dtype, plan = state.device, trainer.dtype, trainer.plan
     metrics, progress = MetricsWriter(run.metrics, trainer.meter, started), ProgressReport(output)
     agreement = Agreement([], config.train.timeout_minutes)
+    room = DiskRoom(trainer, run, prepared.model_path, agreement, config.train.save_steps)
     verify = VerifyStrategy(config, run, trainer, output)
-    ours = [metrics, progress, agreement, verify, *_chosen(config, run, trainer, output)]
+    ours = [room, metrics, progress, agreement, verify, *_chosen(config, run, trainer, output)]
     added = [PLUGINS.callbacks[name]() for name in config.train.callbacks]
     for callback in (*ours, *added, *callbacks):
         trainer.add_callback(callback)
@@ -102,19 +105,19 @@ def train(
         f"{state.num_processes} x {device.type}: {plan.describe()}"
     )
     with (
+        storing(run.path, "What this run writes", advice=room.advice, ask_disk=False),
         closing(progress.progress),
         plain_data_only(deepspeed=trainer.is_deepspeed_enabled, trusted=config.trust),
     ):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.eval_dataset is not None and not _evaluated_at(run, trainer.state.global_step):
             trainer.evaluate()
-    save_result(trainer, config.method, run.path, run.final)
-    memory = max(row[0] for row in all_gather([peak_memory(device)], device))
-    if state.is_main_process:
-        verify_saved(run.final)
-        result = describe_result(run, trainer, metrics.wall_seconds(), memory)
-        write_hyperparameters(run, result["final"])
-        run.update_manifest(**result)
+        save_result(trainer, config.method, run, room)
+        memory = max(row[0] for row in all_gather([peak_memory(device)], device))
+        if state.is_main_process:
+            result = describe_result(run, trainer, metrics.wall_seconds(), memory)
+            write_hyperparameters(run, result["final"])
+            run.update_manifest(**result)
     output.say(f"Saved to {run.final}")
     return trainer
 

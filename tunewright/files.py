@@ -42,6 +42,32 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode())
 
 
+def bring_to_disk(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_readable(folder: Path) -> None:
+    """Give the files below a folder the mode that this process gives new ones.
+
+    safetensors (0.8) writes private ones (0600), which another user of a shared disk could not read.
+    """
+    mode = 0o666 & ~_umask()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+def _umask() -> int:
+    # Not os.umask(), which tells it only by setting another one for all threads.
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), 8)
+
+
 def _remove(staging: Path) -> None:
     if staging.is_dir() and not staging.is_symlink():
         shutil.rmtree(staging, ignore_errors=True)

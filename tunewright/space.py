@@ -23,6 +23,7 @@ from tunewright.text import size
 STORAGE_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG}
 )
+# How libraries written in Rust tell the system's number: safetensors' SafetensorError, tokenizers' bare Exception.
 RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 PROBE_BYTES = 256 * 1024
 
@@ -60,7 +61,7 @@ def refused(error: BaseException | None) -> str | None:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        rust = RUST_ERRNO.search(str(error)) if type(error).__module__.startswith("safetensors") else None
+        rust = RUST_ERRNO.search(str(error))
         number = int(rust[1]) if rust else getattr(error, "errno", None)
         if number in STORAGE_ERRNOS and (rust or isinstance(error, OSError)):
             return os.strerror(int(number))
