@@ -18,7 +18,6 @@ from tunewright.space import storing
 from tunewright.trainer.disk_room import DiskRoom
 from tunewright.trainer.methods.lora import save_as_plain_lora, starts_as_pissa
 
-
 PART = ".final.part"
 
 
