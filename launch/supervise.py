@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from tunewright.errors import EXIT_CODES
 from tunewright.launch.children import end, start
 from tunewright.launch.command import Command
+from tunewright.launch.watchdog import Watch
 from tunewright.ranks import LAUNCHED_BY, SPARE_ERRORS
 from tunewright.run_folder import RunDir
 from tunewright.terminal import begin_line
@@ -39,8 +40,12 @@ class RankError:
     log: Path
 
 
-def run_ranks(command: Command, run: RunDir, say: Callable[[str], None] = print) -> int:
+def run_ranks(
+    command: Command, run: RunDir, say: Callable[[str], None] = print, *, timeout_minutes: float = 10.0
+) -> int:
     """Run the command to its end and return the exit code that says how it went.
+
+    A rank that is silent for nearly `timeout_minutes` is ended.
 
     Success is the manifest's `done`, which the first rank writes after the result was verified: ranks have been seen
     to die in their teardown after a good run.
@@ -49,7 +54,10 @@ def run_ranks(command: Command, run: RunDir, say: Callable[[str], None] = print)
     log_path.touch()
     started, said = time.time(), log_path.stat().st_size  # the logs of earlier attempts are kept
     # In memory where there is such a place: the disk of the run may be the one that is full.
-    with TemporaryDirectory(prefix="tunewright-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as spare:
+    with (
+        TemporaryDirectory(prefix="tunewright-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as spare,
+        Watch(Path(spare), timeout_minutes, say) as watch,
+    ):
         with log_path.open("a") as log:
             process = start(
                 command.program + command.arguments,
@@ -65,6 +73,9 @@ def run_ranks(command: Command, run: RunDir, say: Callable[[str], None] = print)
         if run.read_manifest().get("status") == "done":
             return 0
         error = first_error(run, log_path, since=started, offset=said, spare=Path(spare))
+        if watch.frozen:  # and the others failed with it
+            rank = watch.frozen.rank
+            error = RankError(rank, "silence", watch.told(), EXIT_CODES["PeerError"], run.logs / f"rank{rank}.log")
     begin_line()
     say(f"Rank {error.rank} failed with {error.kind}: {error.message}\n  log: {error.log}")
     _mark(run, "failed", say)

@@ -149,7 +149,7 @@ def run_job(
             return start(job, prepared)
         write_accelerate_config(job.command, run)
         say(job.command.shown())
-        return run_ranks(job.command, run, say)
+        return run_ranks(job.command, run, say, timeout_minutes=config.train.timeout_minutes)
 
 
 def check_data(config: DictConfig) -> None:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from tunewright.files import write_text
 from tunewright.terminal import Progress
 from tunewright.trainer.console import Output
+from tunewright.trainer.pulse import Pulse
 from tunewright.trainer.throughput import Meter
 
 
@@ -57,6 +58,16 @@ class MetricsWriter(TrainerCallback):
         self.tokens_seen = max((line["tokens_seen"] for line in kept), default=0)
         self.seconds_before = max((line.get("wall_seconds", 0.0) for line in kept), default=0.0)
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+class CountSteps(TrainerCallback):
+    """Tells this rank's pulse in which step it is."""
+
+    def __init__(self, pulse: Pulse) -> None:
+        self.pulse = pulse
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pulse.step = state.global_step + 1
 
 
 class ProgressReport(TrainerCallback):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, NoReturn, Protocol, TextIO
 
 from tunewright.errors import PeerError, StorageError, TunewrightError, first_line
 from tunewright.files import write_json
@@ -110,26 +110,33 @@ class Console:
 
 
 @contextmanager
-def reported_errors(logs: Path, console: Console) -> Iterator[None]:
-    """Write what ends this rank to logs/rankN.error.json and exit with the code of its class, on a full disk too."""
+def reported_errors(logs: Path, console: Console, peers: Callable[[], str] = str) -> Iterator[None]:
+    """End this rank with whatever is raised, see `end_rank`; `peers` tells where the other ranks are."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         known = as_known_error(error)
-        record = {
-            "rank": rank(),
-            "time": time.time(),
-            "type": type(known).__name__,
-            "exit_code": getattr(known, "exit_code", 70),
-            "message": redact(str(known)) or type(known).__name__,
-            "traceback": redact(traceback.format_exc()),
-        }
-        print(record["traceback"], file=sys.stderr)
-        _keep(record, logs)
-        console.fail(f"Rank {rank()} failed: {record['type']}: {record['message']} (log: {console.log_path})")
-        # Without waiting for the others: a rank that still sits in a collective would hold the exit up.
-        sys.stdout.flush()
-        os._exit(int(record["exit_code"]))
+        if known is not error and isinstance(known, PeerError):
+            known = PeerError(f"{known}{peers()}")
+        end_rank(known, traceback.format_exc(), logs, console)
+
+
+def end_rank(error: BaseException, trace: str, logs: Path, console: Console) -> NoReturn:
+    """Write what ends this rank to logs/rankN.error.json and exit with the code of its class, on a full disk too."""
+    record = {
+        "rank": rank(),
+        "time": time.time(),
+        "type": type(error).__name__,
+        "exit_code": getattr(error, "exit_code", 70),
+        "message": redact(str(error)) or type(error).__name__,
+        "traceback": redact(trace),
+    }
+    print(record["traceback"], file=sys.stderr)
+    _keep(record, logs)
+    console.fail(f"Rank {rank()} failed: {record['type']}: {record['message']} (log: {console.log_path})")
+    # Without waiting for the others: a rank that still sits in a collective would hold the exit up.
+    sys.stdout.flush()
+    os._exit(int(record["exit_code"]))
 
 
 def _keep(record: dict[str, Any], logs: Path) -> None:

@@ -155,6 +155,22 @@ def _skip_shared_memory_kernel() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def limit_waiting(timeout_minutes: float) -> None:
+    """Let collectives of every group wait so long at most.
+
+    DeepSpeed makes groups of its own for ZeRO-1 and ZeRO-2, and names no timeout: they would get PyTorch's default of
+    half an hour over gloo (deepspeed 0.19.8, utils/groups.py).
+    """
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return
+    # `set_timeout` is newer than the oldest torch that is supported.
+    limit = getattr(distributed, "set_timeout", distributed.distributed_c10d._set_pg_timeout)
+    for group in list(distributed.distributed_c10d._world.pg_map):
+        limit(timedelta(minutes=timeout_minutes), group)
+
+
 def all_gather(values: Sequence[float], device: torch.device) -> list[list[float]]:
     """Return one list of values for each rank; every rank has to call it, with as many of them."""
     import torch

@@ -16,7 +16,7 @@ from tunewright.errors import ConfigError
 from tunewright.ranks import launched
 from tunewright.run_folder import RunDir
 from tunewright.trainer.console import Output
-from tunewright.trainer.process_group import all_gather
+from tunewright.trainer.process_group import all_gather, limit_waiting
 
 
 class VerifyStrategy(TrainerCallback):
@@ -37,6 +37,7 @@ class VerifyStrategy(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first = state.global_step
+        limit_waiting(self.config.train.timeout_minutes)
         if state.is_world_process_zero:
             self.run.update_manifest(steps_planned=state.max_steps)
 

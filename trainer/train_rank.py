@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from omegaconf import DictConfig
 
+from tunewright.errors import PeerError
 from tunewright.ranks import leave
 from tunewright.run_folder import RunDir
-from tunewright.trainer.console import Console, reported_errors
+from tunewright.trainer.console import Console, end_rank, reported_errors
 from tunewright.trainer.prepared import Prepared
 from tunewright.trainer.process_group import join
+from tunewright.trainer.pulse import Pulse
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -28,16 +32,26 @@ def train_rank(
 ) -> NoReturn:
     """Train as one rank of a run, and end the process; a rank that has not joined the others, without `state`, does."""
     console = Console(run.logs)
-    with reported_errors(run.logs, console):
+    pulse = Pulse(config.train.timeout_minutes, partial(_end, run.logs, console))
+    with reported_errors(run.logs, console, pulse.known):
         found = prepared()
         gc.disable()  # it would look through a million imported objects again and again, for two seconds, in vain
         state = state or join(config.strategy.launcher.name, config.train.timeout_minutes, console.say)
+        pulse.attach()
+        from tunewright.trainer.callbacks import CountSteps
         from tunewright.trainer.training import train
 
         gc.freeze()
         gc.enable()
-        train(config, run, found, state, console, checkpoint)
+        train(config, run, found, state, console, checkpoint, callbacks=[CountSteps(pulse)])
+        pulse.stop()
         state.destroy_process_group()
     # At the interpreter's own end a rank over gloo aborts now and then (torch 2.13), and a finished run would count as
     # failed.
     leave(0)
+
+
+def _end(logs: Path, console: Console, error: PeerError) -> None:
+    """End this rank from the thread that noticed, with the stacks of all."""
+    faulthandler.dump_traceback()
+    end_rank(error, "", logs, console)
