@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ class MetricsWriter(TrainerCallback):
             return
         self.tokens_seen += logs.get("step_tokens", 0)
         counted = {"tokens_seen": int(self.tokens_seen), "wall_seconds": self.wall_seconds()}
-        line = {"step": state.global_step, "epoch": state.epoch, **counted, **logs}
+        # JSON has no number that is not finite; only a held-out loss can be one (`finiteness`).
+        figures = {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in logs.items()}
+        line = {"step": state.global_step, "epoch": state.epoch, **counted, **figures}
         if "loss" in logs:
             line["step_losses"] = self.meter.step_losses
         with self.path.open("a", encoding="utf-8") as file:

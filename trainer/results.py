@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -35,7 +36,9 @@ def describe_training(
     }
 
 
-def describe_result(run: RunDir, trainer: Any, seconds: float, memory: float) -> dict[str, Any]:
+def describe_result(
+    run: RunDir, trainer: Any, seconds: float, memory: float, warnings: Sequence[str]
+) -> dict[str, Any]:
     """Return what a finished training comes to: its losses, how long it took, and the most `memory` of any rank."""
     lines = read_metrics(run.metrics)
     evals = [line["eval_loss"] for line in lines if "eval_loss" in line]
@@ -46,6 +49,7 @@ def describe_result(run: RunDir, trainer: Any, seconds: float, memory: float) ->
     mfu = [line["mfu"] * line["step_seconds"] for line in trained if "mfu" in line]
     return {
         "status": "done",
+        "warnings": list(warnings),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "wall_seconds": seconds,

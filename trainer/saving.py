@@ -16,6 +16,7 @@ from tunewright.folders import set_aside
 from tunewright.run_folder import RunDir
 from tunewright.space import storing
 from tunewright.trainer.disk_room import DiskRoom
+from tunewright.trainer.finiteness import check_finite
 from tunewright.trainer.methods.lora import save_as_plain_lora, starts_as_pissa
 
 PART = ".final.part"
@@ -28,7 +29,9 @@ def save_result(trainer: Any, method: Any, run: RunDir, room: DiskRoom) -> None:
 
     Raises:
         StorageError: the disk refuses, or what was saved is not what was trained.
+        NumericError: what was trained is not finite.
     """
+    check_finite(trainer)
     staging, leads = run.path / PART, trainer.is_world_process_zero()
     if leads:
         shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed

@@ -17,8 +17,8 @@ import torch
 from omegaconf import DictConfig
 from trl import SFTTrainer
 
-from tunewright.errors import NumericError
 from tunewright.plan.batch_plan import BatchPlan
+from tunewright.trainer.agreement import Agreement
 from tunewright.trainer.data.batches import (
     Batch,
     EpochDataLoader,
@@ -30,6 +30,8 @@ from tunewright.trainer.data.batches import (
 )
 from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.data.stream import StreamDataLoader, StreamedMicroBatches, TokenStream
+from tunewright.trainer.data.token_cache import TokenCache
+from tunewright.trainer.finiteness import Finiteness
 from tunewright.trainer.loss import Loss, cross_entropy_sum, custom_loss_sum
 from tunewright.trainer.master_weights import attach_master_weights
 from tunewright.trainer.methods.prompt_learning import (
@@ -53,6 +55,7 @@ class TunewrightTrainer(SFTTrainer):
         dtype: the format of weights and computation.
         stream: trains in place of `train_dataset`, which is then a sample of it.
         loss: in place of the cross-entropy, in training and evaluation.
+        cache: where the rows come from, to tell which they are.
     """
 
     control: Any  # what callbacks ask for; transformers sets it
@@ -66,6 +69,7 @@ class TunewrightTrainer(SFTTrainer):
         dtype: torch.dtype,
         stream: TokenStream | None = None,
         loss: Loss | None = None,
+        cache: TokenCache | None = None,
         **kwargs: Any,
     ) -> None:
         pad_token_id = kwargs["processing_class"].pad_token_id
@@ -84,6 +88,9 @@ class TunewrightTrainer(SFTTrainer):
         self.neftune = EmbeddingNoise(self.model, alpha) if alpha else None
         self.meter = Meter(self.model, self.args.device, dtype)
         self.add_callback(self.meter)
+        self.finiteness = Finiteness(self, config, cache)
+        self.agreement = Agreement([self.finiteness], config.train.timeout_minutes)
+        self.add_callback(self.agreement)
 
     def _send_telemetry(self) -> None:
         """Tell nobody: TRL sends its authors a note of each training, with the model's architecture in it."""
@@ -130,12 +137,28 @@ class TunewrightTrainer(SFTTrainer):
         loader = self._loader(self.train_dataset, shuffle=True)
         return self.data_collator(loader.dataset.__getitems__(loader.batch_sampler.largest()))  # type: ignore
 
+    def rows_of(self, step: int, number: int, *, shuffle: bool = True) -> list[int]:
+        """Return the rows of this rank's micro-batch `number`, from 0, of `step`, from 1; of a stream none.
+
+        Without `shuffle` those of an evaluation.
+        """
+        if shuffle and self.stream is not None:
+            return []
+        loader = self._loader(self.train_dataset if shuffle else self.eval_dataset, shuffle=shuffle)
+        return loader.batch_sampler.rows_of(step, number)  # type: ignore[union-attr,no-any-return]
+
     # Loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.meter.add_loss(loss.detach())
+        self.finiteness.add_loss(loss.detach())
         return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.finiteness.see_norm(norm)
+        return norm
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
         self.meter.start_step()  # fetching batches is part of a step
@@ -173,18 +196,23 @@ class TunewrightTrainer(SFTTrainer):
         """
         model = self.model_wrapped if self.is_deepspeed_enabled and self.model_wrapped is not self.model else self.model
         model.eval()
-        total, tokens = 0.0, 0
+        total, tokens, odd = 0.0, 0, []
         with torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
+            for number, batch in enumerate(self.get_eval_dataloader(eval_dataset)):
                 tokens += int((batch["labels"][..., 1:] != IGNORED).sum())
                 batch = self._prepare_inputs(batch)
                 if self._is_left_to_trl(batch):
-                    total += float(super().compute_loss(model, batch, num_items_in_batch=1)) / self.args.world_size
+                    loss = float(super().compute_loss(model, batch, num_items_in_batch=1)) / self.args.world_size
                 else:
-                    total += float(self._loss_sum(model, batch))
+                    loss = float(self._loss_sum(model, batch))
+                total += loss
+                odd += [] if math.isfinite(loss) else [number]
         model.train()
         sums = all_gather([total, tokens], self.args.device)
-        metrics = {f"{metric_key_prefix}_loss": sum(row[0] for row in sums) / max(sum(row[1] for row in sums), 1)}
+        mean = sum(row[0] for row in sums) / max(sum(row[1] for row in sums), 1)
+        if not math.isfinite(mean):
+            self.finiteness.judge_evaluation(mean, odd)
+        metrics = {f"{metric_key_prefix}_loss": mean}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -252,7 +280,8 @@ class TunewrightTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self.meter.take())
-            _refuse_non_finite(logs, self.state.global_step)
+            if not all(map(math.isfinite, (logs["loss"], logs.get("grad_norm", 0.0)))):
+                self.finiteness.stop()
         super().log(logs, start_time)
 
 
@@ -265,13 +294,3 @@ def cast_trained(model: Any, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
-
-
-def _refuse_non_finite(logs: dict[str, float], step: int) -> None:
-    for key in ("loss", "grad_norm"):
-        value = logs.get(key)
-        if value is not None and not math.isfinite(value):
-            raise NumericError(
-                f"{key} is {value} at step {step}. Lower `train.learning_rate`, set `train.max_grad_norm` to 1.0, or "
-                f"use model.dtype=float32 to see whether the number format is the cause."
-            )

@@ -19,15 +19,23 @@ from tunewright.metrics import read_metrics
 from tunewright.plan.batch_plan import batch_plan
 from tunewright.plugins import PLUGINS
 from tunewright.run_folder import RunDir
-from tunewright.space import storing
-from tunewright.trainer.agreement import Agreement
+    room = DiskRoom(trainer, run, prepared.model_path, trainer.agreement, config.train.save_steps)
+    verify, watch = VerifyStrategy(config, run, trainer, output), Watch(config, run, trainer, output)
+    ours = [room, metrics, progress, watch, verify, *_chosen(config, run, trainer, output)]
 from tunewright.trainer.arguments import sft_config
 from tunewright.trainer.callbacks import MetricsWriter, ProgressReport
 from tunewright.trainer.checkpoint_loading import plain_data_only
 from tunewright.trainer.console import Output, Printer
 from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.data.stream import TokenStream
-from tunewright.trainer.disk_room import DiskRoom
+        warnings = watch.warnings()
+        save_result(trainer, config.method, run, room)
+        memory = max(row[0] for row in all_gather([peak_memory(device)], device))
+        if state.is_main_process:
+            result = describe_result(run, trainer, metrics.wall_seconds(), memory, warnings)
+            write_hyperparameters(run, result["final"])
+            run.update_manifest(**result)
+    output.say(". ".join([f"Saved to {run.final}", *(f"Warning: {text}" for text in warnings)]))
 from tunewright.trainer.hardware import peak_memory
 from tunewright.trainer.loss import Loss
 from tunewright.trainer.methods import adapt, parameter_counts
@@ -37,6 +45,7 @@ from tunewright.trainer.model.gradient_checkpointing import FitCheckpointing
 from tunewright.trainer.model.load import load_model, quiet_libraries, torch_dtype
 from tunewright.trainer.model.regional_compile import compile_layers
 from tunewright.trainer.model.tokenizer import load_tokenizer, stop_tokens
+from tunewright.trainer.model.weights_check import check_weights
 from tunewright.trainer.process_group import all_gather, join
 from tunewright.trainer.results import describe_result, describe_training, name_of, write_hyperparameters
 from tunewright.trainer.saving import save_result
@@ -90,10 +99,16 @@ def train(
     trainer = _build(config, run, prepared, state, loss)
     device, dtype, plan = state.device, trainer.dtype, trainer.plan
     metrics, progress = MetricsWriter(run.metrics, trainer.meter, started), ProgressReport(output)
+<<<<<<< HEAD
     agreement = Agreement([], config.train.timeout_minutes)
     room = DiskRoom(trainer, run, prepared.model_path, agreement, config.train.save_steps)
     verify = VerifyStrategy(config, run, trainer, output)
     ours = [room, metrics, progress, agreement, verify, *_chosen(config, run, trainer, output)]
+=======
+    verify = VerifyStrategy(config, run, trainer, output)
+    watch = Watch(config, run, trainer, output)
+    ours = [metrics, progress, watch, verify, *_chosen(config, run, trainer, output)]
+>>>>>>> 42ceae6 (wip)
     added = [PLUGINS.callbacks[name]() for name in config.train.callbacks]
     for callback in (*ours, *added, *callbacks):
         trainer.add_callback(callback)
@@ -112,6 +127,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.eval_dataset is not None and not _evaluated_at(run, trainer.state.global_step):
             trainer.evaluate()
+<<<<<<< HEAD
         save_result(trainer, config.method, run, room)
         memory = max(row[0] for row in all_gather([peak_memory(device)], device))
         if state.is_main_process:
@@ -119,6 +135,17 @@ def train(
             write_hyperparameters(run, result["final"])
             run.update_manifest(**result)
     output.say(f"Saved to {run.final}")
+=======
+    warnings = watch.warnings()
+    save_result(trainer, config.method, run.path, run.final)
+    memory = max(row[0] for row in all_gather([peak_memory(device)], device))
+    if state.is_main_process:
+        verify_saved(run.final)
+        result = describe_result(run, trainer, metrics.wall_seconds(), memory, warnings)
+        write_hyperparameters(run, result["final"])
+        run.update_manifest(**result)
+    output.say(". ".join([f"Saved to {run.final}", *(f"Warning: {text}" for text in warnings)]))
+>>>>>>> 42ceae6 (wip)
     return trainer
 
 
@@ -143,6 +170,8 @@ def _build(
     # Loading draws random numbers, differently under ZeRO-3: adapters must begin alike under every strategy.
     set_seed(config.train.seed)
     model = adapt(model, config.method, prepared.model_path)
+    if config.method.get("adapter"):
+        check_weights(model, Path(config.method.adapter), state.device)
     if starts_as_pissa(config.method) and state.is_main_process:
         keep_pissa_start(model, run.path)
     trainer = TunewrightTrainer(
@@ -156,6 +185,7 @@ def _build(
         dtype=dtype,
         stream=_stream(config, prepared, tokenizer) if config.data.streaming else None,
         loss=loss,
+        cache=prepared.cache,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

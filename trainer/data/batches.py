@@ -11,6 +11,7 @@ rows 3, 0, 7, ...  ->  input_ids      (1, T)   all tokens of the micro-batch, en
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,15 @@ class MicroBatches:
         for step in steps:
             for positions in self.plan.share(self.lengths[step].tolist(), self.rank):
                 yield self._rows(step[positions])
+
+    def rows_of(self, step: int, number: int) -> list[int]:
+        """Return the rows of this rank's micro-batch `number`, from 0, of the run's optimiser step `step`, from 1."""
+        epoch, step = divmod(step - 1, self._steps())
+        before, self.epoch = self.epoch, epoch
+        try:
+            return next(islice(self, step * self.plan.accumulation + number, None))
+        finally:
+            self.epoch = before
 
     def _rows(self, units: np.ndarray) -> list[int]:
         if self.packs is None:

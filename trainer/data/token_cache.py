@@ -7,6 +7,7 @@ are worked out when the cache is opened (see `sampling`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -126,6 +127,18 @@ class TokenCache:
         order = np.concatenate([start + examples for start, (_, examples) in zip(starts[:-1], parts, strict=True)])
         whole = concatenate_datasets([dataset for dataset, _ in parts]).remove_columns("row")
         return whole if len(order) == len(whole) and (order == np.arange(len(whole))).all() else whole.select(order)
+
+    def places(self, split: str, examples: Sequence[int]) -> list[tuple[str, int]]:
+        """Return (dataset, row in it, counted from 0) of examples of a split, by their numbers in `open`."""
+        chosen = [(cached, numbers) for cached, numbers in self.chosen(split) if len(numbers)]
+        ends = np.cumsum([len(numbers) for _, numbers in chosen])
+        found = []
+        for example in examples:
+            part = int(np.searchsorted(ends, example, side="right"))
+            cached, numbers = chosen[part]
+            number = numbers[example - int(ends[part]) + len(numbers)]
+            found.append((cached.name, int(cached.part.rows[number])))
+        return found
 
     def lengths(self, split: str) -> np.ndarray:
         """Return the tokens of each example of a split (examples,), in the order of `open`."""

@@ -37,8 +37,13 @@ def load_model(
 
     `attention` is what flat rows need; without it the model is for padded batches and generation.
     Under ZeRO-3 the weights are partitioned while they load, provided that `TrainingArguments` exist already.
+
+    Raises:
+        StorageError: a weight is not finite.
     """
     from transformers import AutoModelForCausalLM
+
+    from tunewright.trainer.model.weights_check import check_weights
 
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention or _padded_attention(path, model)}
     if method is not None and method.name == "qlora":
@@ -49,7 +54,9 @@ def load_model(
         options["device_map"] = {"": device if device is not None else "cpu"}
     if model.random_weights:
         return _draw(path, model, device, options)
-    return from_folder(AutoModelForCausalLM.from_pretrained, path, model, **options)  # type: ignore[no-any-return]
+    loaded = from_folder(AutoModelForCausalLM.from_pretrained, path, model, **options)
+    check_weights(loaded, path, device)
+    return loaded  # type: ignore[no-any-return]
 
 
 def _draw(path: Path, model: ModelConfig, device: torch.device | None, options: dict[str, Any]) -> PreTrainedModel:
