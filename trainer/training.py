@@ -19,23 +19,15 @@ from tunewright.metrics import read_metrics
 from tunewright.plan.batch_plan import batch_plan
 from tunewright.plugins import PLUGINS
 from tunewright.run_folder import RunDir
-    room = DiskRoom(trainer, run, prepared.model_path, trainer.agreement, config.train.save_steps)
-    verify, watch = VerifyStrategy(config, run, trainer, output), Watch(config, run, trainer, output)
-    ours = [room, metrics, progress, watch, verify, *_chosen(config, run, trainer, output)]
+from tunewright.space import storing
 from tunewright.trainer.arguments import sft_config
 from tunewright.trainer.callbacks import MetricsWriter, ProgressReport
 from tunewright.trainer.checkpoint_loading import plain_data_only
 from tunewright.trainer.console import Output, Printer
 from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.data.stream import TokenStream
-        warnings = watch.warnings()
-        save_result(trainer, config.method, run, room)
-        memory = max(row[0] for row in all_gather([peak_memory(device)], device))
-        if state.is_main_process:
-            result = describe_result(run, trainer, metrics.wall_seconds(), memory, warnings)
-            write_hyperparameters(run, result["final"])
-            run.update_manifest(**result)
-    output.say(". ".join([f"Saved to {run.final}", *(f"Warning: {text}" for text in warnings)]))
+from tunewright.trainer.disk_room import DiskRoom
+from tunewright.trainer.divergence import Watch
 from tunewright.trainer.hardware import peak_memory
 from tunewright.trainer.loss import Loss
 from tunewright.trainer.methods import adapt, parameter_counts
@@ -99,16 +91,9 @@ def train(
     trainer = _build(config, run, prepared, state, loss)
     device, dtype, plan = state.device, trainer.dtype, trainer.plan
     metrics, progress = MetricsWriter(run.metrics, trainer.meter, started), ProgressReport(output)
-<<<<<<< HEAD
-    agreement = Agreement([], config.train.timeout_minutes)
-    room = DiskRoom(trainer, run, prepared.model_path, agreement, config.train.save_steps)
-    verify = VerifyStrategy(config, run, trainer, output)
-    ours = [room, metrics, progress, agreement, verify, *_chosen(config, run, trainer, output)]
-=======
-    verify = VerifyStrategy(config, run, trainer, output)
-    watch = Watch(config, run, trainer, output)
-    ours = [metrics, progress, watch, verify, *_chosen(config, run, trainer, output)]
->>>>>>> 42ceae6 (wip)
+    room = DiskRoom(trainer, run, prepared.model_path, trainer.agreement, config.train.save_steps)
+    verify, watch = VerifyStrategy(config, run, trainer, output), Watch(config, run, trainer, output)
+    ours = [room, metrics, progress, watch, verify, *_chosen(config, run, trainer, output)]
     added = [PLUGINS.callbacks[name]() for name in config.train.callbacks]
     for callback in (*ours, *added, *callbacks):
         trainer.add_callback(callback)
@@ -127,25 +112,14 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.eval_dataset is not None and not _evaluated_at(run, trainer.state.global_step):
             trainer.evaluate()
-<<<<<<< HEAD
+        warnings = watch.warnings()
         save_result(trainer, config.method, run, room)
         memory = max(row[0] for row in all_gather([peak_memory(device)], device))
         if state.is_main_process:
-            result = describe_result(run, trainer, metrics.wall_seconds(), memory)
+            result = describe_result(run, trainer, metrics.wall_seconds(), memory, warnings)
             write_hyperparameters(run, result["final"])
             run.update_manifest(**result)
-    output.say(f"Saved to {run.final}")
-=======
-    warnings = watch.warnings()
-    save_result(trainer, config.method, run.path, run.final)
-    memory = max(row[0] for row in all_gather([peak_memory(device)], device))
-    if state.is_main_process:
-        verify_saved(run.final)
-        result = describe_result(run, trainer, metrics.wall_seconds(), memory, warnings)
-        write_hyperparameters(run, result["final"])
-        run.update_manifest(**result)
     output.say(". ".join([f"Saved to {run.final}", *(f"Warning: {text}" for text in warnings)]))
->>>>>>> 42ceae6 (wip)
     return trainer
 
 

@@ -217,7 +217,8 @@ def test_a_loss_that_is_not_finite_ends_with_its_own_code(start: Callable[..., S
     running = start("diverged", "train.learning_rate=1e30", "train.max_grad_norm=0", "train.logging_steps=1")
     assert running.process.wait(timeout=120) == 5
     assert "NumericError: " in running.output.read_text().replace("failed with NumericError", "NumericError")
-    assert "Lower `train.learning_rate`" in running.output.read_text()
+    assert "Lower `train.learning_rate` (it is 1e+30" in running.output.read_text()
+    assert "set `train.max_grad_norm=1.0`" in running.output.read_text()
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,9 @@ def check_weights(model: Any, folder: Path, device: torch.device | None = None) 
     named = list(model.named_parameters())
     parts = [[part for part in _parts(weight) if part.numel()] for _, weight in named]
     # One pass without a copy: what is not a number comes through in both extremes.
-    extremes = [torch.stack([end.double() for part in own for end in torch.aminmax(part)]).sum() for own in parts if own]
+    extremes = [[end.to(device, torch.float64) for part in own for end in torch.aminmax(part)] for own in parts if own]
+    finite = torch.isfinite(torch.stack([torch.stack(ends).sum() for ends in extremes])).tolist() if extremes else []
     numbers = [number for number, own in enumerate(parts) if own]
-    finite = torch.isfinite(torch.stack([one.to(device) for one in extremes])).tolist() if extremes else []
     mine = next((number for number, good in zip(numbers, finite, strict=True) if not good), len(named))
     first = int(min(row[0] for row in all_gather([mine], device)))
     if first < len(named):
@@ -40,7 +40,7 @@ def check_weights(model: Any, folder: Path, device: torch.device | None = None) 
         file = _file_of(name, folder)
         raise StorageError(
             f"{file or folder}: the weight {name} holds values that are not finite (NaN or infinite). No loss can be "
-            f"computed with it: fetch the model again, or take the copy that it was made from."
+            f"computed with it: fetch or convert the model again."
         )
 
 
