@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import cross_entropy
 
-from tests.conftest import losses, manifest, read_metrics
-from tunewright.checkpoints import listed
-from tunewright.errors import NumericError, StorageError
-from tunewright.trainer.divergence import trouble
+from tunewright.errors import StorageError
 
 TrainHere = Callable[..., Path]
 
@@ -52,15 +45,3 @@ def test_a_base_that_is_not_finite_is_refused_before_the_first_step(
     folder = damaged(small_model, tmp_path / "damaged", value, name)
     with pytest.raises(StorageError, match=rf"damaged/model\.safetensors: the weight {name} holds values that are not"):
         train_here(f"refused-{len(list(tmp_path.parent.iterdir()))}", *quick(folder, *method, "train.max_steps=1"))
-
-
-class OddOnce:
-    """The cross-entropy, but `value` for one micro-batch."""
-
-    def __init__(self, call: int, value: float) -> None:
-        self.calls, self.call, self.value = 0, call, value
-
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        loss = cross_entropy(logits, labels, reduction="sum")
-        return loss * self.value if self.calls == self.call else loss
