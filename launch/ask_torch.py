@@ -18,6 +18,7 @@ from tunewright.launch.deepspeed_check import ask_deepspeed, kept
 from tunewright.plan.architecture import Architecture
 from tunewright.ranks import leave
 from tunewright.trainer.model.meta_model import count_parameters, find_architecture, make_architecture
+from tunewright.trainer.model.model_folder import caching
 
 MODULE = "tunewright.launch.ask_torch"
 
@@ -62,12 +63,13 @@ def main(task: str) -> int:
     """Answer for the configuration on standard input."""
     try:
         config = load_config(sys.stdin)
-        if task == "architecture":
-            make_architecture(config)
-        elif task == "parameters":
-            print(json.dumps(count_parameters(config)))
-        else:
-            ask_deepspeed(config)
+        with caching(config.data.cache_dir):
+            if task == "architecture":
+                make_architecture(config)
+            elif task == "parameters":
+                print(json.dumps(count_parameters(config)))
+            else:
+                ask_deepspeed(config)
     except TunewrightError as error:
         return report(error)
     return 0

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright import __version__
 from tunewright.datagen.cli import add_parser as add_datagen
-from tunewright.errors import TunewrightError, did_you_mean
+from tunewright.errors import StorageError, TunewrightError, did_you_mean
 from tunewright.launch.data.cli import add_parser as add_data
 from tunewright.redaction import redact, typed_secrets
+from tunewright.space import refused
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -140,7 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0  # the reader of our output went away
-    except Exception:  # shown whole, and told apart from the user's mistakes
+    except Exception as error:
+        refusal = refused(error)
+        if refusal:
+            print(redact(f"StorageError: {refusal}", typed_secrets(given)), file=sys.stderr)
+            return StorageError.exit_code
+        # A bug: shown whole, and told apart from the user's mistakes.
         print(redact(traceback.format_exc(), typed_secrets(given)), file=sys.stderr)
         return TunewrightError.exit_code
 

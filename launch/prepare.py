@@ -23,6 +23,7 @@ from tunewright.plan.devices import find_devices
 from tunewright.plan.rules import world_size
 from tunewright.ranks import leave
 from tunewright.redaction import redact
+from tunewright.trainer.model.model_folder import caching
 from tunewright.trainer.model.tokenizer import load_tokenizer
 from tunewright.trainer.prepared import Prepared, check_vocabulary, find_prepared, prepare
 
@@ -58,7 +59,8 @@ def prepare_and_report(config: DictConfig, say: Callable[[str], None]) -> Prepar
         ranks = world_size(config, find_devices())
         plan = batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
         found = make_report(prepared.cache, config, plan, tokenizer)
-        keep_remarks(config, prepared.cache, found)
+        with caching(config.data.cache_dir):
+            keep_remarks(config, prepared.cache, found)
         known = [report_text(found)]
     say("\n".join(known))
     return prepared

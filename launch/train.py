@@ -18,6 +18,7 @@ from tunewright.config.schema import Launcher
 from tunewright.errors import ConfigError
 from tunewright.launch.command import Command, build_command, write_accelerate_config
 from tunewright.launch.supervise import run_ranks
+from tunewright.launch.writable_cache import use_writable_cache
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.plan.deepspeed_rules import account
 from tunewright.plan.devices import Devices, find_devices
@@ -65,12 +66,13 @@ def check_all(config: DictConfig, devices: Devices) -> tuple[BatchPlan, list[str
         ConfigError, StorageError: see `rules.check`, `check_modules` and `substitute`.
     """
     plan = check(config, devices)
+    told = use_writable_cache(config)
     from tunewright.launch.ask_torch import ensure_architecture  # not before: a configuration error comes at once
 
     architecture = ensure_architecture(config)
     decided = substitute(config, architecture, devices)
     check_modules(config, architecture)
-    return plan, [*decided, *_own_deepspeed_file(config)]
+    return plan, [*told, *decided, *_own_deepspeed_file(config)]
 
 
 def _own_deepspeed_file(config: DictConfig) -> list[str]:

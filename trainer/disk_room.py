@@ -18,7 +18,7 @@ from tunewright.trainer.agreement import Agreement
 
 MASTER = 4  # bytes of a float32 copy of a trained weight
 # Bytes that an optimiser keeps for each trained weight, by what its name holds; of all others, AdamW's two float32.
-STATES = {"adafactor": 0.1, "4bit": 1, "8bit": 2, "adagrad": 4, "lion": 4, "rmsprop": 4, "sgd": 4}
+STATES = {"8bit": 2, "adafactor": 0.1, "adagrad": 4, "ademamix": 12, "lion": 4, "rmsprop": 4, "sgd": 0}
 ADAM = 8
 TOKENIZER = ("*token*", "vocab*", "merges*", "*.model", "*.jinja")
 

@@ -25,7 +25,7 @@ from tunewright.trainer.data.token_cache import TokenCache
 from tunewright.trainer.data.tokenization import warm_up
 from tunewright.trainer.model import tiny
 from tunewright.trainer.model.meta_model import find_architecture, make_architecture
-from tunewright.trainer.model.model_folder import cache_folder, fetch_model, find_model
+from tunewright.trainer.model.model_folder import cache_folder, caching, fetch_model, find_model
 from tunewright.trainer.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -105,7 +105,16 @@ def prepare(config: DictConfig, say: Callable[[str], None] = print, *, weights: 
     """Make what is missing, with progress; several processes may call it at once.
 
     Without `weights` a model on a hub is fetched as far as its tokenizer needs.
+
+    Raises:
+        DataError, ConfigError, PeerError: data or model cannot be used.
+        StorageError: the same, or the cache cannot be written.
     """
+    with caching(config.data.cache_dir):
+        return _prepare(config, say, weights=weights)
+
+
+def _prepare(config: DictConfig, say: Callable[[str], None], *, weights: bool) -> Prepared:
     model_path = fetch(config, say, weights=weights)
     cache = find_cache(config, model_path)
     if cache is None:

@@ -16,6 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from tunewright.metrics import read_metrics
+from tunewright.mirror import mirror_of
 from tunewright.plan.batch_plan import batch_plan
 from tunewright.plugins import PLUGINS
 from tunewright.run_folder import RunDir
@@ -32,6 +33,7 @@ from tunewright.trainer.hardware import peak_memory
 from tunewright.trainer.loss import Loss
 from tunewright.trainer.methods import adapt, parameter_counts
 from tunewright.trainer.methods.lora import keep_pissa_start, starts_as_pissa
+from tunewright.trainer.mirroring import MirrorCheckpoints, finished
 from tunewright.trainer.model import attention
 from tunewright.trainer.model.gradient_checkpointing import FitCheckpointing
 from tunewright.trainer.model.load import load_model, quiet_libraries, torch_dtype
@@ -94,8 +96,10 @@ def train(
     room = DiskRoom(trainer, run, prepared.model_path, trainer.agreement, config.train.save_steps)
     verify, watch = VerifyStrategy(config, run, trainer, output), Watch(config, run, trainer, output)
     ours = [room, metrics, progress, watch, verify, *_chosen(config, run, trainer, output)]
+    mirror = mirror_of(config) if state.is_main_process else None
+    mirroring = MirrorCheckpoints(mirror, run, config.train, output) if mirror else None
     added = [PLUGINS.callbacks[name]() for name in config.train.callbacks]
-    for callback in (*ours, *added, *callbacks):
+    for callback in (*ours, *([mirroring] if mirroring else []), *added, *callbacks):
         trainer.add_callback(callback)
     trainable, total = parameter_counts(trainer.model)
     if state.is_main_process:
@@ -106,6 +110,7 @@ def train(
     )
     with (
         storing(run.path, "What this run writes", advice=room.advice, ask_disk=False),
+        finished(mirroring),
         closing(progress.progress),
         plain_data_only(deepspeed=trainer.is_deepspeed_enabled, trusted=config.trust),
     ):

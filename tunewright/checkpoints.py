@@ -80,10 +80,22 @@ def read_record(path: Path) -> dict[str, Any]:
         ValueError: there is none, or it is not as it was written.
     """
     try:
-        found = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        return parse_record((path / RECORD).read_bytes())
     except FileNotFoundError:
         raise ValueError(f"it has no {RECORD}, which is written last") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{RECORD} cannot be read ({error})") from error
+
+
+def parse_record(written: bytes) -> dict[str, Any]:
+    """Return what a record holds.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    try:
+        found = json.loads(written)
+    except ValueError as error:
         raise ValueError(f"{RECORD} cannot be read ({error})") from error
     if not isinstance(found, dict) or found.get("digest") != digest(_without_digest(found)):
         raise ValueError(f"{RECORD} is not as it was written")

@@ -33,6 +33,7 @@ OPERATIONAL = {
     "train.eval_steps",
     "train.save_steps",
     "train.save_total_limit",
+    "train.mirror",
     "train.timeout_minutes",
     "cluster.num_processes",
     "cluster.threads_per_process",

@@ -25,6 +25,7 @@ STORAGE_ERRNOS = frozenset(
 )
 # How libraries written in Rust tell the system's number: safetensors' SafetensorError, tokenizers' bare Exception.
 RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
+OTHER_CACHE = "Make room there, or choose another folder with data.cache_dir (the variable TUNEWRIGHT_CACHE)."
 PROBE_BYTES = 256 * 1024
 
 
@@ -62,9 +63,10 @@ def refused(error: BaseException | None) -> str | None:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         rust = RUST_ERRNO.search(str(error))
-        number = int(rust[1]) if rust else getattr(error, "errno", None)
-        if number in STORAGE_ERRNOS and (rust or isinstance(error, OSError)):
-            return os.strerror(int(number))
+        if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
+            return os.strerror(error.errno) + (f" ({error.filename})" if error.filename else "")
+        if rust and int(rust[1]) in STORAGE_ERRNOS:
+            return os.strerror(int(rust[1]))
         error = error.__cause__ or error.__context__
     return None
 
@@ -74,7 +76,7 @@ def storing(
     path: Path,
     what: str,
     *,
-    needed: int | None = None,
+    needed: int | Callable[[], int | None] | None = None,
     advice: Callable[[], str] = lambda: "",
     ask_disk: bool = True,
 ) -> Iterator[None]:
@@ -83,7 +85,7 @@ def storing(
     To stand inside of what removes a half-written file: afterwards there is room again, and nothing to be seen.
 
     Args:
-        needed: bytes that were to be written, as far as known.
+        needed: bytes that were to be written, as far as known; a function is asked once it failed.
         advice: asked for once it failed: what stands, and what to do.
         ask_disk: write a little to see whether it is the disk, where the error does not say so. Not around what does
             more than writing, whose own errors a full disk must not hide.
@@ -97,17 +99,17 @@ def storing(
         raise
     except Exception as error:
         told, free = refused(error) or (refusal(path) if ask_disk else None), free_bytes(path)
-        if told is None and (needed is None or free >= needed):
+        wanted = needed() if callable(needed) else needed
+        if told is None and (wanted is None or free >= wanted):
             raise
         reason = told or os.strerror(errno.ENOSPC)
         raise StorageError(
-            f"{what} cannot be written to {path}: {reason}. {_room(needed, free)}{_sentence(advice())}"
+            f"{what} cannot be written to {path}: {reason}. {_room(wanted, free)}{_sentence(advice())}"
         ) from error
 
 
 def _room(needed: int | None, free: int) -> str:
-    wanted = f"About {size(needed)} are needed, " if needed is not None else ""
-    return f"{wanted}{size(free)} are free."
+    return f"{f'About {size(needed)} are needed, ' if needed is not None else ''}{size(free)} are free."
 
 
 def _sentence(text: str) -> str:

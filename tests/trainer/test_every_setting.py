@@ -58,7 +58,7 @@ GROUPS: dict[str, type] = {
     "cluster": schema.ClusterConfig,
 }
 # Settings that say where files lie: what is asked of them is in the tests of the modules that use them.
-PLACES = {"name", "output_root", "data.cache_dir", "data.dir", "model.path", "overwrite", "resume"}
+PLACES = {"name", "output_root", "data.cache_dir", "data.dir", "model.path", "train.mirror", "overwrite", "resume"}
 # Not trained here: a run of so many steps has no end, ranks are processes, and a compiler takes minutes.
 ENDLESS = {("train.max_steps", str(HUGE))}
 ELSEWHERE = {"train.compile", "cluster.num_processes"}

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from tunewright.errors import DataError
 from tunewright.files import write_json, written_aside
+from tunewright.space import OTHER_CACHE, storing
 from tunewright.trainer.data.cache_key import cache_key
 from tunewright.trainer.data.outcome import Outcome, dropped_lines, no_row_left
 from tunewright.trainer.data.sources import Rows, open_datasets
@@ -95,15 +96,29 @@ def build_cache(
 
     def built(rows: Rows, limit: int | None) -> CachedDataset:
         def write(folder: Path) -> Outcome:
-            return tokenize(
-                rows,
-                renderer,
-                folder,
-                threads=thread_count(config),
-                processes=processes if _is_large(rows) and limit is None else None,
-                limit=limit,
-                progress=lambda done: progress(rows.entry.name, done, rows.expected),
-            )
+            done = 0
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done = count
+                progress(rows.entry.name, count, rows.expected)
+
+            def in_all() -> int | None:
+                """Return about how many bytes all rows take, by those that were written."""
+                total = limit or rows.expected
+                written = sum(file.stat().st_size for file in folder.glob("*"))
+                return written * total // done if done and total else None
+
+            with storing(folder.parent, f"The tokens of {rows.entry.name}", needed=in_all, advice=lambda: OTHER_CACHE):
+                return tokenize(
+                    rows,
+                    renderer,
+                    folder,
+                    threads=thread_count(config),
+                    processes=processes if _is_large(rows) and limit is None else None,
+                    limit=limit,
+                    progress=advance,
+                )
 
         key = cache_key(rows, config, model_path, limit)
         return _find(rows, _root(config) / key) or _build(rows, _root(config) / key, write)

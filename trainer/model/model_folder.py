@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tunewright.config.schema import ModelConfig, Source
 from tunewright.errors import ConfigError
+from tunewright.space import OTHER_CACHE, storing
 from tunewright.trainer.model import download, tiny
 
 
 def cache_folder(cache_dir: str) -> Path:
     return Path(cache_dir).expanduser()
+
+
+@contextmanager
+def caching(cache_dir: str) -> Iterator[None]:
+    """Tell of a cache that cannot be written what can be done about it.
+
+    Raises:
+        StorageError: the disk is full, read-only or otherwise refuses.
+    """
+    with storing(cache_folder(cache_dir), "The cache", advice=lambda: OTHER_CACHE, ask_disk=False):
+        yield
 
 
 def find_model(model: ModelConfig, cache_dir: str) -> Path | None:

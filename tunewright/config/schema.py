@@ -183,6 +183,11 @@ class TrainConfig:
     eval_steps: Optional[int] = option(None, "optimiser steps between evaluations; null: once at the end")
     save_steps: Optional[int] = option(None, "optimiser steps between checkpoints; null: none before the end")
     save_total_limit: int = option(2, "checkpoints kept, newest first")
+    mirror: Optional[str] = option(
+        None,
+        "a second place for checkpoints and the result, copied while training goes on: a folder that is there, "
+        "s3://..., gs://...",
+    )
     neftune_alpha: Optional[float] = option(None, "noise on the embeddings while training (NEFTune), for example 5")
     group_by_length: bool = option(False, "rows of like length in one batch: less padding, a less random order")
     keep_best: bool = option(False, "the result is the checkpoint with the lowest eval loss, not the last one")

@@ -18,6 +18,7 @@ from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.ranges import check_ranges
 from tunewright.config.schema import STRATEGIES, Launcher, Source
 from tunewright.errors import ConfigError, did_you_mean
+from tunewright.mirror import mirror_of
 from tunewright.plan.batch_plan import BatchPlan, batch_plan
 from tunewright.plan.data_rules import check_data, check_flat_rows, check_held_out
 from tunewright.plan.deepspeed_rules import check_deepspeed
@@ -70,6 +71,7 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
     _check_model(config)
     check_data(config)
     check_flat_rows(config)
+    mirror_of(config)
     plan = batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
     if config.strategy.launcher is Launcher.deepspeed:
         check_deepspeed(config, plan, devices.gpu)
