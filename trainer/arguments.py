@@ -18,9 +18,20 @@ from tunewright.trainer.deepspeed_settings import for_trainer
 SHARE_BELOW_ONE = math.nextafter(1.0, 0.0)  # transformers reads 1.0 of all steps as one step, and this as all of them
 
 
-def sft_config(config: DictConfig, run: RunDir, plan: BatchPlan, device: torch.device, dtype: torch.dtype) -> SFTConfig:
-    """Return the arguments of the trainer; under DeepSpeed they have to exist before the model is loaded."""
-    train, deepspeed = config.train, deepspeed_settings(config)
+def sft_config(
+    config: DictConfig,
+    run: RunDir,
+    plan: BatchPlan,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    universal: bool = False,
+) -> SFTConfig:
+    """Return the arguments of the trainer; under DeepSpeed they have to exist before the model is loaded.
+
+    `universal` says that DeepSpeed is to read a universal checkpoint.
+    """
+    train, deepspeed = config.train, deepspeed_settings(config, universal=universal)
     args = SFTConfig(
         output_dir=str(run.checkpoints),
         per_device_train_batch_size=plan.micro_batch,
@@ -69,7 +80,7 @@ def sft_config(config: DictConfig, run: RunDir, plan: BatchPlan, device: torch.d
     return args
 
 
-def deepspeed_settings(config: DictConfig) -> dict[str, Any] | None:
+def deepspeed_settings(config: DictConfig, *, universal: bool) -> dict[str, Any] | None:
     """Return the DeepSpeed settings that the launcher put into the environment, or None without DeepSpeed."""
     if config.strategy.launcher is not Launcher.deepspeed:
         return None
@@ -78,4 +89,4 @@ def deepspeed_settings(config: DictConfig) -> dict[str, Any] | None:
     settings = DeepSpeedPlugin().deepspeed_config
     # The fields of an accelerate YAML are in `settings` now. accelerate would refuse them beside settings of ours.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    return for_trainer(settings)
+    return for_trainer(settings, universal=universal)

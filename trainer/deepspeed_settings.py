@@ -8,9 +8,13 @@ from typing import Any
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def for_trainer(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return DeepSpeed settings with what the trainer decides left to it; `deepspeed_file` tells the user which."""
+def for_trainer(settings: dict[str, Any], *, universal: bool = False) -> dict[str, Any]:
+    """Return DeepSpeed settings with what the trainer decides left to it; `deepspeed_file` tells the user which.
+
+    `universal` says that the checkpoint to go on from is in DeepSpeed's universal format.
+    """
     settings = copy.deepcopy(settings)
+    settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": universal}
     for key in (*BATCH, "gradient_clipping"):
         settings[key] = "auto"
     for key in ("fp16", "amp", "optimizer", "scheduler"):

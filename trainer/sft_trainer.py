@@ -44,6 +44,7 @@ from tunewright.trainer.model.linear_cross_entropy import add_linear_cross_entro
 from tunewright.trainer.model.neftune import EmbeddingNoise
 from tunewright.trainer.process_group import all_gather
 from tunewright.trainer.throughput import Meter
+from tunewright.trainer.universal import RemoveConversion, after_loading, is_universal, name_parameters
 
 
 class TunewrightTrainer(SFTTrainer):
@@ -88,6 +89,7 @@ class TunewrightTrainer(SFTTrainer):
         self.neftune = EmbeddingNoise(self.model, alpha) if alpha else None
         self.meter = Meter(self.model, self.args.device, dtype)
         self.add_callback(self.meter)
+        self.add_callback(RemoveConversion())
         self.finiteness = Finiteness(self, config, cache)
         self.agreement = Agreement([self.finiteness], config.train.timeout_minutes)
         self.add_callback(self.agreement)
@@ -223,6 +225,7 @@ class TunewrightTrainer(SFTTrainer):
         if self.loraplus_ratio and self.optimizer is None:
             self.optimizer = self._loraplus(self.loraplus_ratio)
         optimizer = super().create_optimizer(*args, **kwargs)
+        name_parameters(optimizer, self.model)
         if not self.is_deepspeed_enabled:  # DeepSpeed keeps its own float32 copies
             attach_master_weights(optimizer)
         return optimizer
@@ -251,6 +254,11 @@ class TunewrightTrainer(SFTTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save and not self.is_deepspeed_enabled:  # DeepSpeed saves the whole module
             save_prompt_encoder(self.model, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and self.is_deepspeed_enabled and is_universal(Path(checkpoint)):
+            after_loading(self.model_wrapped, Path(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not load_prompt_encoder(self.model, Path(resume_from_checkpoint)):

@@ -45,6 +45,7 @@ from tunewright.trainer.results import describe_result, describe_training, name_
 from tunewright.trainer.saving import save_result
 from tunewright.trainer.sft_trainer import TunewrightTrainer
 from tunewright.trainer.strategy_check import VerifyStrategy
+from tunewright.trainer.universal import is_universal
 
 if TYPE_CHECKING:
     from tunewright.trainer.prepared import Prepared
@@ -90,7 +91,8 @@ def train(
     output = output or Printer()
     if loss is None and config.train.loss is not None:
         loss = PLUGINS.losses[config.train.loss]
-    trainer = _build(config, run, prepared, state, loss)
+    universal = checkpoint is not None and is_universal(checkpoint)
+    trainer = _build(config, run, prepared, state, loss, universal=universal)
     device, dtype, plan = state.device, trainer.dtype, trainer.plan
     metrics, progress = MetricsWriter(run.metrics, trainer.meter, started), ProgressReport(output)
     room = DiskRoom(trainer, run, prepared.model_path, trainer.agreement, config.train.save_steps)
@@ -129,12 +131,12 @@ def train(
 
 
 def _build(
-    config: DictConfig, run: RunDir, prepared: Prepared, state: PartialState, loss: Loss | None
+    config: DictConfig, run: RunDir, prepared: Prepared, state: PartialState, loss: Loss | None, *, universal: bool
 ) -> TunewrightTrainer:
     """Load the model, let the method adapt it, and make the trainer."""
     dtype = torch_dtype(config.model.dtype, state.device.type)
     plan = batch_plan(config.train, state.num_processes, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
-    args = sft_config(config, run, plan, state.device, dtype)
+    args = sft_config(config, run, plan, state.device, dtype, universal=universal)
     tokenizer = load_tokenizer(prepared.model_path, config.model)
     implementation = attention.register() if config.train.padding_free else None
     model = load_model(

@@ -1,0 +1,119 @@
+"""Going on with other ranks: another number of them, another ZeRO stage, with ZeRO or without."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY, TIMEOUT
+from tunewright.checkpoints import files_in, hash_of
+from tunewright.config.compose import compose_config
+from tunewright.errors import ConfigError
+from tunewright.plan.conversion import Layout, Way, layout_of, remark, way
+from tunewright.trainer.universal import FOLDER, OPTIMIZER, convert, is_universal, read_universal
+
+STEPS = 2
+
+
+def quick(model: Path, steps: int = STEPS) -> list[str]:
+    """Settings under which a run of any length is the beginning of a longer one, and nothing is random in a rank."""
+    rows = ["data.max_samples=12", "data.eval_names=[]", "train.global_batch_size=4", "train.logging_steps=1"]
+    # Weight decay tells groups of parameters apart.
+    still = ["train.scheduler=constant", "train.weight_decay=0.1", "train.learning_rate=1e-3"]
+    return ["model=folder", f"model.path={model}", *rows, *still, f"train.max_steps={steps}", "train.save_steps=2"]
+
+
+# Which layouts fit each other
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        (Layout(2, "zero2"), Layout(2, "zero2_offload"), Way.as_is),
+        (Layout(2, "ddp"), Layout(1, "single"), Way.as_is),
+        (Layout(1, "single"), Layout(3, "ddp"), Way.as_is),
+        (Layout(2, "zero2"), Layout(1, "zero2"), Way.for_deepspeed),
+        (Layout(1, "zero3"), Layout(2, "zero3_offload"), Way.for_deepspeed),
+        (Layout(2, "zero1"), Layout(2, "zero2"), Way.for_deepspeed),
+        (Layout(2, "ddp"), Layout(2, "zero3"), Way.for_deepspeed),
+        (Layout(2, "zero3"), Layout(2, "ddp"), Way.for_torch),
+    ],
+)
+def test_a_layout_fits_is_converted_or_not(before: Layout, now: Layout, expected: Way) -> None:
+    assert way("checkpoint-4", before, now, compose_config()) is expected
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "overrides", "reason"),
+    [
+        (Layout(2, "zero2"), Layout(1, "zero2"), ["train.optimizer=adafactor"], "not those of AdamW"),
+        (Layout(8, "zeropp"), Layout(4, "zero3"), [], "second, quantised copy"),
+        (Layout(2, "ddp"), Layout(2, "zero2"), ["method=p_tuning"], "the network behind its tokens"),
+        (Layout(2, "zero2"), Layout(1, "zero2"), ["train.keep_best=true"], "an earlier checkpoint"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_with_the_way_on(
+    before: Layout, now: Layout, overrides: list[str], reason: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        way("checkpoint-4", before, now, compose_config(overrides))
+    assert str(caught.value).startswith(f"checkpoint-4 was written by {before} and cannot be converted for {now}: ")
+    assert reason in str(caught.value)
+    assert f"Go on with cluster.num_processes={before.ranks} strategy={before.strategy}, or" in str(caught.value)
+
+
+def test_what_is_other_is_said() -> None:
+    before, now = Layout(2, "zero2"), Layout(1, "zero2")
+    assert remark("checkpoint-4", before, now, Way.for_deepspeed, dropout=0.1) == (
+        "checkpoint-4 was written by 2 ranks at ZeRO stage 2; it is converted for 1 rank at ZeRO stage 2. Dropout "
+        "draws other numbers than it would have."
+    )
+    assert remark("checkpoint-4", before, before, Way.as_is, dropout=0.1) is None
+    assert layout_of(compose_config(["strategy=zero3"]), 4) == Layout(4, "zero3")
+
+
+# States stay what they are
+
+
+@pytest.mark.parametrize("overrides", [["method=full"], ["method=lora", "model.dtype=bfloat16"], ["method=freeze"]])
+def test_every_state_is_converted_bit_for_bit_and_the_checkpoint_stays(
+    overrides: list[str], train_here: Callable[..., Path], small_model: Path
+) -> None:
+    run = train_here(f"states-{'-'.join(overrides).replace('=', '-')}", *quick(small_model), *overrides)
+    checkpoint = run / "checkpoints" / "checkpoint-2"
+    before = {name: hash_of(checkpoint / name) for name in files_in(checkpoint)}
+    folder = convert(checkpoint, Way.for_deepspeed, trusted=False)
+    assert is_universal(folder)
+    written = (folder / "converted.json").stat().st_mtime_ns
+    saved, found = torch.load(checkpoint / OPTIMIZER), read_universal(folder)
+    assert found["param_groups"] == saved["param_groups"]
+    assert len(found["state"]) == len(saved["state"]) > 4
+    for index, state in saved["state"].items():
+        assert {key: (value.dtype, value.tolist()) for key, value in state.items()} == {
+            key: (value.dtype, value.tolist()) for key, value in found["state"][index].items()
+        }
+    for master, weight in zip(saved.get("master_weights", []), found["master_weights"], strict=False):
+        assert torch.equal(master, weight)
+    assert {name: hash_of(checkpoint / name) for name in files_in(checkpoint)} == before
+    convert(checkpoint, Way.for_deepspeed, trusted=False)
+    assert (folder / "converted.json").stat().st_mtime_ns == written  # what is there was used again
+    # The trainer goes on from it where PyTorch's optimiser reads it, and takes it away once it has its own checkpoint.
+    torch.save(found, checkpoint / OPTIMIZER)
+    train_here(run.name, *quick(small_model, 4), *overrides, checkpoint=checkpoint)
+    assert not (checkpoint.parent / FOLDER).exists()
+
+
+def test_what_deepspeed_reads_wrongly_is_mended(tmp_path: Path) -> None:
+    """Where `loaded` is as `saved`, DeepSpeed has mended it: `after_loading` need then do nothing but its last line."""
+    command = [sys.executable, "-m", "tests.trainer.universal_faults", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["saved"] == told["mended"] == {"steps": 2, "weight_decay": [0.1, 0.0]}
+    assert told["loaded"] == {"steps": 1, "weight_decay": [0.1, 0.1]}
