@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 import torch
 from omegaconf import DictConfig
 
-from tunewright.checkpoints import newest_whole
 from tunewright.errors import NumericError
+from tunewright.run_folder import RunDir
 from tunewright.text import listed
 from tunewright.trainer.advice import calmer_steps, other_format
 from tunewright.trainer.data.token_cache import TokenCache
@@ -224,7 +224,7 @@ class Finiteness:
 
     def _last(self) -> str:
         """Say from which checkpoint the run can go on. None of them holds what is not finite: see `check`."""
-        checkpoint, _ = newest_whole(Path(self.trainer.args.output_dir), hashed=False)
+        checkpoint = RunDir(Path(self.trainer.args.output_dir).parent).last_checkpoint()
         return f"{checkpoint.name} is the last good one." if checkpoint else "No checkpoint has been written before it."
 
 
