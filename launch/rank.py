@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from tunewright.claims import Claim, check_inputs, claim, prepare_folder, run_dir, sole_user
 from tunewright.config.compose import compose_config
 from tunewright.config.deepspeed_file import deepspeed_path, read
 from tunewright.config.schema import Dtype, Launcher
@@ -24,7 +25,6 @@ from tunewright.plan.batch_plan import BatchPlan, batch_plan
 from tunewright.plan.devices import find_devices
 from tunewright.ranks import LAUNCHED_BY, die_with_parent, leave, rank, world_size
 from tunewright.redaction import redact, typed_secrets
-from tunewright.run_folder import Claim, check_inputs, claim, prepare_folder, run_dir, sole_user
 from tunewright.trainer.inputs import planned_inputs, prepared_inputs
 from tunewright.trainer.prepared import Prepared
 from tunewright.trainer.process_group import join
@@ -78,10 +78,16 @@ def _join_and_prepare(
     if rank() == 0:
         plan = batch_plan(config.train, world_size(), cutoff_len=config.data.cutoff_len, packing=config.data.packing)
         inputs = {**planned_inputs(config, plan), **prepared_inputs(config, prepared)}
-        check_inputs(claimed, inputs)
+        allowed = check_inputs(claimed, inputs, config.resume_allow)
+        if allowed:
+            _say(allowed)
     state = join(config.strategy.launcher.name, config.train.timeout_minutes)
     if state.is_main_process and not claimed.finished:
-        held.enter_context(sole_user(config, claimed))
+        told = claimed.remarks
+        claimed = held.enter_context(sole_user(config, claimed))
+        for text in claimed.remarks:
+            if text not in told:
+                _say(text)
         aside = prepare_folder(config, claimed, inputs)
         if claimed.checkpoint:
             _say(f"Continuing {claimed.run.path} from {claimed.checkpoint.name}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from tunewright.claims import Claim, check_inputs, claim, prepare_folder, sole_user
 from tunewright.config.compose import compose_config, expand_sweep
 from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher
@@ -26,7 +27,6 @@ from tunewright.plan.module_rules import check_modules
 from tunewright.plan.rules import check
 from tunewright.plan.substitutes import substitute
 from tunewright.ranks import rank_variables
-from tunewright.run_folder import Claim, check_inputs, claim, prepare_folder, sole_user
 
 if TYPE_CHECKING:
     from tunewright.trainer.prepared import Prepared
@@ -40,7 +40,12 @@ class Job:
     decided: list[str]  # what was decided for the user, and why
     plan: BatchPlan
     claimed: Claim
-    command: Command
+    devices: Devices
+
+    @property
+    def command(self) -> Command:
+        """What starts the ranks."""
+        return build_command(self.config, self.claimed.run, self.plan, self.devices, self.claimed.checkpoint)
 
 
 def plan_job(config: DictConfig, devices: Devices) -> Job:
@@ -55,8 +60,8 @@ def plan_job(config: DictConfig, devices: Devices) -> Job:
 
     claimed = claim(config)
     if claimed.checkpoint:
-        check_inputs(claimed, planned_inputs(config, plan))
-    return Job(config, decided, plan, claimed, build_command(config, claimed.run, plan, devices, claimed.checkpoint))
+        check_inputs(claimed, planned_inputs(config, plan), config.resume_allow)
+    return Job(config, decided, plan, claimed, devices)
 
 
 def check_all(config: DictConfig, devices: Devices) -> tuple[BatchPlan, list[str]]:
@@ -131,7 +136,8 @@ def run_job(
     if claimed.finished:
         unseen = ""
         if find_model(config.model, config.data.cache_dir):
-            check_inputs(claimed, prepared_inputs(config, find_prepared(config) or make_ready(config)))
+            prepared = find_prepared(config) or make_ready(config)
+            check_inputs(claimed, prepared_inputs(config, prepared), config.resume_allow)
         else:  # not worth a download
             unseen = " Whether model and data are still the same was not looked at: the model is not on this machine."
         say(f"{run.path} is finished already; nothing to do.{unseen}")
@@ -140,11 +146,17 @@ def run_job(
         say(text)
     prepared = make_ready(config)
     inputs = {**planned_inputs(config, job.plan), **prepared_inputs(config, prepared)}
-    check_inputs(claimed, inputs)
-    if claimed.checkpoint:
-        say(f"Continuing {run.path} from {claimed.checkpoint.name}")
-    with sole_user(config, claimed):
-        aside = prepare_folder(config, claimed, inputs)
+    allowed = check_inputs(claimed, inputs, config.resume_allow)
+    if allowed:
+        say(allowed)
+    with sole_user(config, claimed) as found:
+        for text in found.remarks:
+            if text not in claimed.remarks:
+                say(text)
+        job = replace(job, claimed=found)
+        if found.checkpoint:
+            say(f"Continuing {run.path} from {found.checkpoint.name}")
+        aside = prepare_folder(config, found, inputs)
         if aside:
             say(f"What was in {run.path} before is in {aside} now.")
         if start:

@@ -13,11 +13,15 @@ from typing import Any
 
 import pytest
 
+from tunewright.checkpoints import PART, RECORD, commit, files_in, read_record, seal
+from tunewright.claims import Claim, prepare_folder
 from tunewright.config.compose import compose_config
+from tunewright.files import write_json
 from tunewright.launch.train import check_all
 from tunewright.plan.devices import find_devices
-from tunewright.run_folder import Claim, RunDir, prepare_folder
+from tunewright.run_folder import RunDir, copy_of
 from tunewright.trainer.prepared import prepare
+from tunewright.trees import digest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TIMEOUT = 400  # seconds: far above what any command here takes, below what hides a hang
@@ -99,6 +103,22 @@ def train_here(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
         return folder.path
 
     return run
+
+
+def write_checkpoint(run: RunDir, step: int, epoch: float = 1.0) -> Path:
+    """Commit a checkpoint of a run whose folder is prepared, with nothing but a state in it."""
+    staging = run.checkpoints / PART / f"checkpoint-{step}"
+    staging.mkdir(parents=True)
+    (staging / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": epoch}))
+    record = {"step": step, "epoch": epoch, "run": copy_of(run), "files": seal(staging, files_in(staging))}
+    return commit(staging, record)
+
+
+def reseal(checkpoint: Path) -> None:
+    """Make a checkpoint whole again whose files were changed, as somebody could who wants it to be taken for one."""
+    record = {key: value for key, value in read_record(checkpoint).items() if key != "digest"}
+    record["files"] = seal(checkpoint, record["files"])
+    write_json(checkpoint / RECORD, {**record, "digest": digest(record)})
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -54,7 +54,6 @@ def sft_config(
         eval_steps=train.eval_steps,
         save_strategy="steps" if train.save_steps else "no",
         save_steps=train.save_steps or 500,
-        save_total_limit=train.save_total_limit,
         load_best_model_at_end=train.keep_best,
         metric_for_best_model="eval_loss",
         greater_is_better=False,

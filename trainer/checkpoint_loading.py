@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tunewright.errors import ConfigError
+from tunewright.errors import StorageError
 
 ONLY_WEIGHTS, ANYTHING = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -24,7 +24,7 @@ def plain_data_only(*, deepspeed: bool, trusted: bool) -> Iterator[None]:
     PyTorch has a variable over that, which each `torch.load` looks at, and another for the opposite.
 
     Raises:
-        ConfigError: a checkpoint names something else, and is not `trusted`.
+        StorageError: a checkpoint names something else, and is not `trusted`.
     """
     if trusted:
         yield
@@ -36,7 +36,7 @@ def plain_data_only(*, deepspeed: bool, trusted: bool) -> Iterator[None]:
             yield
     except UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        raise ConfigError(
+        raise StorageError(
             f"The checkpoint is not plain data{f': it names {named[1]}' if named else ''}, and reading it would run "
             f"code that it brings. Write trust=true if you know that it comes from nobody else."
         ) from error

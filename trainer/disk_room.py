@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from tunewright.checkpoints import LEAST_KEPT, files_in, listed
+from tunewright.checkpoints import files_in, listed
 from tunewright.errors import StorageError
 from tunewright.run_folder import RunDir
 from tunewright.space import free_bytes
@@ -28,23 +28,20 @@ class DiskRoom(TrainerCallback):
 
     Args:
         model_path: the folder of the base model, whose tokenizer is saved with each.
-        save_steps: the setting; None: as often as time allows.
+        settings: those of `train`.
     """
 
-    def __init__(
-        self, trainer: Any, run: RunDir, model_path: Path, agreement: Agreement, save_steps: int | None
-    ) -> None:
-        self.run, self.agreement, self.save_steps = run, agreement, save_steps
+    def __init__(self, trainer: Any, run: RunDir, model_path: Path, agreement: Agreement, settings: Any) -> None:
+        self.run, self.agreement, self.settings = run, agreement, settings
         self.result, self.checkpoint = estimate(trainer, model_path)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise StorageError where the checkpoints that lie there at the same time, or the result, will not fit."""
-        standing, keep = len(listed(self.run.checkpoints)), max(args.save_total_limit or 0, LEAST_KEPT)
+        standing, keep = len(listed(self.run.checkpoints)), self.settings.save_total_limit
         saves = keep + 1  # the oldest goes when the newest is whole
-        if args.save_strategy == "no":
-            saves = 0
-        elif self.save_steps:
-            saves = min(saves, math.ceil((state.max_steps - state.global_step) / self.save_steps))
+        if self.settings.save_steps is not None:  # else as often as time allows
+            left = state.max_steps - state.global_step
+            saves = min(saves, math.ceil(left / self.settings.save_steps)) if self.settings.save_steps else 0
         more = max(min(saves, keep + 1 - standing), min(saves, 1))
         kept = min(more, max(keep - standing, 0))
         needed = max(more * self.checkpoint, kept * self.checkpoint + self.result)

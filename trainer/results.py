@@ -18,6 +18,11 @@ from tunewright.trainer.hardware import describe_hardware
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "trl", "datasets", "bitsandbytes", "hydra-core")
 
 
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide what is trained."""
+    return {name: version(name) for name in PACKAGES}
+
+
 def describe_training(
     config: DictConfig, cache: TokenCache, parameters: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -31,7 +36,7 @@ def describe_training(
         "data": as_json(cache),
         "parameters": {"trainable": trainable, "total": total},
         "hardware": describe_hardware(device),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": package_versions(),
         "dtype": name_of(dtype),
     }
 

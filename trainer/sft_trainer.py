@@ -19,6 +19,7 @@ from trl import SFTTrainer
 
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.trainer.agreement import Agreement
+from tunewright.trainer.checkpointing import Checkpoints
 from tunewright.trainer.data.batches import (
     Batch,
     EpochDataLoader,
@@ -61,6 +62,8 @@ class TunewrightTrainer(SFTTrainer):
 
     control: Any  # what callbacks ask for; transformers sets it
     optimizer: Any
+    checkpoints: Checkpoints  # set before the training begins
+    checkpoint_root: Path | None = None  # where the folder of the checkpoint is that is being written
 
     def __init__(
         self,
@@ -244,6 +247,19 @@ class TunewrightTrainer(SFTTrainer):
         )
 
     # Checkpoints
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch, or none of it where a run goes on that was at its end: transformers would add a step."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.checkpoints.save(self, lambda: super(TunewrightTrainer, self)._save_checkpoint(model, trial))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoint_root or super()._get_output_dir(trial))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         split = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3

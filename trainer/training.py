@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 from omegaconf import DictConfig
 from torch.utils.tensorboard import SummaryWriter
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -24,6 +24,7 @@ from tunewright.space import storing
 from tunewright.trainer.arguments import sft_config
 from tunewright.trainer.callbacks import MetricsWriter, ProgressReport
 from tunewright.trainer.checkpoint_loading import plain_data_only
+from tunewright.trainer.checkpointing import Checkpoints, KeepPatience
 from tunewright.trainer.console import Output, Printer
 from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.data.stream import TokenStream
@@ -42,6 +43,7 @@ from tunewright.trainer.model.tokenizer import load_tokenizer, stop_tokens
 from tunewright.trainer.model.weights_check import check_weights
 from tunewright.trainer.process_group import all_gather, join
 from tunewright.trainer.results import describe_result, describe_training, name_of, write_hyperparameters
+from tunewright.trainer.save_schedule import SaveSchedule
 from tunewright.trainer.saving import save_result
 from tunewright.trainer.sft_trainer import TunewrightTrainer
 from tunewright.trainer.strategy_check import VerifyStrategy
@@ -95,15 +97,18 @@ def train(
     trainer = _build(config, run, prepared, state, loss, universal=universal)
     device, dtype, plan = state.device, trainer.dtype, trainer.plan
     metrics, progress = MetricsWriter(run.metrics, trainer.meter, started), ProgressReport(output)
-    room = DiskRoom(trainer, run, prepared.model_path, trainer.agreement, config.train.save_steps)
+    room = DiskRoom(trainer, run, prepared.model_path, trainer.agreement, config.train)
+    trainer.checkpoints = checkpoints = Checkpoints(config, run, trainer.agreement, room)
+    trainable, total = parameter_counts(trainer.model)
+    if config.train.save_steps is None:
+        trainer.agreement.questions.append(SaveSchedule(checkpoints, trainable, main=state.is_main_process))
     verify, watch = VerifyStrategy(config, run, trainer, output), Watch(config, run, trainer, output)
-    ours = [room, metrics, progress, watch, verify, *_chosen(config, run, trainer, output)]
+    ours = [room, metrics, progress, checkpoints, watch, verify, *_chosen(config, run, trainer, output)]
     mirror = mirror_of(config) if state.is_main_process else None
     mirroring = MirrorCheckpoints(mirror, run, config.train, output) if mirror else None
     added = [PLUGINS.callbacks[name]() for name in config.train.callbacks]
     for callback in (*ours, *([mirroring] if mirroring else []), *added, *callbacks):
         trainer.add_callback(callback)
-    trainable, total = parameter_counts(trainer.model)
     if state.is_main_process:
         run.update_manifest(**describe_training(config, prepared.cache, (trainable, total), device, dtype))
     output.say(
@@ -182,7 +187,7 @@ def _chosen(config: DictConfig, run: RunDir, trainer: TunewrightTrainer, output:
     if config.train.gradient_checkpointing == "auto":
         chosen.append(FitCheckpointing(trainer, run, output))
     if config.train.early_stopping:
-        chosen.append(EarlyStoppingCallback(early_stopping_patience=config.train.early_stopping))
+        chosen.append(KeepPatience(early_stopping_patience=config.train.early_stopping))
     return chosen
 
 

@@ -16,11 +16,12 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunewright.files import write_json
+from tunewright.files import bring_to_disk, write_json
 from tunewright.trees import digest
 
 RECORD = "checkpoint.json"
@@ -171,7 +172,7 @@ def seal(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     sealed = {}
     for name in names:
         file = folder / name
-        _sync(file)
+        bring_to_disk(file)
         sealed[name] = {"size": file.stat().st_size, "sha256": hash_of(file)}
     return sealed
 
@@ -186,14 +187,15 @@ def commit(staging: Path, record: Mapping[str, Any]) -> Path:
     # As JSON gives it back, which knows no tuples.
     whole = json.loads(json.dumps(whole))
     write_json(staging / RECORD, {**whole, "digest": digest(whole)})
-    _sync(staging / RECORD)
+    bring_to_disk(staging / RECORD)
     for folder in (*(path for path in staging.rglob("*") if path.is_dir()), staging):
-        _sync(folder)
+        bring_to_disk(folder)
     place = staging.parent.parent / staging.name
     if place.exists():  # of the same run, which came here again: by way of the same name nobody sees half of either
         discard(place)
     os.rename(staging, place)
-    _sync(place.parent)
+    _remove_if_empty(staging.parent)
+    bring_to_disk(place.parent)
     return place
 
 
@@ -204,6 +206,7 @@ def discard(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)  # of an interrupted attempt
     os.rename(path, aside)
     shutil.rmtree(aside)
+    _remove_if_empty(aside.parent)
 
 
 def rotate(folder: Path, keep: int, best: Path | None = None) -> None:
@@ -217,10 +220,6 @@ def rotate(folder: Path, keep: int, best: Path | None = None) -> None:
 LEAST_KEPT = 2  # the newest one may turn out to be damaged
 
 
-def _sync(path: Path) -> None:
-    """Have the system write a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds something
+        folder.rmdir()

@@ -18,6 +18,7 @@ OPERATIONAL = {
     "name",
     "output_root",
     "resume",
+    "resume_allow",
     "overwrite",
     "trust",
     "imports",

@@ -1,4 +1,4 @@
-"""The run directory: what a run was made from, what it did, and whether it may be used again.
+"""The run directory: what a run was made from and what it did. Whether it may be used again, `claims.py` decides.
 
 runs/NAME/config.yaml      resolved configuration
           manifest.json    identity, hardware, versions, what was proven about the ranks, results
@@ -16,30 +16,21 @@ runs/.trash/DATE-NAME/     what was replaced
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from tunewright.checkpoints import newest_whole
 from tunewright.config.compose import load_config
-from tunewright.config.schema import Resume, Source
-from tunewright.errors import ConfigError, StorageError
+from tunewright.config.schema import Source
+from tunewright.errors import StorageError
 from tunewright.files import write_json
-from tunewright.folders import LOCK, check_name, is_locked, locked, set_aside
-from tunewright.identity import differing_settings, identity, table
 from tunewright.redaction import redact_tree
-from tunewright.trees import digest
-from tunewright.trust import check_ours, is_ours, sign
+from tunewright.trust import is_ours
 
 # What a run makes in its folder. Nothing else in it is ever moved.
 RESULTS = ("final", "merged", "evaluation*.json")
@@ -113,13 +104,21 @@ class RunDir:
         write_json(self.manifest, {**self.read_manifest(), **redact_tree(values)})
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint that was written to its end as far as can be seen, or None."""
-        numbered = []
-        for path in self.checkpoints.glob("checkpoint-*"):
-            step = path.name.rpartition("-")[2]
-            if step.isdigit() and (path / "trainer_state.json").is_file():
-                numbered.append((int(step), path))
-        return max(numbered)[1] if numbered else None
+        """Return the newest checkpoint that is whole as far as its record and the sizes of its files tell, or None."""
+        return newest_whole(self.checkpoints, hashed=False)[0]
+
+
+# Of a run's manifest, what its checkpoints keep a copy of: enough to go on where the manifest is lost.
+KEPT = ("name", "folder", "signature", "identity", "config_digest", "inputs", "files", "git")
+
+
+def copy_of(run: RunDir) -> dict[str, Any]:
+    """Return what a checkpoint says of its run: the manifest's beginning, and config.yaml."""
+    manifest = run.read_manifest()
+    return {
+        "manifest": {key: manifest[key] for key in KEPT if key in manifest},
+        "config": run.config.read_text(encoding="utf-8"),
+    }
 
 
 def settings_of(run: RunDir, *, trusted: bool = False) -> DictConfig:
@@ -151,229 +150,6 @@ def settings_of(run: RunDir, *, trusted: bool = False) -> DictConfig:
     if config.method.get("adapter"):
         config.method.adapter = there(config.method.adapter)
     return config
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What may be done in a run folder: start, continue from `checkpoint`, or nothing because the run is `finished`."""
-
-    run: RunDir
-    checkpoint: Path | None = None
-    finished: bool = False
-    remarks: tuple[str, ...] = ()  # what the user should know of a run that continues
-
-
-def run_dir(config: DictConfig) -> RunDir:
-    """Return the folder of a run, which lies directly in `output_root`.
-
-    Raises:
-        ConfigError: `name` is not one plain name, or `output_root` is empty.
-    """
-    check_name(config.name, "name")
-    if not config.output_root.strip():
-        raise ConfigError("`output_root` is empty (an unset variable?): write a folder, for example output_root=runs.")
-    return RunDir(Path(config.output_root) / config.name)
-
-
-def claim(config: DictConfig, *, held: bool = False) -> Claim:
-    """Decide what happens to the run folder, and say no before anything is mixed up.
-
-    `held` says that this process has the folder's lock already.
-
-    Raises:
-        ConfigError: the folder holds something else than a run, or a run and neither `resume` nor `overwrite` says what
-            to do with it, or a different run, or one that another process is training; or `resume=must` finds none.
-    """
-    run = run_dir(config)
-    if config.overwrite and config.resume is not Resume.never:
-        raise ConfigError(
-            f"`overwrite=true` and `resume={config.resume.name}` contradict each other: write one of the two."
-        )
-    manifest = run.read_manifest()
-    if not held and is_locked(run.path):
-        raise ConfigError(_in_use(run, manifest))
-    if "identity" not in manifest:
-        if run.path.is_dir() and any(path.name != LOCK for path in run.path.iterdir()):
-            raise ConfigError(
-                f"The run folder {run.path} is not empty and holds no tunewright run (no {run.manifest.name} of one), "
-                f"so it is neither continued nor replaced. Choose another `name` or `output_root`."
-            )
-        if config.resume is Resume.must:
-            raise ConfigError(f"`resume=must`, but there is no run in {run.path}. Write resume=auto to start one.")
-        return Claim(run)
-    if config.overwrite:
-        return Claim(run)
-    differing = differing_settings(manifest, config)
-    if differing:
-        raise ConfigError(
-            f"The run folder {run.path} holds another run. Its checkpoints and adapter do not fit this one:\n"
-            f"{table(differing)}\n{_OTHER}"
-        )
-    if config.resume is Resume.never:
-        raise ConfigError(
-            f"The run folder {run.path} holds this run already (status: {manifest.get('status')}). Write resume=auto "
-            f"to continue it, overwrite=true to start anew, or choose another `name`."
-        )
-    if manifest.get("status") == "done" and not _asks_for_more(config, manifest):
-        return Claim(run, finished=True)
-    return _continued(config, run, manifest)
-
-
-_OTHER = "Choose another `name`, or write overwrite=true to start anew (what is there moves to .trash)."
-
-
-def _asks_for_more(config: DictConfig, manifest: Mapping[str, Any]) -> bool:
-    """Tell whether a finished run is to be longer than it was."""
-    before, train = manifest["identity"], config.train
-    if all(before.get(f"train.{key}") == train[key] for key in ("epochs", "max_steps")):
-        return False
-    if train.max_steps is not None:
-        return bool(train.max_steps > (manifest.get("steps") or 0))
-    return bool(train.epochs > (manifest.get("epochs") or 0))
-
-
-def _continued(config: DictConfig, run: RunDir, manifest: Mapping[str, Any]) -> Claim:
-    """Return the claim of a run that is not at its end: from its last checkpoint, or from the start where none is."""
-    checkpoint, train = run.last_checkpoint(), config.train
-    if checkpoint is None:
-        if manifest.get("status") == "done":
-            raise ConfigError(
-                f"{run.path} is finished after {manifest.get('steps')} steps and has no checkpoint to go on from "
-                f"(`train.save_steps` makes them). Choose another `name`, or write overwrite=true to start anew."
-            )
-        return Claim(run)
-    check_ours(run.config, manifest, trusted=config.trust, how="trust=true")
-    reached = _read_state(checkpoint)
-    asked, done = ("max_steps", "global_step") if train.max_steps is not None else ("epochs", "epoch")
-    if reached.get(done, 0) > train[asked]:
-        raise ConfigError(
-            f"`train.{asked}` is {train[asked]:g}, and {checkpoint} has {reached[done]:.4g} behind it: write more."
-        )
-    remarks = []
-    before = {key: manifest["identity"].get(f"train.{key}") for key in ("epochs", "max_steps")}
-    changed = [key for key, value in before.items() if value != train[key]]
-    if changed and not train.scheduler.startswith("constant"):
-        told = ", ".join(f"`train.{key}` was {before[key]} and is {train[key]}" for key in changed)
-        remarks.append(f"{told}: the learning rate goes on where a run of the new length would be, not where it was.")
-    if "inputs" not in manifest:
-        remarks.append(
-            f"{run.path} was begun by a version that wrote down no digest of model and data: that they are the same "
-            f"is not checked."
-        )
-    return Claim(run, checkpoint, remarks=tuple(remarks))
-
-
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    file = checkpoint / "trainer_state.json"
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"{file} is damaged: {error}. Move {checkpoint} away to go on from an earlier one."
-        ) from error
-
-
-def check_inputs(claimed: Claim, inputs: Mapping[str, str]) -> None:
-    """Compare what a run was made from with what it would go on with.
-
-    Raises:
-        ConfigError: they are not the same.
-    """
-    if claimed.checkpoint is None and not claimed.finished:
-        return
-    before = claimed.run.read_manifest().get("inputs", {})
-    differing = [(key, before[key], now) for key, now in inputs.items() if key in before and before[key] != now]
-    if differing:
-        raise ConfigError(
-            f"{claimed.run.path} was made from something else, so it would become another run:\n{table(differing)}\n"
-            f"{_OTHER}"
-        )
-
-
-@contextmanager
-def sole_user(config: DictConfig, claimed: Claim) -> Iterator[None]:
-    """Hold the run folder's lock while this process or its ranks write there.
-
-    Raises:
-        ConfigError: another process holds it, or has used the folder since it was claimed.
-        StorageError: the folder cannot be written.
-    """
-    run = claimed.run
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(run.path))
-        except Timeout as error:
-            raise ConfigError(_in_use(run, run.read_manifest())) from error
-        if claim(config, held=True) != claimed:
-            raise ConfigError(f"Another process has used the run folder {run.path} meanwhile. Start once more.")
-        yield
-
-
-def _in_use(run: RunDir, manifest: Mapping[str, Any]) -> str:
-    who = manifest.get("process")
-    known = f"process {who['pid']} on {who['host']} since {who['since']}" if who else "another process"
-    return f"The run folder {run.path} is in use: {known}. Wait for it or stop it, or choose another `name`."
-
-
-def prepare_folder(config: DictConfig, claimed: Claim, inputs: Mapping[str, str] | None = None) -> Path | None:
-    """Write the configuration and the first manifest into the run folder; return where went what made room for them.
-
-    Raises:
-        StorageError: the folder cannot be written.
-    """
-    run = claimed.run
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        aside = _make_room(config, claimed)
-        known = {} if claimed.checkpoint is None else run.read_manifest()
-        # First of all: from now on the folder is a run's, whatever happens.
-        write_json(
-            run.manifest,
-            {
-                **known,
-                "name": config.name,
-                "status": "running",
-                "process": {
-                    "host": socket.gethostname(),
-                    "pid": os.getpid(),
-                    "since": datetime.now().astimezone().isoformat(timespec="seconds"),
-                },
-                "folder": os.getcwd(),
-                "identity": identity(config),
-                "config_digest": digest(identity(config)),
-                # A run of an older version stays known as one whose beginning nobody has written down.
-                **({"inputs": dict(inputs)} if inputs and (not known or "inputs" in known) else {}),
-                "files": list(FILES),
-                "git": git_state(),
-            },
-        )
-        run.logs.mkdir(exist_ok=True)
-        run.config.write_text(redacted_yaml(config), encoding="utf-8")
-        run.update_manifest(signature=sign(run.config, os.getcwd()))
-    except OSError as error:
-        raise StorageError(f"Cannot write to the run folder {run.path}: {error.strerror}.") from error
-    return aside
-
-
-def _make_room(config: DictConfig, claimed: Claim) -> Path | None:
-    """Move away what the run made before and what would be mixed up with what it is about to make."""
-    run = claimed.run
-    manifest = run.read_manifest()
-    if "identity" not in manifest:
-        return None
-
-    def made(patterns: tuple[str, ...]) -> list[Path]:
-        return [path for path in sorted(run.path.iterdir()) if any(fnmatchcase(path.name, one) for one in patterns)]
-
-    files = tuple(manifest.get("files", FILES))
-    if claimed.checkpoint is not None:
-        moved = made(RESULTS)
-    elif config.resume is Resume.never:
-        moved = made(files)
-    else:  # the same run from its start: its logs go on, and with nothing but them there is nothing to keep apart
-        moved = made(tuple(pattern for pattern in files if pattern != LOGS)) if made(RECORDS) else []
-    # The manifest last: until then the folder is a run's.
-    return set_aside(sorted(moved, key=lambda path: path == run.manifest), run.path.parent, run.path.name)
 
 
 def redacted_yaml(config: DictConfig) -> str:

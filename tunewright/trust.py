@@ -58,18 +58,21 @@ def _make_key(file: Path) -> None:
         staging.unlink(missing_ok=True)
 
 
-def sign(config_file: Path, folder: str) -> str | None:
-    """Return the signature of a run's configuration and of the folder its paths are relative to; None without a key."""
+def sign(config: bytes, folder: str) -> str | None:
+    """Return the signature of a run's config.yaml and of the folder its paths are relative to; None without a key."""
     key = installation_key()
-    told = b"\0".join((os.fsencode(folder), config_file.read_bytes()))
+    told = b"\0".join((os.fsencode(folder), config))
     return hmac.new(key, told, hashlib.sha256).hexdigest() if key else None
 
 
 def is_ours(config_file: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether this installation wrote the configuration, and nobody has changed it since."""
-    if not config_file.is_file():
-        return False
-    expected, found = sign(config_file, str(manifest.get("folder"))), manifest.get("signature")
+    return config_file.is_file() and is_signed(config_file.read_bytes(), manifest)
+
+
+def is_signed(config: bytes, manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest's signature is that of this config.yaml, under the key of this installation."""
+    expected, found = sign(config, str(manifest.get("folder"))), manifest.get("signature")
     return expected is not None and isinstance(found, str) and hmac.compare_digest(expected, found)
 
 
@@ -79,9 +82,13 @@ def check_ours(config_file: Path, manifest: Mapping[str, Any], *, trusted: bool,
     Raises:
         ConfigError: see above.
     """
-    if trusted or is_ours(config_file, manifest):
-        return
-    raise ConfigError(
+    if not trusted and not is_ours(config_file, manifest):
+        raise not_ours(config_file, how)
+
+
+def not_ours(config_file: Path, how: str) -> ConfigError:
+    """Return the refusal of a run folder from elsewhere, which the user trusts by `how`."""
+    return ConfigError(
         f"{config_file.parent} was not made by you with this installation, or its {config_file.name} has been changed "
         f"since (there is no signature under the key in {key_file()}). It decides which model and files are opened. "
         f"Look at it, and write {how} if you trust whoever made it."

@@ -84,10 +84,11 @@ def losses(overrides: list[str], device: torch.device, model: Path, folder: Path
     """Train three steps and return the loss of each."""
     from accelerate import PartialState
 
+    from tunewright.claims import Claim, prepare_folder
     from tunewright.config.compose import compose_config
     from tunewright.launch.train import check_all
     from tunewright.plan.devices import Devices
-    from tunewright.run_folder import Claim, RunDir, prepare_folder
+    from tunewright.run_folder import RunDir
     from tunewright.trainer.console import Printer
     from tunewright.trainer.prepared import prepare
     from tunewright.trainer.training import train

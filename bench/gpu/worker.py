@@ -70,10 +70,11 @@ class Said:
 
 def train_here(job: Job, lever: tuple[str, ...], said: Said) -> None:
     """What `tunewright train` does, in this process."""
+    from tunewright.claims import Claim, prepare_folder
     from tunewright.config.compose import compose_config
     from tunewright.launch.train import check_all
     from tunewright.plan.devices import find_devices
-    from tunewright.run_folder import Claim, RunDir, prepare_folder
+    from tunewright.run_folder import RunDir
     from tunewright.trainer.console import Printer
     from tunewright.trainer.prepared import prepare
     from tunewright.trainer.process_group import join

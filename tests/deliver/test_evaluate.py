@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from tunewright.claims import Claim, prepare_folder
 from tunewright.config.compose import compose_config
 from tunewright.deliver.evaluate import evaluate_runs
 from tunewright.errors import ConfigError
 from tunewright.launch.cli import main
-from tunewright.run_folder import Claim, RunDir, prepare_folder
+from tunewright.run_folder import RunDir
 
 ROWS = 6
 

@@ -28,12 +28,13 @@ from transformers import (
     Qwen2Config,
 )
 
+from tunewright.claims import Claim, prepare_folder
 from tunewright.config.compose import compose_config, load_config
 from tunewright.deliver.merge import merge_run
 from tunewright.deliver.merge_check import Reference, pick_rows
 from tunewright.errors import ConfigError, StorageError
 from tunewright.launch.cli import main
-from tunewright.run_folder import Claim, RunDir, prepare_folder
+from tunewright.run_folder import RunDir
 from tunewright.trainer.prepared import prepare
 
 VOCABULARY = 4096  # of the embedded model's tokenizer

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import REPOSITORY, losses, manifest
+from tests.conftest import REPOSITORY, losses, manifest, write_checkpoint
 from tunewright.errors import ConfigError, PeerError
 from tunewright.launch.supervise import first_error, stopped
 from tunewright.run_folder import RunDir
@@ -148,11 +148,11 @@ def test_an_exception_in_one_rank_is_shown_once_with_its_rank(start: Callable[..
 def test_stopping_promises_only_a_checkpoint_that_is_there(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     assert "Stopped before a checkpoint was written" in stopped(run)
-    half, whole = (run.checkpoints / f"checkpoint-{step}" for step in (8, 4))
-    for folder in (half, whole):
-        folder.mkdir(parents=True)
+    run.path.mkdir()
+    run.config.write_text("")
+    (run.checkpoints / "checkpoint-8").mkdir(parents=True)
     assert "Stopped before a checkpoint was written" in stopped(run)
-    (whole / "trainer_state.json").write_text("{}")
+    write_checkpoint(run, 4)
     assert "with resume=auto goes on from checkpoint-4" in stopped(run)
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
-from tests.conftest import losses, manifest, read_metrics
+from tests.conftest import losses, manifest, read_metrics, reseal
 from tunewright.config.compose import compose_config
 from tunewright.trainer.data.batches import FlatCollator
 from tunewright.trainer.data.render import IGNORED
@@ -123,8 +123,10 @@ def test_resumed_ranks_continue_from_their_float32_masters_and_from_nothing_that
     files = [*(run / "checkpoints").glob("*/global_step*/*_states.pt"), *(run / "checkpoints").glob("*/optimizer.pt")]
     for file in files:
         torch.save({"optimizer_state_dict": Planted(tmp_path / "canary")}, file)
+    for checkpoint in (run / "checkpoints").glob("checkpoint-*"):
+        reseal(checkpoint)
     done = tunewright("train", f"output_root={run.parent}", f"name={run.name}", *overrides, "resume=auto")
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.returncode == 4, done.stdout + done.stderr
     assert "names posix.mkdir, and reading it would run code that it brings. Write trust=true" in done.stdout
     assert files
     assert not (tmp_path / "canary").exists()

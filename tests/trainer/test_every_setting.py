@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tests.conftest import REPOSITORY
+from tunewright.claims import prepare_folder
 from tunewright.config import schema
 from tunewright.config.compose import compose_config
 from tunewright.config.method_schema import METHODS
@@ -31,7 +32,7 @@ from tunewright.launch.forecast import steps
 from tunewright.launch.train import plan_job
 from tunewright.plan.devices import find_devices
 from tunewright.plan.rules import OPTIMIZERS, SCHEDULERS
-from tunewright.run_folder import RunDir, prepare_folder
+from tunewright.run_folder import RunDir
 from tunewright.trainer.prepared import prepare
 
 HUGE = 10**12

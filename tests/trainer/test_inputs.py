@@ -14,12 +14,13 @@ import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, write_checkpoint
+from tunewright.claims import check_inputs, claim, prepare_folder
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError
 from tunewright.plan.devices import find_devices
 from tunewright.plan.rules import check
-from tunewright.run_folder import RunDir, check_inputs, claim, prepare_folder
+from tunewright.run_folder import RunDir
 from tunewright.trainer.inputs import check_base, planned_inputs, prepared_inputs
 from tunewright.trainer.prepared import prepare
 
@@ -92,9 +93,7 @@ def begun(config: DictConfig, status: str) -> RunDir:
     """A run as one that trained for a while leaves it."""
     claimed = claim(config)
     prepare_folder(config, claimed, inputs(config))
-    checkpoint = claimed.run.checkpoints / "checkpoint-6"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text('{"global_step": 6, "epoch": 0.4}')
+    write_checkpoint(claimed.run, 6, 0.4)
     claimed.run.update_manifest(status=status)
     return claimed.run
 

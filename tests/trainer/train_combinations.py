@@ -20,10 +20,11 @@ from accelerate.state import AcceleratorState
 from omegaconf import DictConfig
 
 import tunewright.trainer.training
+from tunewright.claims import Claim, prepare_folder
 from tunewright.config.compose import load_config
 from tunewright.launch.train import check_all
 from tunewright.plan.devices import find_devices
-from tunewright.run_folder import Claim, RunDir, prepare_folder
+from tunewright.run_folder import RunDir
 from tunewright.trainer.console import Printer
 from tunewright.trainer.prepared import prepare
 from tunewright.trainer.process_group import join

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import manifest
+from tunewright.claims import Claim, claim, prepare_folder
 from tunewright.config.compose import compose_config, load_config
 from tunewright.deliver.compare import compare
 from tunewright.errors import ConfigError, DataError, StorageError
 from tunewright.launch.cli import main
 from tunewright.redaction import environment_secrets, names_secret, redact, redact_tree, typed_secrets
-from tunewright.run_folder import Claim, RunDir, claim, prepare_folder, redacted_yaml
+from tunewright.run_folder import RunDir, redacted_yaml
 
 CANARY = "canary-0f3e9a77c1"
 HF = "hf_" + "aB3dE5gH7jK9mN1pQ3sT5vX7z"

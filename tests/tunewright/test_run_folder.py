@@ -12,19 +12,13 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from tests.conftest import write_checkpoint
+from tunewright.claims import Claim, check_inputs, claim, prepare_folder, sole_user
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError, StorageError
 from tunewright.files import write_json
 from tunewright.launch.train import sweep_jobs
-from tunewright.run_folder import (
-    Claim,
-    RunDir,
-    check_inputs,
-    claim,
-    prepare_folder,
-    settings_of,
-    sole_user,
-)
+from tunewright.run_folder import RunDir, settings_of
 
 
 @cache
@@ -75,10 +69,9 @@ def test_settings_of_operation_do_not_make_another_run(tmp_path: Path) -> None:
 def test_resume_continues_from_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     run = begun(tmp_path)
     for step, whole in ((5, True), (10, True), (15, False)):
-        folder = run.checkpoints / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        if whole:
-            (folder / "trainer_state.json").write_text("{}")
+        folder = write_checkpoint(run, step)
+        if not whole:
+            (folder / "checkpoint.json").unlink()
     assert claim(config_in(tmp_path, "resume=auto")).checkpoint == run.checkpoints / "checkpoint-10"
 
 
@@ -169,19 +162,19 @@ def test_resuming_without_a_checkpoint_keeps_the_logs_and_moves_the_rest(tmp_pat
     begun(tmp_path, "resume=auto")
     assert not (tmp_path / ".trash").exists(), "there is nothing but logs"
     run.metrics.write_text('{"step": 1}\n')
-    half = run.checkpoints / "checkpoint-5"
+    half = run.checkpoints / ".part" / "checkpoint-5"
     half.mkdir(parents=True)
     begun(tmp_path, "resume=auto")
     assert (run.logs / "rank0.log").read_text() == "out of memory"
     assert not run.metrics.exists()
     (trashed,) = (tmp_path / ".trash").iterdir()
     assert (trashed / "metrics.jsonl").read_text() == '{"step": 1}\n'
-    assert (trashed / "checkpoints" / "checkpoint-5").is_dir()
+    assert (trashed / "checkpoints" / ".part" / "checkpoint-5").is_dir()
 
 
 def test_results_of_an_earlier_end_do_not_stay_beside_a_run_that_goes_on(tmp_path: Path) -> None:
     run = begun(tmp_path, "train.max_steps=10")
-    checkpoint(run, 10)
+    write_checkpoint(run, 10)
     run.update_manifest(status="done", steps=10, epochs=1.0)
     for name in ("final", "merged", "tensorboard"):
         (run.path / name).mkdir()
@@ -190,13 +183,6 @@ def test_results_of_an_earlier_end_do_not_stay_beside_a_run_that_goes_on(tmp_pat
     (trashed,) = (tmp_path / ".trash").iterdir()
     assert sorted(path.name for path in trashed.iterdir()) == ["evaluation.json", "final", "merged"]
     assert run.last_checkpoint() is not None
-
-
-def checkpoint(run: RunDir, step: int, epoch: float = 1.0) -> Path:
-    folder = run.checkpoints / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    (folder / "trainer_state.json").write_text(f'{{"global_step": {step}, "epoch": {epoch}}}')
-    return folder
 
 
 # How long a run is may change
@@ -215,7 +201,7 @@ def checkpoint(run: RunDir, step: int, epoch: float = 1.0) -> Path:
 )
 def test_a_finished_run_goes_on_when_it_is_asked_for_more(tmp_path: Path, before: str, now: str, becomes: str) -> None:
     run = begun(tmp_path, before)
-    newest = checkpoint(run, 10)
+    newest = write_checkpoint(run, 10)
     run.update_manifest(status="done", steps=10, epochs=1.0)
     claimed = claim(config_in(tmp_path, now, "resume=auto"))
     assert (claimed.finished, claimed.checkpoint) == ((True, None) if becomes == "finished" else (False, newest))
@@ -231,7 +217,7 @@ def test_more_of_a_finished_run_without_a_checkpoint_is_refused(tmp_path: Path) 
 
 @pytest.mark.parametrize("shorter", ["train.max_steps=9", "train.epochs=0.9"])
 def test_less_than_the_checkpoint_has_behind_it_is_refused(tmp_path: Path, shorter: str) -> None:
-    checkpoint(begun(tmp_path), 10)
+    write_checkpoint(begun(tmp_path), 10)
     with pytest.raises(ConfigError, match="behind it"):
         claim(config_in(tmp_path, shorter, "resume=auto"))
 
@@ -245,7 +231,7 @@ MADE_FROM = {"model": "1 file of 2.0 MB, abc", "training data": "64 examples, de
 def test_another_model_or_other_data_is_another_run(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     prepare_folder(config, claim(config), MADE_FROM)
-    checkpoint(RunDir(tmp_path / "run"), 5)
+    write_checkpoint(RunDir(tmp_path / "run"), 5)
     claimed = claim(config_in(tmp_path, "resume=auto"))
     check_inputs(claimed, MADE_FROM)
     with pytest.raises(ConfigError, match="made from something else") as caught:
@@ -266,19 +252,14 @@ def test_what_a_model_is_called_counts_only_where_its_digest_is_not_known(tmp_pa
         claim(config_in(tmp_path, *moved))
 
 
-def test_a_run_of_a_version_that_knew_less_continues_with_a_remark(tmp_path: Path) -> None:
+def test_a_setting_that_was_not_there_yet_had_its_default(tmp_path: Path) -> None:
     run = begun(tmp_path)
-    checkpoint(run, 5)
     manifest = run.read_manifest()
-    for key in ("data.compat", "train.group_by_length"):  # such a setting was not there yet: it had its default
+    for key in ("data.compat", "train.group_by_length"):
         del manifest["identity"][key]
     del manifest["files"]
     write_json(run.manifest, manifest)
-    claimed = claim(config_in(tmp_path, "resume=auto"))
-    assert "is not checked" in claimed.remarks[0]
-    check_inputs(claimed, MADE_FROM)
-    prepare_folder(config_in(tmp_path, "resume=auto"), claimed, MADE_FROM)
-    assert "inputs" not in run.read_manifest(), "nobody knows what it began with"
+    assert claim(config_in(tmp_path, "resume=auto")).run
     with pytest.raises(ConfigError, match=r"train\.group_by_length: there False, now True"):
         claim(config_in(tmp_path, "resume=auto", "train.group_by_length=true"))
 
@@ -289,7 +270,7 @@ def test_a_run_of_a_version_that_knew_less_continues_with_a_remark(tmp_path: Pat
 HOLD = """
 import sys
 from tunewright.config.compose import compose_config
-from tunewright.run_folder import claim, prepare_folder, sole_user
+from tunewright.claims import claim, prepare_folder, sole_user
 config = compose_config(sys.argv[1:])
 claimed = claim(config)
 with sole_user(config, claimed):

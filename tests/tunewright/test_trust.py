@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import write_checkpoint
+from tunewright.claims import Claim, claim, prepare_folder
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError
-from tunewright.run_folder import Claim, RunDir, claim, prepare_folder
+from tunewright.run_folder import RunDir
 from tunewright.trust import check_code, check_ours, installation_key, is_ours, key_file
 
 
@@ -22,8 +24,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def begun(root: Path) -> RunDir:
     run = RunDir(root / "run")
     prepare_folder(compose_config([f"output_root={root}", "name=run"]), Claim(run))
-    (run.checkpoints / "checkpoint-1").mkdir(parents=True)
-    (run.checkpoints / "checkpoint-1" / "trainer_state.json").write_text('{"global_step": 1, "epoch": 0.1}')
+    write_checkpoint(run, 1, 0.1)
     return run
 
 

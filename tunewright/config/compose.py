@@ -81,6 +81,8 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
         ConfigError: unknown key or choice, wrong type, missing value or bad syntax.
     """
     check_extra_dir(extra_dir)
+    # `resume=auto` is a value, so hydra knows no key below it; what goes with it is typed like one all the same.
+    overrides = [item.replace("resume.allow=", "resume_allow=", 1) for item in overrides]
     parsed = load_plugins(overrides)
     for item in parsed:
         if item.is_sweep_override():

@@ -1,0 +1,131 @@
+"""Checkpoints are written aside by all ranks, and count once every rank has written and the folder has its name."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from tunewright.checkpoints import PART, PREFIX, commit, files_in, rotate, seal
+from tunewright.config.deepspeed_file import deepspeed_file
+from tunewright.config.schema import Launcher
+from tunewright.files import make_readable
+from tunewright.run_folder import RunDir, copy_of
+from tunewright.space import storing
+from tunewright.trainer.agreement import Agreement
+from tunewright.trainer.disk_room import DiskRoom
+from tunewright.trainer.finiteness import check_finite
+from tunewright.trainer.results import package_versions
+
+
+class Checkpoints(TrainerCallback):
+    """Writes the checkpoints of a run, and puts back what transformers forgets when a run goes on.
+
+    The manifest and config.yaml are read when the training begins: each checkpoint has a copy of them.
+    """
+
+    def __init__(self, config: DictConfig, run: RunDir, agreement: Agreement, room: DiskRoom) -> None:
+        self.config, self.run, self.agreement, self.room = config, run, agreement, room
+        self.copy = copy_of(run)
+        self.seconds: float | None = None  # that the last save took, in the slowest rank
+        self.saved_at = time.perf_counter()  # or, before that, when the training began
+        self.written = 0  # by this process
+
+    def save(self, trainer: Any, write: Callable[[], None]) -> None:
+        """Write a checkpoint of the step that has just ended. Every rank has to call it.
+
+        Args:
+            write: writes this rank's part into `trainer.checkpoint_root`.
+
+        Raises:
+            NumericError: what was trained is not finite.
+            StorageError: the disk does not take it.
+        """
+        check_finite(trainer)
+        started, main = time.perf_counter(), trainer.is_world_process_zero()
+        parts = self.run.checkpoints / PART
+        if main:
+            shutil.rmtree(parts, ignore_errors=True)  # of an interrupted attempt
+        self.room.check_save()
+        try:
+            with storing(self.run.path, "A checkpoint", needed=self.room.checkpoint, advice=self.room.advice):
+                self._write(trainer, write, started)
+        finally:
+            if main:
+                shutil.rmtree(parts, ignore_errors=True)  # of a failed one: its room is needed
+        self.saved_at, self.written = time.perf_counter(), self.written + 1
+
+    def _write(self, trainer: Any, write: Callable[[], None], started: float) -> None:
+        state, main = trainer.state, trainer.is_world_process_zero()
+        place = self.run.checkpoints / f"{PREFIX}{state.global_step}"
+        staging = place.parent / PART / place.name
+        if main:
+            staging.mkdir(parents=True)
+        self.agreement.gather(None)
+        trainer.checkpoint_root = staging.parent
+        try:
+            write()
+        finally:
+            trainer.checkpoint_root = None
+        if state.best_model_checkpoint == str(staging):
+            state.best_model_checkpoint = str(place)
+            if main:
+                state.save_to_json(str(staging / "trainer_state.json"))
+        ranks = trainer.args.world_size
+        self.agreement.gather(None)  # all files are there
+        if main:
+            make_readable(staging)
+        mine = files_in(staging)[trainer.args.process_index :: ranks]
+        sealed = self.agreement.gather(seal(staging, mine))
+        self.seconds = max(self.agreement.gather(time.perf_counter() - started))
+        if main:
+            files = {name: told for part in sealed for name, told in part.items()}
+            commit(staging, {**self._record(trainer), "seconds": self.seconds, "files": dict(sorted(files.items()))})
+            best = (
+                Path(state.best_model_checkpoint)
+                if self.config.train.keep_best and state.best_model_checkpoint
+                else None
+            )
+            rotate(place.parent, self.config.train.save_total_limit, best)
+            self.room.saved(place)
+        self.agreement.gather(None)  # it has its name
+
+    def _record(self, trainer: Any) -> dict[str, Any]:
+        config, state = self.config, trainer.state
+        deepspeed = config.strategy.launcher is Launcher.deepspeed
+        return {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "steps_planned": state.max_steps,
+            "world_size": trainer.args.world_size,
+            "strategy": config.strategy.name,
+            "zero_stage": deepspeed_file(config).stage if deepspeed else None,
+            "method": config.method.name,
+            "dtype": config.model.dtype.value,
+            "batches_per_step": trainer.args.gradient_accumulation_steps,
+            "versions": package_versions(),
+            "run": self.copy,
+        }
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved_at = time.perf_counter()
+        if state.best_global_step:  # the folder's name in the state is the one of then: a run may have moved
+            best = self.run.checkpoints / f"{PREFIX}{state.best_global_step}"
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+
+class KeepPatience(EarlyStoppingCallback):
+    """Early stopping that knows, when a run goes on, how often the loss had not fallen, and when that was enough."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        told = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(told, dict) and state.global_step:
+            self.early_stopping_patience_counter = told["attributes"]["early_stopping_patience_counter"]
+            if self.early_stopping_patience_counter >= self.early_stopping_patience:
+                control.should_training_stop = True
