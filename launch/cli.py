@@ -27,6 +27,8 @@ examples:
   tunewright train experiment=demo strategy=zero3 --dry-run
   tunewright train --multirun method.r=4,16,64              one run for each value
   tunewright data check demo data.cutoff_len=512            what is in the data: lengths, copies, dropped rows
+  tunewright resume runs/first                              go on with what was stopped or killed
+  tunewright runs                                           how far each run is
   tunewright compare runs/demo/*
   tunewright chat runs/demo/zero2                           after `tunewright demo`
   tunewright merge runs/demo/zero2                          one model folder, without an adapter
@@ -72,6 +74,22 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--cfg", choices=["job"], help="print the composed configuration and stop")
     train.add_argument("--dry-run", action="store_true", help="check everything and print what would be started")
     train.set_defaults(run=_train)
+
+    resume = commands.add_parser(
+        "resume",
+        help="go on with a run that was stopped, failed or was killed",
+        description="Goes on from the newest checkpoint that is whole, with the run's own settings. More of them, such "
+        "as train.max_steps=200 or strategy=zero3, say what is to be otherwise now.",
+    )
+    resume.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, for example runs/first")
+    resume.add_argument("overrides", nargs="*", metavar="key=value", help="what is to be otherwise")
+    resume.add_argument("--dry-run", action="store_true", help="say from where it would go on, and start nothing")
+    _add_trust(resume)
+    resume.set_defaults(run=_resume)
+
+    runs = commands.add_parser("runs", help="how far each run is, and from where it would go on")
+    runs.add_argument("root", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
+    runs.set_defaults(run=_runs)
 
     config = commands.add_parser("config", help="show groups, choices, keys, or a composed configuration")
     _add_overrides(config)
@@ -182,6 +200,19 @@ def _train(args: argparse.Namespace) -> int:
     if args.cfg:
         return _print_configs(sweep_jobs(args.overrides, args.config_dir, multirun=args.multirun))
     return train(args.overrides, extra_dir=args.config_dir, multirun=args.multirun, dry_run=args.dry_run, say=_say)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from tunewright.launch.resume import resume
+
+    return resume(args.run_folder, args.overrides, trusted=args.trust, dry_run=args.dry_run, say=_say)
+
+
+def _runs(args: argparse.Namespace) -> int:
+    from tunewright.launch.runs import runs_text
+
+    _say(runs_text(args.root))
+    return 0
 
 
 def _config(args: argparse.Namespace) -> int:

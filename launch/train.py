@@ -182,12 +182,17 @@ def train(
     say: Callable[[str], None] = print,
 ) -> int:
     """Run one training, or a sweep of them one after the other, and return the exit code of the first that fails."""
+    return train_each(sweep_jobs(overrides, extra_dir, multirun=multirun), dry_run=dry_run, say=say)
+
+
+def train_each(configs: Sequence[DictConfig], *, dry_run: bool = False, say: Callable[[str], None] = print) -> int:
+    """Check all configurations, then train one after the other; return the exit code of the first that fails."""
     devices = find_devices()
     left_over = rank_variables(os.environ)
     if left_over:
         say(f"{', '.join(left_over)} in the environment belong to another launch: not passed on to ranks.")
     jobs = []
-    for config in sweep_jobs(overrides, extra_dir, multirun=multirun):
+    for config in configs:
         jobs.append(plan_job(config, devices))
         if not dry_run:  # which tells as much as can be known without the data
             check_data(config)
@@ -207,6 +212,9 @@ def show_plan(job: Job, say: Callable[[str], None]) -> None:
 
     for text in chain(job.decided, job.claimed.remarks, forecast(job.config, job.plan)):
         say(text)
+    if job.claimed.finished:
+        say(f"{job.claimed.run.path} is finished already; nothing would be done.")
+        return
     if job.claimed.checkpoint:
         say(
             f"{job.claimed.run.path} would continue from {job.claimed.checkpoint.name}, if model and data are those it "
