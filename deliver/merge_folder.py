@@ -12,8 +12,10 @@ from typing import Any
 from tunewright.errors import ConfigError, StorageError
 from tunewright.files import written_aside
 from tunewright.folders import set_aside
+from tunewright.space import storing
 
 RECORD = "merge.json"
+OTHER_OUT = "Make room, or use --out on another disk."
 
 
 def check_out(folder: Path, overwrite: bool, kept: list[Path]) -> None:
@@ -40,8 +42,9 @@ def new_folder(folder: Path, trash_root: Path, say: Callable[[str], None]) -> It
     with _stoppable() as stopped:
         try:
             with written_aside(folder) as staging:
-                staging.mkdir(parents=True)
-                yield staging
+                with storing(folder.parent, "The merged model", advice=lambda: OTHER_OUT, ask_disk=False):
+                    staging.mkdir(parents=True)
+                    yield staging
                 if stopped:
                     raise KeyboardInterrupt
                 name = f"{folder.absolute().parent.name}-{folder.name}"

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher
+from tunewright.files import write_text
 from tunewright.launch.children import SAFE_PATH
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.plan.devices import Devices
@@ -94,7 +95,7 @@ def build_command(
 
 
 def write_accelerate_config(command: Command, run: RunDir) -> None:
-    (run.path / "accelerate.yaml").write_text(yaml.safe_dump(command.accelerate, sort_keys=False), encoding="utf-8")
+    write_text(run.path / "accelerate.yaml", yaml.safe_dump(command.accelerate, sort_keys=False))
 
 
 def _environment(config: DictConfig, ranks: int, devices: Devices) -> dict[str, str]:

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tunewright.config.compose import compose_config
+from tunewright.deliver.merge_folder import new_folder
 from tunewright.errors import StorageError
 from tunewright.launch.prepare import ensure_prepared
 from tunewright.launch.train import plan_job
@@ -101,3 +104,16 @@ def test_a_disk_that_is_full_of_tokens_is_told_with_what_they_need(
         prepare(config, lambda line: None)
     assert re.search(r"The tokens of .* No space left on device\. About 2\d\.\d MiB are needed", str(told.value))
     assert not [path for path in place.rglob("*") if path.suffix == ".arrow"]  # half of them would fill it for nothing
+
+
+# What a finished run becomes
+
+
+def test_a_disk_that_fills_while_a_model_is_merged(disk: Callable[..., Path]) -> None:
+    place = disk(1)
+    with (
+        pytest.raises(StorageError, match=r"The merged model cannot be written to .*No space left.* use --out on "),
+        new_folder(place / "merged", place, print) as staging,
+    ):
+        save_file({"weights": torch.zeros(10**6)}, staging / "model.safetensors")
+    assert list(place.iterdir()) == []
