@@ -25,6 +25,7 @@ from tunewright.plan.batch_plan import BatchPlan, batch_plan
 from tunewright.plan.devices import find_devices
 from tunewright.ranks import LAUNCHED_BY, die_with_parent, leave, rank, world_size
 from tunewright.redaction import redact, typed_secrets
+from tunewright.restore import bring_back
 from tunewright.trainer.inputs import planned_inputs, prepared_inputs
 from tunewright.trainer.prepared import Prepared
 from tunewright.trainer.process_group import join
@@ -110,6 +111,8 @@ def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
             f"`strategy={config.strategy.name}` is not what runs: this process was started without DeepSpeed. Use "
             f"`tunewright train`, or `accelerate launch --use_deepspeed` without --cpu, which turns DeepSpeed off."
         )
+    if rank() == 0:
+        decided += bring_back(config)
     claimed = claim(config) if rank() == 0 else Claim(run_dir(config))
     for text in (*decided, *claimed.remarks):
         _say(redact(text))

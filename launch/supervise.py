@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tunewright.checkpoints import discard_part
 from tunewright.errors import EXIT_CODES
 from tunewright.launch.children import end, start
 from tunewright.launch.command import Command
@@ -76,6 +77,7 @@ def run_ranks(
         if watch.frozen:  # and the others failed with it
             rank = watch.frozen.rank
             error = RankError(rank, "silence", watch.told(), EXIT_CODES["PeerError"], run.logs / f"rank{rank}.log")
+    discard_part(run.checkpoints)
     begin_line()
     say(f"Rank {error.rank} failed with {error.kind}: {error.message}\n  log: {error.log}")
     _mark(run, "failed", say)

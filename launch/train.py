@@ -27,6 +27,7 @@ from tunewright.plan.module_rules import check_modules
 from tunewright.plan.rules import check
 from tunewright.plan.substitutes import substitute
 from tunewright.ranks import rank_variables
+from tunewright.restore import bring_back
 
 if TYPE_CHECKING:
     from tunewright.trainer.prepared import Prepared
@@ -48,16 +49,17 @@ class Job:
         return build_command(self.config, self.claimed.run, self.plan, self.devices, self.claimed.checkpoint)
 
 
-def plan_job(config: DictConfig, devices: Devices) -> Job:
-    """Check a configuration as far as can be done without starting anything.
+def plan_job(config: DictConfig, devices: Devices, *, dry_run: bool = False) -> Job:
+    """Check a configuration as far as can be done without starting anything; a lost checkpoint is fetched, though.
 
     Raises:
-        ConfigError, DataError: see `rules.check`, `check_modules`, `substitute`, `run_folder.claim` and
+        ConfigError, DataError: see `rules.check`, `check_modules`, `substitute`, `bring_back`, `claim` and
             `find_prepared`.
     """
     plan, decided = check_all(config, devices)
     from tunewright.trainer.inputs import planned_inputs
 
+    decided += bring_back(config, dry_run=dry_run)
     claimed = claim(config)
     if claimed.checkpoint:
         check_inputs(claimed, planned_inputs(config, plan), config.resume_allow)
@@ -193,7 +195,7 @@ def train_each(configs: Sequence[DictConfig], *, dry_run: bool = False, say: Cal
         say(f"{', '.join(left_over)} in the environment belong to another launch: not passed on to ranks.")
     jobs = []
     for config in configs:
-        jobs.append(plan_job(config, devices))
+        jobs.append(plan_job(config, devices, dry_run=dry_run))
         if not dry_run:  # which tells as much as can be known without the data
             check_data(config)
     for number, job in enumerate(jobs, 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from tunewright.checkpoints import PART, PREFIX, commit, files_in, rotate, seal
+from tunewright.checkpoints import PART, PREFIX, commit, discard_part, files_in, rotate, seal
 from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher
 from tunewright.files import make_readable
@@ -20,6 +19,7 @@ from tunewright.space import storing
 from tunewright.trainer.agreement import Agreement
 from tunewright.trainer.disk_room import DiskRoom
 from tunewright.trainer.finiteness import check_finite
+from tunewright.trainer.mirroring import MirrorCheckpoints
 from tunewright.trainer.results import package_versions
 
 
@@ -35,6 +35,7 @@ class Checkpoints(TrainerCallback):
         self.seconds: float | None = None  # that the last save took, in the slowest rank
         self.saved_at = time.perf_counter()  # or, before that, when the training began
         self.written = 0  # by this process
+        self.mirroring: MirrorCheckpoints | None = None
 
     def save(self, trainer: Any, write: Callable[[], None]) -> None:
         """Write a checkpoint of the step that has just ended. Every rank has to call it.
@@ -48,16 +49,15 @@ class Checkpoints(TrainerCallback):
         """
         check_finite(trainer)
         started, main = time.perf_counter(), trainer.is_world_process_zero()
-        parts = self.run.checkpoints / PART
         if main:
-            shutil.rmtree(parts, ignore_errors=True)  # of an interrupted attempt
+            discard_part(self.run.checkpoints)  # of an interrupted attempt
         self.room.check_save()
         try:
             with storing(self.run.path, "A checkpoint", needed=self.room.checkpoint, advice=self.room.advice):
                 self._write(trainer, write, started)
         finally:
             if main:
-                shutil.rmtree(parts, ignore_errors=True)  # of a failed one: its room is needed
+                discard_part(self.run.checkpoints)  # of a failed one: its room is needed
         self.saved_at, self.written = time.perf_counter(), self.written + 1
 
     def _write(self, trainer: Any, write: Callable[[], None], started: float) -> None:
@@ -86,14 +86,14 @@ class Checkpoints(TrainerCallback):
         if main:
             files = {name: told for part in sealed for name, told in part.items()}
             commit(staging, {**self._record(trainer), "seconds": self.seconds, "files": dict(sorted(files.items()))})
-            best = (
-                Path(state.best_model_checkpoint)
-                if self.config.train.keep_best and state.best_model_checkpoint
-                else None
-            )
-            rotate(place.parent, self.config.train.save_total_limit, best)
+            rotate(place.parent, self.config.train.save_total_limit, self._spared(state))
             self.room.saved(place)
         self.agreement.gather(None)  # it has its name
+
+    def _spared(self, state: Any) -> list[str]:
+        """Return the checkpoints that stay, however old: the best one, and one that is just being copied."""
+        best = Path(state.best_model_checkpoint or "").name if self.config.train.keep_best else ""
+        return [name for name in (best, self.mirroring.copying if self.mirroring else None) if name]
 
     def _record(self, trainer: Any) -> dict[str, Any]:
         config, state = self.config, trainer.state

@@ -105,7 +105,7 @@ def train(
     verify, watch = VerifyStrategy(config, run, trainer, output), Watch(config, run, trainer, output)
     ours = [room, metrics, progress, checkpoints, watch, verify, *_chosen(config, run, trainer, output)]
     mirror = mirror_of(config) if state.is_main_process else None
-    mirroring = MirrorCheckpoints(mirror, run, config.train, output) if mirror else None
+    mirroring = checkpoints.mirroring = MirrorCheckpoints(mirror, run, config.train, output) if mirror else None
     added = [PLUGINS.callbacks[name]() for name in config.train.callbacks]
     for callback in (*ours, *([mirroring] if mirroring else []), *added, *callbacks):
         trainer.add_callback(callback)

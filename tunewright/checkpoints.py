@@ -209,11 +209,16 @@ def discard(path: Path) -> None:
     _remove_if_empty(aside.parent)
 
 
-def rotate(folder: Path, keep: int, best: Path | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints with a record, and the `best` one; nothing else in the folder."""
+def discard_part(folder: Path) -> None:
+    """Remove what a save that was interrupted has written so far: its room may be what is needed."""
+    shutil.rmtree(folder / PART, ignore_errors=True)
+
+
+def rotate(folder: Path, keep: int, spared: Iterable[str] = ()) -> None:
+    """Remove all but the newest `keep` checkpoints with a record, and `spared` ones; nothing else in the folder."""
     whole = [path for path in listed(folder) if (path / RECORD).is_file()]
     for path in whole[max(keep, LEAST_KEPT) :]:
-        if best is None or path.name != best.name:
+        if path.name not in spared:
             discard(path)
 
 

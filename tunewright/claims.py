@@ -25,6 +25,7 @@ from tunewright.errors import ConfigError, StorageError, did_you_mean
 from tunewright.files import write_json, write_text
 from tunewright.folders import LOCK, check_name, is_locked, locked, set_aside
 from tunewright.identity import differing_settings, identity, table
+from tunewright.mirror import mirror_of
 from tunewright.run_folder import FILES, LOGS, RECORDS, RESULTS, RunDir, git_state, redacted_yaml
 from tunewright.trees import digest
 from tunewright.trust import is_signed, not_ours, sign
@@ -291,6 +292,8 @@ def prepare_folder(config: DictConfig, claimed: Claim, inputs: Mapping[str, str]
         run.path.mkdir(parents=True, exist_ok=True)
         before = known_of(run).manifest
         aside = _make_room(config, claimed, before)
+        if config.overwrite and (mirror := mirror_of(config)):
+            mirror.set_aside(datetime.now().strftime("%Y%m%d-%H%M%S"))
         known = {} if claimed.checkpoint is None else before
         # First of all: from now on the folder is a run's, whatever happens.
         write_json(

@@ -155,7 +155,7 @@ def test_rotation_keeps_two_the_best_and_what_is_no_checkpoint(run: RunDir) -> N
     for step in (30, 40):
         write_checkpoint(run, step)
     (run.checkpoints / "checkpoint-5").mkdir()
-    rotate(run.checkpoints, 1, best=run.checkpoints / "checkpoint-10")
+    rotate(run.checkpoints, 1, ["checkpoint-10"])
     assert {path.name for path in run.checkpoints.glob("c*")} == {
         "checkpoint-5",
         "checkpoint-10",
