@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tunewright.deliver.comparison_rows import Row, comparison_rows
+from tunewright.deliver.comparison_rows import Row, comparison_rows, warning_notes
 from tunewright.deliver.comparison_text import REPORT_PROMPTS
 from tunewright.deliver.held_out_answers import MARKS, held_out_answers, score_notes
 from tunewright.deliver.run_record import Run, lookup, run_labels
@@ -24,7 +24,7 @@ def comparison_html(runs: Sequence[Run], curves: bytes) -> str:
         heading="Comparison of fine-tuning runs",
         summary=", ".join(names),
         names=names,
-        notes=" ".join(score_notes(runs)),
+        notes=[*warning_notes(runs), *score_notes(runs)],
         figures=_lines(comparison_rows(runs)),
         curves=base64.b64encode(curves).decode("ascii"),
         differences=_lines(config_differences(runs)),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from tunewright.deliver.run_record import Run, lookup, series
+from tunewright.deliver.run_record import Run, lookup, run_labels, series
 from tunewright.deliver.scores import score_text
 from tunewright.metrics import final_train_loss
 from tunewright.text import MISSING, as_number, clock, count, one_line, percent, size
@@ -18,7 +18,7 @@ STAGES = (("before", "base"), ("after", "tuned"))
 def comparison_rows(runs: Sequence[Run]) -> list[Row]:
     """Return the comparison as (label, [cell per run])."""
     figures: list[tuple[str, Callable[[Run], str]]] = [
-        ("status", lambda run: _text(lookup(run.manifest, "status"))),
+        ("status", _status_cell),
         ("strategy", lambda run: _text(lookup(run.manifest, "strategy"))),
         ("method", lambda run: _text(lookup(run.manifest, "method"))),
         ("trainable parameters", _parameters_cell),
@@ -37,6 +37,21 @@ def comparison_rows(runs: Sequence[Run]) -> list[Row]:
         ("device", _device_cell),
     ]
     return [(label, [cell(run) for run in runs]) for label, cell in figures]
+
+
+def warning_notes(runs: Sequence[Run]) -> list[str]:
+    """Return what the training of each run warned of at its end, behind the run's name."""
+    labelled = zip(run_labels(runs), runs, strict=True)
+    return [f"{label}: {one_line(warning)}" for label, run in labelled for warning in _warnings(run)]
+
+
+def _warnings(run: Run) -> list[str]:
+    found = run.manifest.get("warnings")
+    return [warning for warning in found if isinstance(warning, str)] if isinstance(found, list) else []
+
+
+def _status_cell(run: Run) -> str:
+    return _text(lookup(run.manifest, "status")) + (", with a warning" if _warnings(run) else "")
 
 
 def _metrics(runs: Sequence[Run]) -> list[str]:

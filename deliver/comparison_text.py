@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tunewright.deliver.comparison_rows import Row, comparison_rows
+from tunewright.deliver.comparison_rows import Row, comparison_rows, warning_notes
 from tunewright.deliver.held_out_answers import MARKS, HeldOutAnswers, held_out_answers, score_notes
 from tunewright.deliver.run_record import Run, run_labels
 from tunewright.deliver.setting_differences import config_differences
@@ -23,7 +23,7 @@ NO_ANSWERS = "(no run has any in its evaluation.json)"
 
 def text_report(runs: Sequence[Run]) -> str:
     """Return the whole comparison as plain text: table, differing settings, a few answers."""
-    notes = "\n".join(score_notes(runs))
+    notes = "\n".join([*warning_notes(runs), *score_notes(runs)])
     differences = _differences(runs, TEXT_VALUE_WIDTH)
     parts = [
         render_table(runs),
@@ -40,7 +40,7 @@ def markdown_report(runs: Sequence[Run], image: str) -> str:
         "comparison.md.jinja",
         image=image,
         figures=_grid("run", runs, comparison_rows(runs)),
-        notes=score_notes(runs),
+        notes=[*warning_notes(runs), *score_notes(runs)],
         differences=_differences(runs, REPORT_VALUE_WIDTH),
         no_differences=_no_differences(runs),
         answers=_answers_grid(held_out_answers(runs, REPORT_PROMPTS)),

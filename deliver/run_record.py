@@ -8,6 +8,7 @@ one somebody wants to look at.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +138,7 @@ def series(run: Run, key: str) -> list[Point]:
     by_step: dict[float, float] = {}
     for record in run.metrics:
         step, value = as_number(record.get("step")), as_number(record.get(key))
-        if step is not None and value is not None:
+        if step is not None and value is not None and math.isfinite(value):  # NaN is what JSON does not know
             by_step[step] = value
     return sorted(by_step.items())
 

@@ -53,6 +53,7 @@ def test_tensorboard_holds_the_curves_and_the_hyperparameters(demo: tuple[Path, 
     scalars = events.Tags()["scalars"]
     for figure in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes"):
         assert f"train/{figure}" in scalars
+    assert manifest(demo[0] / way)["warnings"] == []
     logged = [line["loss"] for line in read_metrics(demo[0] / way) if "loss" in line]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged)
     assert logged[-1] < 0.2 * logged[0]

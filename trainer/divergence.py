@@ -19,10 +19,12 @@ from tunewright.run_folder import RunDir
 from tunewright.trainer.advice import calmer_steps
 from tunewright.trainer.console import Output
 
-LEAST_STEPS = 9  # fewer say nothing
-MARGIN = 0.1  # of its start, by which a loss has to be above it
-STREAM_MARGIN = 0.5  # rows of a stream may get harder
-DEVIATIONS = 3.0  # of the losses of single steps, by which it has to be above as well
+# By how much a loss has to be above its start: a share of that, at least so much, and more than single steps differ.
+MARGIN, STREAM_MARGIN = 0.1, 0.5  # rows of a stream may get harder
+LEAST_MARGIN = 0.1
+DEVIATIONS = 3.0
+FEW_STEPS = 15  # fewer do not tell how much they differ: then by half of its start and 1
+LEAST_STEPS = 4
 LEARNT = 0.1  # a loss below has nothing left to learn
 LIKE_CHANCE = 0.02  # how close to ln(vocabulary) a loss is called that of guessing
 
@@ -40,14 +42,16 @@ def trouble(losses: Sequence[float], still: int, vocabulary: int, *, stream: boo
         return None
     last = losses[-min(FINAL_STEPS, len(losses) // 3) :]
     end, start = fmean(last), losses[0]
-    # From step to step, so that a loss which still falls or rises does not count as noise.
-    noise = math.sqrt(fmean((one - before) ** 2 for before, one in pairwise(last)) / 2)
-    spread = DEVIATIONS * noise * math.sqrt(1 + 1 / len(last))
-    margin = (STREAM_MARGIN if stream else MARGIN) * abs(start) + 0.1
+    margin = 0.5 * abs(start) + 1
+    if len(losses) >= FEW_STEPS:
+        # From step to step, so that a loss which still falls or rises does not count as noise.
+        noise = math.sqrt(fmean((one - before) ** 2 for before, one in pairwise(last)) / 2)
+        share = STREAM_MARGIN if stream else MARGIN
+        margin = max(share * abs(start), LEAST_MARGIN) + DEVIATIONS * noise * math.sqrt(1 + 1 / len(last))
     found = []
-    if end > start + margin + spread:
+    if end > start + margin and min(last) > start + (0 if len(losses) >= FEW_STEPS else margin):
         found.append(f"the loss is at {end:.2f}, above the {start:.2f} where it began")
-    if still >= len(last) and end > LEARNT:
+    if still >= max(len(last), LEAST_STEPS) and end > LEARNT:
         found.append(f"the gradient has been 0 for {still:,} steps{'' if found else f' at a loss of {end:.2f}'}")
     if found and abs(end - math.log(vocabulary)) < LIKE_CHANCE * math.log(vocabulary):
         found.append(f"guessing among {vocabulary:,} tokens has a loss of {math.log(vocabulary):.2f}")

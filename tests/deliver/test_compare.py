@@ -16,7 +16,7 @@ import yaml
 from tunewright.deliver.compare import common_parent, compare
 from tunewright.deliver.comparison_page import comparison_html
 from tunewright.deliver.comparison_rows import comparison_rows
-from tunewright.deliver.comparison_text import markdown_report, render_table
+from tunewright.deliver.comparison_text import markdown_report, render_table, text_report
 from tunewright.deliver.held_out_answers import held_out_answers, score_notes
 from tunewright.deliver.loss_curves import curves_png
 from tunewright.deliver.run_record import load_run, run_labels, series
@@ -130,6 +130,16 @@ class TestFigures:
             "exact match after": "91.2% (83.0 to 95.7)",
             "device": "EPYC (cpu)",
         }
+
+    def test_a_warning_of_the_training_is_told_in_each_report(self, tmp_path: Path) -> None:
+        warned = load_run(make_run(tmp_path, "a", warnings=["The loss is at <8.32>.", 7]))
+        runs = [warned, load_run(make_run(tmp_path, "b", warnings=[])), load_run(make_run(tmp_path, "c", warnings="x"))]
+        assert [row for row in comparison_rows(runs) if row[0] == "status"] == [
+            ("status", ["done, with a warning", "done", "done"])
+        ]
+        assert "a: The loss is at <8.32>." in text_report(runs)
+        assert "a: The loss is at" in markdown_report(runs, "x.png")
+        assert "<p>a: The loss is at &lt;8.32&gt;.</p>" in comparison_html(runs, b"PNG")
 
     def test_missing_files_and_entries_show_a_dash(self, tmp_path: Path) -> None:
         assert set(cells(bare_run(tmp_path, "died")).values()) == {"-"}
