@@ -233,7 +233,9 @@ class Config:
     offline: bool = option(False, "never use the network: what is not on this machine already is an error")
     resume: Resume = option(Resume.never, "auto continues this run if it was begun; must fails when there is none")
     resume_allow: list[str] = option(
-        [], "what may differ when a run continues: data, model, adapter, batch, or keys of settings"
+        [],
+        "what may differ when a run continues: data, model, adapter, batch, or keys of settings; also typed as "
+        "resume.allow=[...]",
     )
     trust: bool = option(
         False, "continue a run that somebody else made, also where its checkpoint would run code that it brings"
