@@ -7,8 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,20 +16,28 @@ from omegaconf import DictConfig, OmegaConf
 
 from tunewright.errors import ERRORS, TunewrightError
 from tunewright.ranks import die_with_parent, without_ranks
-from tunewright.terminal import begin_line
+from tunewright.terminal import begin_line, tell
 
-GRACE_SECONDS = 10.0  # between asking processes to stop and killing them
 # The working directory may hold a datasets.py or a yaml.py of the user's own, which must not be imported. What Python
 # and accelerate leave of it, `tunewright/__init__.py` takes away.
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 REPORTED = re.compile(rf"^({'|'.join(ERRORS)}): ", re.MULTILINE)
 
 
-def start(command: Sequence[str], env: Mapping[str, str], **streams: Any) -> subprocess.Popen[str]:
+def start(
+    command: Sequence[str], env: Mapping[str, str], held_back: Collection[int] = (), **streams: Any
+) -> subprocess.Popen[str]:
     """Start a process that is no rank of another launch, hears no Ctrl-C, and ends when this one does.
 
-    `env` is added to the environment.
+    Args:
+        env: added to the environment.
+        held_back: signals that wait, in it and in what it starts, until a process says that it hears them.
     """
+
+    def prepare() -> None:
+        die_with_parent()
+        signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
+
     # Before it has a session of its own, a Ctrl-C would become an error of Popen's.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -39,7 +46,7 @@ def start(command: Sequence[str], env: Mapping[str, str], **streams: Any) -> sub
             env={**without_ranks(os.environ), **SAFE_PATH, **env},
             encoding="utf-8",
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=prepare,
             **streams,
         )
     finally:
@@ -61,13 +68,14 @@ def ask(module: str, task: str, config: DictConfig, stdout: int | None = subproc
     try:
         printed, told = process.communicate(OmegaConf.to_yaml(config))
     except BaseException:
-        end(process, grace=0)
+        kill(process)
         process.wait()
         begin_line()
         raise
     # An error is what the process said last; its text may have lines of its own.
     error = next(REPORTED.finditer(told), None) if process.returncode else None
-    sys.stderr.write(told[: error.start()] if error else told)  # of libraries
+    if aside := (told[: error.start()] if error else told).rstrip():  # of libraries
+        tell(aside, sys.stderr)
     if error:
         raise ERRORS[error[1]](told[error.end() :].rstrip())
     if process.returncode:
@@ -81,30 +89,14 @@ def report(error: TunewrightError) -> int:
     return error.exit_code
 
 
-def end(process: subprocess.Popen[str], grace: float = GRACE_SECONDS) -> None:
-    """Ask a process and all below it to end, and kill what is still there after a time of grace.
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a process and all below it at once.
 
     Ranks are sessions of their own, so a process group does not hold them.
     """
     with suppress(psutil.NoSuchProcess):
         top = psutil.Process(process.pid)
-        everyone = [top, *top.children(recursive=True)]
-        for one in everyone:
-            _signal(one, signal.SIGTERM)
-        deadline = time.monotonic() + grace
-        while time.monotonic() < deadline and any(map(_alive, everyone)):
-            process.poll()  # reaps it, so that it does not count as alive
-            time.sleep(0.05)
-        for one in filter(_alive, everyone):
-            _signal(one, signal.SIGKILL)
-
-
-def _signal(process: psutil.Process, number: int) -> None:
-    with suppress(psutil.NoSuchProcess):  # it ended by itself in the meantime
-        process.send_signal(number)
-
-
-def _alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    return False
+        top.suspend()  # it starts nothing meanwhile
+        for one in [*top.children(recursive=True), top]:
+            with suppress(psutil.NoSuchProcess):  # it ended by itself in the meantime
+                one.kill()

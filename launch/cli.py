@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright import __version__
 from tunewright.datagen.cli import add_parser as add_datagen
-from tunewright.errors import StorageError, TunewrightError, did_you_mean
+from tunewright.errors import Preempted, StorageError, TunewrightError, did_you_mean
 from tunewright.launch.data.cli import add_parser as add_data
 from tunewright.redaction import redact, typed_secrets
 from tunewright.space import refused
+from tunewright.stop_signals import StopAsked, heard_by, interrupt
+from tunewright.terminal import tell
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -152,20 +154,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except TunewrightError as error:
-        print(redact(f"{type(error).__name__}: {error}", typed_secrets(given)), file=sys.stderr)
+        tell(redact(f"{type(error).__name__}: {error}", typed_secrets(given)), sys.stderr)
         return error.exit_code
+    except StopAsked as asked:
+        tell(f"Stopped by {asked.name} while nothing was trained: the same command begins here again.", sys.stderr)
+        return Preempted.exit_code
     except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
+        tell("Stopped.", sys.stderr)
         return 130
     except BrokenPipeError:
         return 0  # the reader of our output went away
     except Exception as error:
         refusal = refused(error)
         if refusal:
-            print(redact(f"StorageError: {refusal}", typed_secrets(given)), file=sys.stderr)
+            tell(redact(f"StorageError: {refusal}", typed_secrets(given)), sys.stderr)
             return StorageError.exit_code
         # A bug: shown whole, and told apart from the user's mistakes.
-        print(redact(traceback.format_exc(), typed_secrets(given)), file=sys.stderr)
+        tell(redact(traceback.format_exc(), typed_secrets(given)), sys.stderr)
         return TunewrightError.exit_code
 
 
@@ -199,13 +204,15 @@ def _train(args: argparse.Namespace) -> int:
 
     if args.cfg:
         return _print_configs(sweep_jobs(args.overrides, args.config_dir, multirun=args.multirun))
-    return train(args.overrides, extra_dir=args.config_dir, multirun=args.multirun, dry_run=args.dry_run, say=_say)
+    with heard_by(interrupt):
+        return train(args.overrides, extra_dir=args.config_dir, multirun=args.multirun, dry_run=args.dry_run, say=_tell)
 
 
 def _resume(args: argparse.Namespace) -> int:
     from tunewright.launch.resume import resume
 
-    return resume(args.run_folder, args.overrides, trusted=args.trust, dry_run=args.dry_run, say=_say)
+    with heard_by(interrupt):
+        return resume(args.run_folder, args.overrides, trusted=args.trust, dry_run=args.dry_run, say=_tell)
 
 
 def _runs(args: argparse.Namespace) -> int:
@@ -276,11 +283,17 @@ def _merge(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from tunewright.launch.demo import demo
 
-    return demo(args.root, _say)
+    with heard_by(interrupt):
+        return demo(args.root, _tell)
 
 
 def _say(text: str) -> None:
     print(redact(text), flush=True)
+
+
+def _tell(text: str) -> None:
+    """Say a line of what goes on to its end, whether anybody reads it or not."""
+    tell(redact(text))
 
 
 if __name__ == "__main__":

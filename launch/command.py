@@ -24,6 +24,8 @@ from tunewright.plan.devices import Devices
 from tunewright.ranks import rank_variables
 from tunewright.run_folder import RunDir
 
+RANK_MODULE = "tunewright.trainer"
+
 
 @dataclass(frozen=True)
 class Command:
@@ -83,7 +85,7 @@ def build_command(
     config: DictConfig, run: RunDir, plan: BatchPlan, devices: Devices, checkpoint: Path | None
 ) -> Command:
     """Build the command that starts the ranks of a run."""
-    script = ["-m", "tunewright.trainer", "--run", str(run.path)]
+    script = ["-m", RANK_MODULE, "--run", str(run.path)]
     if checkpoint:
         script += ["--checkpoint", str(checkpoint)]
     return Command(

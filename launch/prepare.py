@@ -23,6 +23,7 @@ from tunewright.plan.devices import find_devices
 from tunewright.plan.rules import world_size
 from tunewright.ranks import leave
 from tunewright.redaction import redact
+from tunewright.terminal import tell
 from tunewright.trainer.model.model_folder import caching
 from tunewright.trainer.model.tokenizer import load_tokenizer
 from tunewright.trainer.prepared import Prepared, check_vocabulary, find_prepared, prepare
@@ -39,7 +40,7 @@ def ensure_prepared(config: DictConfig, *, quiet: bool = False) -> Prepared:
         return found
     known = known_figures(config, found.cache) if found else None
     if found and known is not None:
-        print(redact("\n".join(known)), flush=True)
+        tell(redact("\n".join(known)))
         return found
     ask("tunewright.launch.prepare", "make", config, subprocess.DEVNULL if quiet else None)
     return find_prepared(config) or prepare(config, lambda line: None)
@@ -74,7 +75,7 @@ def main() -> int:
     os.environ.pop("OMP_NUM_THREADS", None)  # where a rank began this, its share of the cores
     try:
         config = load_config(sys.stdin)
-        prepare_and_report(config, lambda line: print(redact(line), flush=True))
+        prepare_and_report(config, lambda line: tell(redact(line)))
     except TunewrightError as error:
         return report(error)
     return 0

@@ -8,6 +8,7 @@ Settings are those of `tunewright train`; the strategy is what the launcher star
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from tunewright.restore import bring_back
 from tunewright.trainer.inputs import planned_inputs, prepared_inputs
 from tunewright.trainer.prepared import Prepared
 from tunewright.trainer.process_group import join
+from tunewright.trainer.stopping import Stopping
 from tunewright.trainer.train_rank import train_rank
 
 if TYPE_CHECKING:
@@ -40,7 +42,10 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    die_with_parent()
+    # By a signal that it hears: accelerate ends at once on one device, and saves are still to be made.
+    die_with_parent(signal.SIGTERM)
+    stopping = Stopping()
+    stopping.listen()
     os.environ.pop(LAUNCHED_BY, None)  # left over: nobody reads this rank's error file
     held = ExitStack()  # until this process ends, in whatever way
     try:
@@ -56,7 +61,7 @@ def main(argv: list[str]) -> int:
     if claimed.finished:
         _say(f"{claimed.run.path} is finished already; nothing to do.")
         leave(0)
-    train_rank(config, claimed.run, claimed.checkpoint, lambda: prepared, state)
+    train_rank(config, claimed.run, claimed.checkpoint, lambda: prepared, stopping, state)
 
 
 def _speaks() -> bool:

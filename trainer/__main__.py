@@ -6,6 +6,7 @@ accelerate launch ... -m tunewright.trainer --run runs/NAME [--checkpoint runs/N
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -14,7 +15,9 @@ from tunewright.config.compose import load_config
 from tunewright.errors import StorageError
 from tunewright.ranks import die_with_parent, launched
 from tunewright.run_folder import RunDir
+from tunewright.trainer.console import write_error
 from tunewright.trainer.prepared import Prepared, find_prepared
+from tunewright.trainer.stopping import Stopping
 from tunewright.trainer.train_rank import train_rank
 
 
@@ -25,10 +28,12 @@ def main(argv: list[str]) -> int:
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     die_with_parent()
     run, checkpoint = RunDir(Path(argv[1])), Path(argv[3]) if argv[2:3] == ["--checkpoint"] else None
+    stopping = Stopping(partial(write_error, run.logs))
+    stopping.listen()
     config = load_config(run.config, trusted=launched())
     # The launcher has fetched everything; a hub that changes meanwhile must not give the ranks other rows.
     config.offline = config.offline or not config.data.streaming
-    train_rank(config, run, checkpoint, lambda: _prepared(config))
+    train_rank(config, run, checkpoint, lambda: _prepared(config), stopping)
 
 
 def _prepared(config: DictConfig) -> Prepared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,18 @@ class CountSteps(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.pulse.step = state.global_step + 1
+
+
+class FirstStep(TrainerCallback):
+    """Calls a function when the first step of this process begins: all that takes time before has been done."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin: Callable[[], None] | None = begin
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.begin:
+            self.begin()
+            self.begin = None
 
 
 class ProgressReport(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import io
 import os
@@ -9,12 +10,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TextIO
 
-from tunewright.errors import PeerError, StorageError, TunewrightError, first_line
+from tunewright.errors import PeerError, Preempted, StorageError, TunewrightError, first_line
 from tunewright.files import write_json
 from tunewright.ranks import SPARE_ERRORS, launched, rank
 from tunewright.redaction import redact
@@ -56,13 +57,13 @@ class Printer:
 
 
 class _Kept(io.FileIO):
-    """A file that keeps what its disk has room for: a line that finds none ends no training."""
+    """A file that keeps what its disk has room for: a line that finds none, or no reader, ends no training."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in STORAGE_ERRNOS:
+            if error.errno not in {*STORAGE_ERRNOS, errno.EPIPE}:
                 raise
             return len(data)
 
@@ -96,9 +97,7 @@ class Console:
     def say(self, text: str) -> None:
         self.log(text)
         if rank() == 0:
-            # Nobody reads any more (`| head`): the log has the line.
-            with suppress(BrokenPipeError):
-                print(redact(text), file=self._terminal, flush=True)
+            print(redact(text), file=self._terminal, flush=True)
 
     def log(self, text: str) -> None:
         print(redact(text))
@@ -118,11 +117,28 @@ def reported_errors(logs: Path, console: Console, peers: Callable[[], str] = str
         known = as_known_error(error)
         if known is not error and isinstance(known, PeerError):
             known = PeerError(f"{known}{peers()}")
-        end_rank(known, traceback.format_exc(), logs, console)
+        end_rank(known, "" if isinstance(known, Preempted) else traceback.format_exc(), logs, console)
 
 
 def end_rank(error: BaseException, trace: str, logs: Path, console: Console) -> NoReturn:
-    """Write what ends this rank to logs/rankN.error.json and exit with the code of its class, on a full disk too."""
+    """Tell what ends this rank, and exit with the code of its class."""
+    tell_error(logs, console, error, trace)
+    # Without waiting for the others: a rank that still sits in a collective would hold the exit up.
+    sys.stdout.flush()
+    os._exit(getattr(error, "exit_code", 70))
+
+
+def tell_error(logs: Path, console: Console, error: BaseException, trace: str = "") -> None:
+    """Write down what ends this rank, and show it where no launcher does."""
+    kind, told = type(error).__name__, redact(str(error))
+    print(redact(trace) or told, file=sys.stderr)
+    write_error(logs, error, trace)
+    ended = "" if isinstance(error, Preempted) else f" failed: {kind}"
+    console.fail(f"Rank {rank()}{ended}: {told or kind} (log: {console.log_path})")
+
+
+def write_error(logs: Path, error: BaseException, trace: str = "") -> None:
+    """Write what ends this rank to logs/rankN.error.json or, where is no room, where its launcher looks as well."""
     record = {
         "rank": rank(),
         "time": time.time(),
@@ -131,16 +147,6 @@ def end_rank(error: BaseException, trace: str, logs: Path, console: Console) -> 
         "message": redact(str(error)) or type(error).__name__,
         "traceback": redact(trace),
     }
-    print(record["traceback"], file=sys.stderr)
-    _keep(record, logs)
-    console.fail(f"Rank {rank()} failed: {record['type']}: {record['message']} (log: {console.log_path})")
-    # Without waiting for the others: a rank that still sits in a collective would hold the exit up.
-    sys.stdout.flush()
-    os._exit(int(record["exit_code"]))
-
-
-def _keep(record: dict[str, Any], logs: Path) -> None:
-    """Write down what ended this rank, beside its log or, when there is no room, where its launcher looks as well."""
     name, spare = f"rank{rank()}.error.json", os.environ.get(SPARE_ERRORS)
     try:
         write_json(logs / name, record)

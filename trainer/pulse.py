@@ -67,6 +67,7 @@ class Pulse:
         self._exchange_thread: threading.Thread | None = None
         # SIGUSR2 writes the stacks of all threads into the rank's log; the launcher sends it when a rank is silent.
         faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})  # the launcher has it wait until then
         self._launcher: socket.socket | None = None
         if SPARE_ERRORS in os.environ:
             self._launcher = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ class TunewrightTrainer(SFTTrainer):
         self.linear_cross_entropy = loss is None and self.args.device.type == "cpu" and add_linear_cross_entropy(base)
         alpha = config.train.neftune_alpha
         self.neftune = EmbeddingNoise(self.model, alpha) if alpha else None
+        self.after_eval_batch: Callable[[], None] = lambda: None
         self.meter = Meter(self.model, self.args.device, dtype)
         self.add_callback(self.meter)
         self.add_callback(RemoveConversion())
@@ -212,6 +214,7 @@ class TunewrightTrainer(SFTTrainer):
                     loss = float(self._loss_sum(model, batch))
                 total += loss
                 odd += [] if math.isfinite(loss) else [number]
+                self.after_eval_batch()
         model.train()
         sums = all_gather([total, tokens], self.args.device)
         mean = sum(row[0] for row in sums) / max(sum(row[1] for row in sums), 1)

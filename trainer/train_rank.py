@@ -18,6 +18,7 @@ from tunewright.trainer.console import Console, end_rank, reported_errors
 from tunewright.trainer.prepared import Prepared
 from tunewright.trainer.process_group import join
 from tunewright.trainer.pulse import Pulse
+from tunewright.trainer.stopping import Stopping
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -28,10 +29,12 @@ def train_rank(
     run: RunDir,
     checkpoint: Path | None,
     prepared: Callable[[], Prepared],
+    stopping: Stopping,
     state: PartialState | None = None,
 ) -> NoReturn:
     """Train as one rank of a run, and end the process; a rank that has not joined the others, without `state`, does."""
     console = Console(run.logs)
+    stopping.leave = partial(end_rank, trace="", logs=run.logs, console=console)
     pulse = Pulse(config.train.timeout_minutes, partial(_end, run.logs, console))
     with reported_errors(run.logs, console, pulse.known):
         found = prepared()
@@ -43,7 +46,7 @@ def train_rank(
 
         gc.freeze()
         gc.enable()
-        train(config, run, found, state, console, checkpoint, callbacks=[CountSteps(pulse)])
+        train(config, run, found, state, console, checkpoint, callbacks=[CountSteps(pulse)], stopping=stopping)
         pulse.stop()
         state.destroy_process_group()
     # At the interpreter's own end a rank over gloo aborts now and then (torch 2.13), and a finished run would count as

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from tunewright.plugins import PLUGINS
 from tunewright.run_folder import RunDir
 from tunewright.space import storing
 from tunewright.trainer.arguments import sft_config
-from tunewright.trainer.callbacks import MetricsWriter, ProgressReport
+from tunewright.trainer.callbacks import FirstStep, MetricsWriter, ProgressReport
 from tunewright.trainer.checkpoint_loading import plain_data_only
 from tunewright.trainer.checkpointing import Checkpoints, KeepPatience
 from tunewright.trainer.console import Output, Printer
@@ -46,6 +47,7 @@ from tunewright.trainer.results import describe_result, describe_training, name_
 from tunewright.trainer.save_schedule import SaveSchedule
 from tunewright.trainer.saving import save_result
 from tunewright.trainer.sft_trainer import TunewrightTrainer
+from tunewright.trainer.stopping import Stopping
 from tunewright.trainer.strategy_check import VerifyStrategy
 from tunewright.trainer.universal import is_universal
 
@@ -63,6 +65,7 @@ def train(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     loss: Loss | None = None,
+    stopping: Stopping | None = None,
 ) -> TunewrightTrainer:
     """Train, save, verify what was saved, and write the result into the manifest.
 
@@ -77,6 +80,7 @@ def train(
         checkpoint: the folder of the run's checkpoint that is continued.
         callbacks: called beside our own and those of `train.callbacks`, after them.
         loss: in place of `train.loss`, in training and evaluation; see `tunewright.trainer.loss.Loss`.
+        stopping: hears who asks this process to stop.
 
     Returns:
         The trainer, with the trained model.
@@ -85,8 +89,10 @@ def train(
         ConfigError: what runs is not what the strategy asks for.
         StorageError: the disk has no room or refuses, or what was saved cannot be read back.
         NumericError: a loss or gradient is not finite.
+        Preempted: it was asked to stop, and all ranks have done so at the same step, with a checkpoint.
     """
     started = time.perf_counter()
+    stopping = stopping or Stopping()
     if state is None:
         quiet_libraries()
         state = join(config.strategy.launcher.name, config.train.timeout_minutes)
@@ -99,11 +105,13 @@ def train(
     metrics, progress = MetricsWriter(run.metrics, trainer.meter, started), ProgressReport(output)
     room = DiskRoom(trainer, run, prepared.model_path, trainer.agreement, config.train)
     trainer.checkpoints = checkpoints = Checkpoints(config, run, trainer.agreement, room)
+    trainer.agreement.questions.append(stopping)
     trainable, total = parameter_counts(trainer.model)
     if config.train.save_steps is None:
         trainer.agreement.questions.append(SaveSchedule(checkpoints, trainable, main=state.is_main_process))
     verify, watch = VerifyStrategy(config, run, trainer, output), Watch(config, run, trainer, output)
-    ours = [room, metrics, progress, checkpoints, watch, verify, *_chosen(config, run, trainer, output)]
+    first = FirstStep(stopping.begin)
+    ours = [room, metrics, progress, checkpoints, watch, verify, first, *_chosen(config, run, trainer, output)]
     mirror = mirror_of(config) if state.is_main_process else None
     mirroring = checkpoints.mirroring = MirrorCheckpoints(mirror, run, config.train, output) if mirror else None
     added = [PLUGINS.callbacks[name]() for name in config.train.callbacks]
@@ -122,8 +130,12 @@ def train(
         plain_data_only(deepspeed=trainer.is_deepspeed_enabled, trusted=config.trust),
     ):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _end_if_stopped(run, trainer, stopping)
         if trainer.eval_dataset is not None and not _evaluated_at(run, trainer.state.global_step):
+            if (run.checkpoints / f"checkpoint-{trainer.state.global_step}").is_dir():
+                trainer.after_eval_batch = partial(_stop_evaluating, run, trainer, stopping)
             trainer.evaluate()
+        stopping.end()
         warnings = watch.warnings()
         save_result(trainer, config.method, run, room)
         memory = max(row[0] for row in all_gather([peak_memory(device)], device))
@@ -133,6 +145,22 @@ def train(
             run.update_manifest(**result)
     output.say(". ".join([f"Saved to {run.final}", *(f"Warning: {text}" for text in warnings)]))
     return trainer
+
+
+def _stop_evaluating(run: RunDir, trainer: TunewrightTrainer, stopping: Stopping) -> None:
+    """Leave the evaluation at the end where a rank is asked to stop: training has ended, and a checkpoint holds it."""
+    if trainer.agreement.largest([stopping.asked(trainer.state)])[0] > 0:
+        stopping.stopped_at = trainer.state.global_step
+        _end_if_stopped(run, trainer, stopping)
+
+
+def _end_if_stopped(run: RunDir, trainer: TunewrightTrainer, stopping: Stopping) -> None:
+    if stopping.stopped_at is None:
+        return
+    if trainer.is_world_process_zero():
+        run.update_manifest(status="stopped")
+    trainer.agreement.gather(None)  # a rank that ended before would have the others ended while they still save
+    raise stopping.stopped()
 
 
 def _build(

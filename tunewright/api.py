@@ -15,6 +15,7 @@ import html
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,11 +26,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from tunewright.config.compose import compose_config
 from tunewright.config.schema import GROUPS, Launcher
-from tunewright.errors import ERRORS, ConfigError, DataError, TunewrightError
+from tunewright.errors import ERRORS, ConfigError, DataError, Preempted, TunewrightError
 from tunewright.files import written_aside
 from tunewright.metrics import read_metrics
 from tunewright.redaction import redact
 from tunewright.run_folder import RunDir
+from tunewright.stop_signals import STOP_SIGNALS, StopAsked, heard_by
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from tunewright.launch.data.report import Report
     from tunewright.launch.train import Job
     from tunewright.trainer.prepared import Prepared
+    from tunewright.trainer.stopping import Stopping
 
     Rows: TypeAlias = Dataset | Sequence[Any] | str | os.PathLike[str]
 
@@ -78,6 +81,8 @@ def train(
 
     Raises:
         ConfigError, DataError, StorageError, NumericError, PeerError: as `tunewright train`.
+        Preempted: SIGTERM or another signal that asks to stop; `resume=auto` goes on from the checkpoint that it left.
+        KeyboardInterrupt: Ctrl-C.
     """
     from tunewright.launch.supervise import INTERRUPTED
     from tunewright.launch.train import check_data as check_prepared
@@ -120,8 +125,18 @@ def train(
         from tunewright.trainer.training import train as train_here
 
         run, output = job.claimed.run, Printer() if say is print else Printer(say)
-        with _told_to_manifest(run):
-            train_here(config, run, prepared, None, output, job.claimed.checkpoint, callbacks=own, loss=objective)
+        with _told_to_manifest(run), _stoppable() as stopping:
+            train_here(
+                config,
+                run,
+                prepared,
+                None,
+                output,
+                job.claimed.checkpoint,
+                callbacks=own,
+                loss=objective,
+                stopping=stopping,
+            )
         return 0
 
     code = run_job(job, tell, ready, start if alone else None)
@@ -177,8 +192,27 @@ def _told_to_manifest(run: RunDir) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        run.update_manifest(status="stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+        run.update_manifest(status="stopped" if isinstance(error, (KeyboardInterrupt, Preempted)) else "failed")
         raise
+
+
+@contextmanager
+def _stoppable() -> Iterator[Stopping]:
+    """Hear a scheduler's signals while this process trains: a first one stops with a checkpoint, a second one at once.
+
+    Ctrl-C raises KeyboardInterrupt as ever, and what this process hears already stays with it.
+    """
+    from tunewright.trainer.stopping import Stopping
+
+    stopping = Stopping()
+
+    def hear(number: int, frame: Any) -> None:
+        stopping.requests.hear(number)
+        if stopping.requests.again:
+            raise StopAsked(number)
+
+    with heard_by(hear, [number for number in STOP_SIGNALS if number != signal.SIGINT], unless_taken=True):
+        yield stopping
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------

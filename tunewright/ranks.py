@@ -72,8 +72,8 @@ def launched() -> bool:
     return LAUNCHED_BY in os.environ
 
 
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when the process that started it dies: no orphan goes on training."""
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask Linux to signal this process when the process that started it dies: no orphan goes on training."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)

@@ -5,6 +5,7 @@ rich is imported by what uses it, so that a command that shows neither starts wi
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -162,8 +163,24 @@ class Progress:
 def begin_line() -> None:
     """Begin a new line of the terminal: a process that was ended has left its bar in the present one."""
     if sys.stdout.isatty():
-        with suppress(OSError):
-            print(flush=True)
+        tell("")
+
+
+def tell(text: str, stream: TextIO | None = None) -> None:
+    """Print a line, by default to standard output, for what goes on where nobody reads any more.
+
+    The reader may have left (`| head`), the terminal may be gone: from then on everything goes to nowhere, also what
+    is in the stream's buffer and what processes print that are started later.
+    """
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _bar(stream: TextIO) -> Bar:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.conftest import REPOSITORY, losses, manifest, write_checkpoint
+from tests.conftest import REPOSITORY, losses, manifest
+from tests.running import SOON, Started, assert_gone
 from tunewright.errors import ConfigError, PeerError
-from tunewright.launch.supervise import first_error, stopped
+from tunewright.launch.supervise import first_error
 from tunewright.run_folder import RunDir
 from tunewright.trainer.process_group import meet
 
@@ -35,66 +33,6 @@ LEFT_OVER = {
     "ACCELERATE_USE_CPU": "true",
     "TORCHELASTIC_USE_AGENT_STORE": "True",
 }
-SOON = 30  # seconds: "at once" on a busy machine
-
-
-class Started:
-    """A training that runs beside the test."""
-
-    def __init__(self, root: Path, name: str, *overrides: str, **env: str) -> None:
-        self.run = root / name
-        self.output = root / f"{name}.txt"
-        command = [
-            sys.executable,
-            "-m",
-            "tunewright.launch.cli",
-            "train",
-            f"output_root={root}",
-            f"name={name}",
-            *overrides,
-        ]
-        with self.output.open("w") as output:
-            self.process = psutil.Popen(
-                command, cwd=REPOSITORY, env={**os.environ, **env}, stdout=output, stderr=subprocess.STDOUT
-            )
-
-    def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline:
-            if (self.run / "metrics.jsonl").is_file() and len(losses(self.run)) >= step:
-                return
-            assert self.process.poll() is None, self.output.read_text()
-            time.sleep(0.1)
-        raise AssertionError(f"no step {step}: {self.output.read_text()}")
-
-    def ranks(self) -> list[psutil.Process]:
-        """The processes of the ranks, in the order of their ranks."""
-        found = [child for child in self.process.children(recursive=True) if "RANK" in child.environ()]
-        ranks = [
-            child
-            for child in found
-            if "tunewright.trainer" in child.cmdline() and "accelerate" not in str(child.cmdline())
-        ]
-        return sorted(ranks, key=lambda child: int(child.environ()["RANK"]))
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
-    started: list[Started] = []
-
-    def begin(name: str, *overrides: str, **env: str) -> Started:
-        started.append(Started(tmp_path, name, *overrides, **env))
-        return started[-1]
-
-    yield begin
-    for run in started:
-        for process in [*run.process.children(recursive=True), run.process] if run.process.is_running() else []:
-            process.kill()
-
-
-def assert_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=SOON)
-    assert not alive
 
 
 def test_a_killed_rank_ends_the_run_and_resuming_it_gives_the_uninterrupted_run(
@@ -116,6 +54,17 @@ def test_a_killed_rank_ends_the_run_and_resuming_it_gives_the_uninterrupted_run(
     assert "Continuing" in again.output.read_text()
     assert losses(again.run) == losses(whole)
     assert manifest(again.run)["status"] == "done"
+
+
+def test_a_killed_rank_on_one_device_is_named(start: Callable[..., Started]) -> None:
+    run = start("alone", "train.max_steps=2000", "train.logging_steps=1", "data.eval_names=[]")
+    run.wait_for_step(1)
+    (rank,) = run.ranks()
+    rank.kill()
+    assert run.process.wait(timeout=SOON) == 6
+    shown = run.output.read_text()
+    assert "Rank 0 failed with SIGKILL: ended by signal 9 (out of memory is the usual cause)" in shown
+    assert "Traceback" not in shown
 
 
 def test_an_exception_in_one_rank_is_shown_once_with_its_rank(start: Callable[..., Started], tmp_path: Path) -> None:
@@ -143,17 +92,6 @@ def test_an_exception_in_one_rank_is_shown_once_with_its_rank(start: Callable[..
     assert "Traceback" not in shown
     assert "on fire" in (failing.run / "logs" / "rank1.log").read_text()
     assert (failing.run / "logs" / "rank0.log").is_file()
-
-
-def test_stopping_promises_only_a_checkpoint_that_is_there(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
-    assert "Stopped before a checkpoint was written" in stopped(run)
-    run.path.mkdir()
-    run.config.write_text("")
-    (run.checkpoints / "checkpoint-8").mkdir(parents=True)
-    assert "Stopped before a checkpoint was written" in stopped(run)
-    write_checkpoint(run, 4)
-    assert "with resume=auto goes on from checkpoint-4" in stopped(run)
 
 
 def test_what_an_earlier_attempt_said_is_kept_and_not_told_again(tmp_path: Path) -> None:
@@ -191,18 +129,6 @@ def test_a_rank_that_no_launcher_made_is_refused(wrong: dict[str, str], monkeypa
         monkeypatch.setenv(key, value)
     with pytest.raises(ConfigError, match="unset RANK and WORLD_SIZE"):
         meet(timedelta(seconds=1), print)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_leaves_no_process_behind(start: Callable[..., Started], number: int) -> None:
-    running = start("stopped", *LONG)
-    running.wait_for_step(1)
-    ranks = running.ranks()
-    running.process.send_signal(number)
-    assert running.process.wait(timeout=SOON) == 130
-    assert_gone(ranks)
-    assert "Stopped before a checkpoint was written" in running.output.read_text()
-    assert manifest(running.run)["status"] == "stopped"
 
 
 def test_ranks_die_with_a_launcher_that_is_killed(start: Callable[..., Started]) -> None:
@@ -269,26 +195,3 @@ def test_a_strategy_that_is_not_what_was_started_is_refused(tmp_path: Path) -> N
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert done.returncode != 0
     assert "is not what runs" in done.stdout + done.stderr
-
-
-def test_ctrl_c_before_ranks_start_leaves_nothing_and_says_one_line(tmp_path: Path, tiny_model: Path) -> None:
-    """A process is importing then, to prepare the data."""
-    settings = [f"output_root={tmp_path}", "name=early", "model=folder", f"model.path={tiny_model}"]
-    settings.append(f"data.cache_dir={tmp_path / 'cache'}")
-    process = psutil.Popen(
-        [sys.executable, "-m", "tunewright.launch.cli", "train", *settings],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + SOON
-    while not (begun := process.children()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=SOON)[0] == "Stopped.\n"
-    assert process.returncode == 130
-    assert not psutil.wait_procs(begun, timeout=SOON)[1]
-    assert not (tmp_path / "early").exists()
