@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
 from tunewright.plan.batch_plan import BatchPlan
@@ -31,7 +32,7 @@ from tunewright.trainer.data.batches import (
     token_counts,
 )
 from tunewright.trainer.data.render import IGNORED
-from tunewright.trainer.data.stream import StreamDataLoader, StreamedMicroBatches, TokenStream
+from tunewright.trainer.data.stream import StreamedMicroBatches, TokenStream
 from tunewright.trainer.data.token_cache import TokenCache
 from tunewright.trainer.finiteness import Finiteness
 from tunewright.trainer.loss import Loss, cross_entropy_sum, custom_loss_sum
@@ -104,11 +105,11 @@ class TunewrightTrainer(SFTTrainer):
 
     # Batches
 
-    def get_train_dataloader(self) -> EpochDataLoader | StreamDataLoader:
+    def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
         if self.stream is None:
             return self._loader(self.train_dataset, shuffle=True)
         on_gpu = self.args.device.type == "cuda"
-        return StreamDataLoader(
+        return DataLoader(
             StreamedMicroBatches(self.stream, self.plan, self.args.process_index),
             batch_size=None,  # these are micro-batches already
             collate_fn=self.data_collator,

@@ -7,13 +7,13 @@ training, and the rows of a step are the same for any number of ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 from datasets import IterableDataset as RowStream
 from datasets import interleave_datasets
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from tunewright.config.schema import DataConfig, Mix
 from tunewright.errors import DataError
@@ -33,7 +33,7 @@ STOPPING = {
 
 
 class TokenStream(IterableDataset):  # type: ignore[type-arg]
-    """Examples {"input_ids": array (length,), "labels": array (length,)} in training order, epoch after epoch."""
+    """Examples {"input_ids": array (length,), "labels": array (length,)} of one epoch, in training order."""
 
     def __init__(self, datasets: list[Rows], data: DataConfig, renderer: Renderer, seed: int) -> None:
         self.datasets, self.data, self.renderer, self.seed = datasets, data, renderer, seed
@@ -90,20 +90,26 @@ def _numbered(number: int, rows: Rows) -> Iterator[dict[str, Any]]:
 
 
 class StreamedMicroBatches(IterableDataset):  # type: ignore[type-arg]
-    """The micro-batches of one rank, each a list of examples; begins again when the stream ends."""
+    """The micro-batches of one rank, each a list of examples, without an end: the stream begins again in another order.
+
+    A run that goes on passes over those that it has trained on: all of them are read and rendered once more, because
+    only that says which rows make examples, and what the shuffling had in store.
+    """
 
     def __init__(self, stream: TokenStream, plan: BatchPlan, rank: int) -> None:
         self.stream, self.plan, self.rank = stream, plan, rank
 
     def __iter__(self) -> Iterator[list[dict[str, np.ndarray]]]:
-        examples = iter(self.stream)
-        while batch := list(islice(examples, self.plan.global_batch)):
-            for positions in self.plan.share([len(example["input_ids"]) for example in batch], self.rank):
-                yield [batch[position] for position in positions]
+        for epoch in count():
+            self.stream.set_epoch(epoch)
+            examples = iter(self.stream)
+            batch = self._next(examples)
+            if not batch:
+                raise DataError("The stream holds no row to train on.")
+            while batch:
+                for positions in self.plan.share([len(example["input_ids"]) for example in batch], self.rank):
+                    yield [batch[position] for position in positions]
+                batch = self._next(examples)
 
-
-class StreamDataLoader(DataLoader):  # type: ignore[type-arg]
-    """A `DataLoader` of micro-batches that passes the epoch on, as transformers' Trainer asks for."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.dataset.stream.set_epoch(epoch)  # type: ignore[attr-defined]
+    def _next(self, examples: Iterator[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+        return list(islice(examples, self.plan.global_batch))
