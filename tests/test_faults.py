@@ -1,4 +1,4 @@
-"""Killed anywhere, damaged anyhow: a run goes on from its last whole checkpoint, to the bits of an uninterrupted run."""
+"""Killed or damaged anywhere, a run goes on from its last whole checkpoint, to the bits of an uninterrupted run."""
 
 from __future__ import annotations
 
