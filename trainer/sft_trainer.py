@@ -46,6 +46,7 @@ from tunewright.trainer.methods.prompt_learning import (
 from tunewright.trainer.model.linear_cross_entropy import add_linear_cross_entropy
 from tunewright.trainer.model.neftune import EmbeddingNoise
 from tunewright.trainer.process_group import all_gather
+from tunewright.trainer.rates import put_back, rates_of
 from tunewright.trainer.throughput import Meter
 from tunewright.trainer.universal import RemoveConversion, after_loading, is_universal, name_parameters
 
@@ -233,6 +234,7 @@ class TunewrightTrainer(SFTTrainer):
             self.optimizer = self._loraplus(self.loraplus_ratio)
         optimizer = super().create_optimizer(*args, **kwargs)
         name_parameters(optimizer, self.model)
+        self.rates = rates_of(optimizer)
         if not self.is_deepspeed_enabled:  # DeepSpeed keeps its own float32 copies
             attach_master_weights(optimizer)
         return optimizer
@@ -279,6 +281,8 @@ class TunewrightTrainer(SFTTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint and self.is_deepspeed_enabled and is_universal(Path(checkpoint)):
             after_loading(self.model_wrapped, Path(checkpoint))
+        if checkpoint:
+            put_back(self.rates, self.optimizer, self.lr_scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not load_prompt_encoder(self.model, Path(resume_from_checkpoint)):
