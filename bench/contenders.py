@@ -104,6 +104,7 @@ def settings(job: Job) -> list[str]:
         "train.scheduler": "constant",
         "train.warmup_ratio": 0,
         "train.logging_steps": 1,
+        "train.save_steps": 0,  # nor does any other here write a checkpoint
         "train.seed": job.seed,
         "cluster.threads_per_process": _threads(job),
         "output_root": job.out,

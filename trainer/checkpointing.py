@@ -14,7 +14,7 @@ from tunewright.checkpoints import PART, PREFIX, commit, discard_part, files_in,
 from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher
 from tunewright.files import make_readable
-from tunewright.run_folder import RunDir, copy_of
+from tunewright.run_folder import RunDir
 from tunewright.space import storing
 from tunewright.trainer.agreement import Agreement
 from tunewright.trainer.disk_room import DiskRoom
@@ -26,12 +26,14 @@ from tunewright.trainer.results import package_versions
 class Checkpoints(TrainerCallback):
     """Writes the checkpoints of a run, and puts back what transformers forgets when a run goes on.
 
-    The manifest and config.yaml are read when the training begins: each checkpoint has a copy of them.
+    Args:
+        copy: the manifest and config.yaml as they were when the training began (`copy_of`), in the first rank.
     """
 
-    def __init__(self, config: DictConfig, run: RunDir, agreement: Agreement, room: DiskRoom) -> None:
-        self.config, self.run, self.agreement, self.room = config, run, agreement, room
-        self.copy = copy_of(run)
+    def __init__(
+        self, config: DictConfig, run: RunDir, agreement: Agreement, room: DiskRoom, copy: dict[str, Any] | None
+    ) -> None:
+        self.config, self.run, self.agreement, self.room, self.copy = config, run, agreement, room, copy
         self.seconds: float | None = None  # that the last save took, in the slowest rank
         self.saved_at = time.perf_counter()  # or, before that, when the training began
         self.written = 0  # by this process

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
@@ -268,9 +269,15 @@ class TunewrightTrainer(SFTTrainer):
         return str(self.checkpoint_root or super()._get_output_dir(trial))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        split = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        with prompt_for_saving(self.model) if split and learns_prompt(self.model) else nullcontext():
-            super().save_model(output_dir, _internal_call)
+        if not self.is_deepspeed_enabled:
+            return super().save_model(output_dir, _internal_call)
+        if self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            with prompt_for_saving(self.model) if learns_prompt(self.model) else nullcontext():
+                return super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            # transformers (5.23) has each rank copy the whole model into the host's memory, frozen base included.
+            adapter = isinstance(self.model, PeftModel)
+            self._save(output_dir, state_dict=None if adapter else self.accelerator.get_state_dict(self.deepspeed))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

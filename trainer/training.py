@@ -20,7 +20,7 @@ from tunewright.metrics import read_metrics
 from tunewright.mirror import mirror_of
 from tunewright.plan.batch_plan import batch_plan
 from tunewright.plugins import PLUGINS
-from tunewright.run_folder import RunDir
+from tunewright.run_folder import RunDir, copy_of
 from tunewright.space import storing
 from tunewright.trainer.arguments import sft_config
 from tunewright.trainer.callbacks import FirstStep, MetricsWriter, ProgressReport
@@ -104,7 +104,9 @@ def train(
     device, dtype, plan = state.device, trainer.dtype, trainer.plan
     metrics, progress = MetricsWriter(run.metrics, trainer.meter, started), ProgressReport(output)
     room = DiskRoom(trainer, run, prepared.model_path, trainer.agreement, config.train)
-    trainer.checkpoints = checkpoints = Checkpoints(config, run, trainer.agreement, room)
+    trainer.checkpoints = checkpoints = Checkpoints(
+        config, run, trainer.agreement, room, copy_of(run) if state.is_main_process else None
+    )
     trainer.agreement.questions.append(stopping)
     trainable, total = parameter_counts(trainer.model)
     if config.train.save_steps is None:
