@@ -116,6 +116,8 @@ class Checkpoints(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.saved_at = time.perf_counter()
+        # transformers 5.23 takes `logging_steps`, `eval_steps` and `save_steps` from the checkpoint's state.
+        state.compute_steps(args, state.max_steps)
         if state.best_global_step:  # the folder's name in the state is the one of then: a run may have moved
             best = self.run.checkpoints / f"{PREFIX}{state.best_global_step}"
             state.best_model_checkpoint = str(best) if best.is_dir() else None

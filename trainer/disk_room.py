@@ -47,8 +47,8 @@ class DiskRoom(TrainerCallback):
         needed = max(more * self.checkpoint, kept * self.checkpoint + self.result)
         self._check(
             needed,
-            f"This run (up to {more} more checkpoints of about {size(self.checkpoint)} at the same time, and a result "
-            f"of {size(self.result)})",
+            f"What this run writes (at a time {more} checkpoint{'' if more == 1 else 's'} of about "
+            f"{size(self.checkpoint)}, and a result of {size(self.result)})",
             "Make room, or choose another `output_root`.",
         )
 
