@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from tunewright.checkpoints import bytes_of
 from tunewright.claims import Claim, check_inputs, claim, prepare_folder, sole_user
 from tunewright.config.compose import compose_config, expand_sweep
 from tunewright.config.deepspeed_file import deepspeed_file
@@ -28,9 +29,12 @@ from tunewright.plan.rules import check
 from tunewright.plan.substitutes import substitute
 from tunewright.ranks import rank_variables
 from tunewright.restore import bring_back
+from tunewright.text import size
 
 if TYPE_CHECKING:
     from tunewright.trainer.prepared import Prepared
+
+LARGE = 5_000_000_000  # bytes: more take seconds to read
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,8 @@ def run_job(
     allowed = check_inputs(claimed, inputs, config.resume_allow)
     if allowed:
         say(allowed)
+    if claimed.checkpoint and (whole := bytes_of(claimed.checkpoint)) > LARGE:
+        say(f"Looking at every byte of {claimed.checkpoint.name} ({size(whole)}).")
     with sole_user(config, claimed) as found:
         for text in found.remarks:
             if text not in claimed.remarks:

@@ -107,6 +107,15 @@ def _without_digest(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "digest"}
 
 
+def bytes_of(path: Path) -> int:
+    """Return the bytes of a checkpoint's files, as its record tells.
+
+    Raises:
+        ValueError: see `read_record`.
+    """
+    return sum(told["size"] for told in read_record(path)["files"].values())
+
+
 def problems_of(path: Path, *, hashed: bool) -> list[str]:
     """Return what makes a checkpoint unusable, nothing for a whole one.
 

@@ -63,9 +63,13 @@ def make_readable(folder: Path) -> None:
 
 
 def _umask() -> int:
-    # Not os.umask(), which tells it only by setting another one for all threads.
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), 8)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("Umask:")), 8)
+    mask = os.umask(0o077)  # not on Linux: it is told only by setting another one, for all threads
+    os.umask(mask)
+    return mask
 
 
 def _remove(staging: Path) -> None:
