@@ -45,7 +45,7 @@ class Command:
     @property
     def error(self) -> str | None:
         """The class of the error with which it ends, by what the document shows."""
-        found = re.search(r"^(\w+Error): ", self.printed or "", flags=re.MULTILINE)
+        found = re.search(r"^(?:Rank \d+ failed with )?(\w+Error): ", self.printed or "", flags=re.MULTILINE)
         return found[1] if found else None
 
 

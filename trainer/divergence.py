@@ -93,7 +93,8 @@ class Watch(TrainerCallback):
         text = trouble(self.losses, self.trainer.finiteness.still, vocabulary, stream=self.config.data.streaming)
         if text is None:
             return None
-        return f"{text[:1].upper()}{text[1:]}: {' and '.join(calmer_steps(self.config))}, and start anew."
+        advice = " and ".join(one.text for one in calmer_steps(self.config))
+        return f"{text[:1].upper()}{text[1:]}: {advice}, and start anew."
 
     def warnings(self) -> list[str]:
         """Return what is wrong with the training now that it is at its end."""

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from tunewright.errors import NumericError
 from tunewright.run_folder import RunDir
 from tunewright.text import listed
-from tunewright.trainer.advice import calmer_steps, other_format
+from tunewright.trainer.advice import Advice, calmer_steps, other_format
 from tunewright.trainer.data.token_cache import TokenCache
 from tunewright.trainer.process_group import all_gather
 
@@ -149,8 +149,10 @@ class Finiteness:
         train = self.config.train
         chooses = "train.keep_best" if train.keep_best else "train.early_stopping" if train.early_stopping else None
         if chooses:
-            advice = ["look at these rows", *other_format(self.config, self.trainer.dtype), f"do without `{chooses}`"]
-            raise NumericError(_text(f"{text} `{chooses}` goes by it.", advice, self._last()))
+            advice = [Advice("look at these rows", "data"), *other_format(self.config, self.trainer.dtype)]
+            raise NumericError(
+                self._text(f"{text} `{chooses}` goes by it.", [*advice, Advice(f"do without `{chooses}`", chooses)])
+            )
         self.warnings.append(text)
 
     def _trained(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -184,7 +186,7 @@ class Finiteness:
         if not faults:
             weight = next((weight for _, _, weight in told if weight), "a weight")
             text = f"After step {step} {weight} is not finite."
-            raise NumericError(_text(text, calmer_steps(self.config), self._last()))
+            raise NumericError(self._text(text, calmer_steps(self.config)))
         raise NumericError(self._explained(faults))
 
     def _explained(self, faults: dict[int, tuple[Fault, list[Place]]]) -> str:
@@ -192,7 +194,7 @@ class Finiteness:
         faults = {rank: one for rank, one in faults.items() if one[0].step == step}
         where = [(rank, *one) for rank, one in faults.items() if one[0].micro_batches]
         first = next(iter(faults.values()))[0]
-        advice = []
+        advice: list[Advice] = []
         if not where:
             what = f"The gradient of step {step} has the norm {first.norm}, its loss is finite."
         else:
@@ -203,13 +205,14 @@ class Finiteness:
             what = f"The loss of step {step} is {' and '.join(sorted(values))}{on}{f', for {rows}' if rows else ''}."
             if self._is_odd(faults, where):
                 what += " That of the step's other rows is finite."
-                advice += ["look at these rows (`tunewright data show NAME --row N`)"] if rows else []
+                advice += [Advice("look at these rows (`tunewright data show NAME --row N`)", "data")] if rows else []
         if where and self.trainer.loss is not None:
             name = self.config.train.loss
-            advice.append(f"look at what {f'`train.loss={name}`' if name else 'the given loss'} returns for them")
+            which = f"`train.loss={name}`" if name else "the given loss"
+            advice.append(Advice(f"look at what {which} returns for them"))
         if step > 1:  # before it nothing was learnt
             advice += calmer_steps(self.config)
-        return _text(what, [*advice, *other_format(self.config, self.trainer.dtype)], self._last())
+        return self._text(what, [*advice, *other_format(self.config, self.trainer.dtype)])
 
     def _is_odd(self, faults: dict[int, tuple[Fault, list[Place]]], where: Sequence[Any]) -> bool:
         """Tell whether some of a step's rows have a finite loss: then it is not the whole model that is broken."""
@@ -222,10 +225,19 @@ class Finiteness:
         rows = [row for number in fault.micro_batches for row in self.trainer.rows_of(fault.step, number)]
         return self.cache.places("train", rows) if self.cache else []
 
-    def _last(self) -> str:
-        """Say from which checkpoint the run can go on. None of them holds what is not finite: see `check`."""
+    def _text(self, what: str, advice: Sequence[Advice]) -> str:
+        """Say what happened, what to change, and from which checkpoint the run can go on with the change.
+
+        No checkpoint holds what is not finite: see `check`.
+        """
+        told = "; or ".join(one.text for one in advice)
         checkpoint = RunDir(Path(self.trainer.args.output_dir).parent).last_checkpoint()
-        return f"{checkpoint.name} is the last good one." if checkpoint else "No checkpoint has been written before it."
+        last = "No checkpoint was written before it."
+        if checkpoint:
+            allow = ",".join(one.allow for one in advice if one.allow)
+            change = f" resume_allow=[{allow}]` goes on from it with the change" if allow else "` goes on from it"
+            last = f"{checkpoint.name} is the last good one: `resume=auto{change}."
+        return f"{what} {told[:1].upper()}{told[1:]}. {last}" if told else f"{what} {last}"
 
 
 def _together(places: Iterable[Place]) -> str:
@@ -235,11 +247,6 @@ def _together(places: Iterable[Place]) -> str:
         numbers.setdefault(name, []).append(str(row))
     parts = (f"{name} row{'s' * (len(rows) > 1)} {listed(rows, ROWS_TOLD)}" for name, rows in numbers.items())
     return ", ".join(parts)
-
-
-def _text(what: str, advice: Sequence[str], last: str) -> str:
-    told = "; or ".join(advice)
-    return f"{what} {told[:1].upper()}{told[1:]}. {last}" if told else f"{what} {last}"
 
 
 def check_finite(trainer: Any) -> None:

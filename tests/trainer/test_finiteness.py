@@ -86,7 +86,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step_and_names_the_rows(
     assert "lower `train.learning_rate` (it is 0.0002)" in text
     assert "max_grad_norm" not in text  # clipping is on already
     assert "model.dtype" not in text  # float32 already
-    assert "checkpoint-6 is the last good one" in text
+    allow = "`resume=auto resume_allow=[data,train.learning_rate]` goes on from it with the change"
+    assert f"checkpoint-6 is the last good one: {allow}." in text
     run = Path(trainer.args.output_dir).parent
     assert [path.name for path in listed(run / "checkpoints")] == ["checkpoint-6", "checkpoint-4"]
     assert losses(run) == pytest.approx([line["loss"] for line in read_metrics(run)])
@@ -113,7 +114,7 @@ def test_the_advice_fits_the_settings(train_here: TrainHere, small_model: Path) 
         "Lower `train.learning_rate` (it is 1e+30; 2e-05 is usual for full); or set `train.max_grad_norm=1.0`" in text
     )
     assert "or set `model.dtype=float32`" in text
-    assert "No checkpoint has been written before it" in text
+    assert "No checkpoint was written before it" in text
     with pytest.raises(NumericError) as stopped:
         train_here("first", *quick(small_model, "train.max_steps=9"), loss=OddOnce(1, float("inf")))
     assert str(stopped.value).startswith("The loss of step 1 is inf, for demo rows ")
