@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
+import time
+import uuid
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -19,7 +22,8 @@ from tunewright.claims import Claim, check_inputs, claim, prepare_folder, run_di
 from tunewright.config.compose import compose_config
 from tunewright.config.deepspeed_file import deepspeed_path, read
 from tunewright.config.schema import Dtype, Launcher
-from tunewright.errors import ConfigError, PeerError, TunewrightError
+from tunewright.errors import ConfigError, PeerError, StorageError, TunewrightError
+from tunewright.launch.asked import asked_of_accelerate, check_asked
 from tunewright.launch.prepare import ensure_prepared
 from tunewright.launch.train import check_all
 from tunewright.plan.batch_plan import BatchPlan, batch_plan
@@ -35,6 +39,8 @@ from tunewright.trainer.train_rank import train_rank
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+SHARED_SECONDS = 10.0  # after which a file is seen by all machines of a network file system
 
 
 def main(argv: list[str]) -> int:
@@ -78,31 +84,78 @@ def _join_and_prepare(
 ) -> tuple[PartialState, Claim]:
     """Without the launcher, the first rank makes the run folder: after all joined, before any writes into it.
 
-    What it claims is for all: on machines without a common disk the others cannot see what is in the folder.
+    What it decides is for all, and so is its refusal: the others wait for it, and on machines without a common disk
+    they would find something else.
+
+    Raises:
+        TunewrightError: see `sole_user`, `prepare_folder` and `check_one_folder`.
     """
-    inputs = {}
-    if rank() == 0:
-        plan = batch_plan(config.train, world_size(), cutoff_len=config.data.cutoff_len, packing=config.data.packing)
-        inputs = {**planned_inputs(config, plan), **prepared_inputs(config, prepared)}
-        allowed = check_inputs(claimed, inputs, config.resume_allow)
-        if allowed:
-            _say(allowed)
     state = join(config.strategy.launcher.name, config.train.timeout_minutes)
-    if state.is_main_process and not claimed.finished:
-        told = claimed.remarks
-        claimed = held.enter_context(sole_user(config, claimed))
-        for text in claimed.remarks:
-            if text not in told:
-                _say(text)
-        aside = prepare_folder(config, claimed, inputs)
-        if claimed.checkpoint:
-            _say(f"Continuing {claimed.run.path} from {claimed.checkpoint.name}")
-        if aside:
-            _say(f"What was in {claimed.run.path} before is in {aside} now.")
+    mark = f".seen-{uuid.uuid4().hex}"
+    decided: Claim | TunewrightError = claimed
+    if state.is_main_process:
+        try:
+            decided = _decide(config, claimed, prepared, held)
+            if not decided.finished:
+                (decided.run.path / mark).touch()
+        except TunewrightError as error:
+            decided = error
     from accelerate.utils import broadcast_object_list
 
-    shared: list[Claim] = broadcast_object_list([claimed])  # the others wait here for the folder
-    return state, shared[0]
+    decided, mark = broadcast_object_list([decided, mark])
+    if isinstance(decided, TunewrightError):
+        raise decided
+    if not decided.finished:
+        check_one_folder(config, decided, mark)
+    return state, decided
+
+
+def _decide(config: DictConfig, claimed: Claim, prepared: Prepared, held: ExitStack) -> Claim:
+    """Claim the run folder for all ranks, and make it ready."""
+    plan = batch_plan(config.train, world_size(), cutoff_len=config.data.cutoff_len, packing=config.data.packing)
+    inputs = {**planned_inputs(config, plan), **prepared_inputs(config, prepared)}
+    allowed = check_inputs(claimed, inputs, config.resume_allow)
+    if allowed:
+        _say(allowed)
+    if claimed.finished:
+        return claimed
+    told = claimed.remarks
+    claimed = held.enter_context(sole_user(config, claimed))
+    for text in claimed.remarks:
+        if text not in told:
+            _say(text)
+    aside = prepare_folder(config, claimed, inputs)
+    if claimed.checkpoint:
+        _say(f"Continuing {claimed.run.path} from {claimed.checkpoint.name}")
+    if aside:
+        _say(f"What was in {claimed.run.path} before is in {aside} now.")
+    return claimed
+
+
+def check_one_folder(config: DictConfig, claimed: Claim, mark: str) -> None:
+    """Find out whether all ranks see one run folder: what the first has put there, the others look for.
+
+    Raises:
+        StorageError: some do not, and checkpoints, to which every rank adds its part, are to be read or written.
+    """
+    from accelerate.utils import gather_object
+
+    file, deadline = claimed.run.path / mark, time.monotonic() + SHARED_SECONDS
+    while not (seen := file.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    answers: list[tuple[str, bool]] = gather_object([(socket.gethostname(), seen)])
+    file.unlink(missing_ok=True)
+    blind = sorted({host for host, saw in answers if not saw})
+    if not blind:
+        return
+    told = f"{', '.join(blind)} {'does' if len(blind) == 1 else 'do'} not see {claimed.run.path} of {answers[0][0]}"
+    if claimed.checkpoint or config.train.save_steps != 0:
+        what = f"go on from {claimed.checkpoint.name}" if claimed.checkpoint else "write checkpoints"
+        raise StorageError(
+            f"{told}. To {what}, all ranks need one folder: write an `output_root` on a disk that all machines share"
+            f"{'' if claimed.checkpoint else ', or train.save_steps=0 to train without checkpoints'}."
+        )
+    _say(f"{told}: its logs are there, in a folder of the same name.")
 
 
 def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
@@ -116,6 +169,7 @@ def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
             f"`strategy={config.strategy.name}` is not what runs: this process was started without DeepSpeed. Use "
             f"`tunewright train`, or `accelerate launch --use_deepspeed` without --cpu, which turns DeepSpeed off."
         )
+    check_asked(asked_of_accelerate())
     if rank() == 0:
         decided += bring_back(config)
     claimed = claim(config) if rank() == 0 else Claim(run_dir(config))

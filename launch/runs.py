@@ -10,7 +10,8 @@ from typing import Any
 
 from tunewright.checkpoints import newest_whole
 from tunewright.errors import StorageError
-from tunewright.folders import TRASH, is_locked
+from tunewright.folders import TRASH
+from tunewright.locks import is_locked
 from tunewright.metrics import final_train_loss, read_metrics
 from tunewright.run_folder import RunDir
 from tunewright.terminal import table

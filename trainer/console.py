@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
 from tunewright.errors import PeerError, Preempted, StorageError, TunewrightError, first_line
 from tunewright.files import write_json
 from tunewright.ranks import SPARE_ERRORS, launched, rank
 from tunewright.redaction import redact
 from tunewright.space import STORAGE_ERRNOS, refused
+
+if TYPE_CHECKING:
+    from tunewright.trainer.pulse import Pulse
 
 PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out", "timed out waiting")
 
@@ -109,14 +112,18 @@ class Console:
 
 
 @contextmanager
-def reported_errors(logs: Path, console: Console, peers: Callable[[], str] = str) -> Iterator[None]:
-    """End this rank with whatever is raised, see `end_rank`; `peers` tells where the other ranks are."""
+def reported_errors(logs: Path, console: Console, pulse: Pulse | None = None) -> Iterator[None]:
+    """End this rank with whatever is raised, see `end_rank`; the pulse tells the others, or what they told."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         known = as_known_error(error)
-        if known is not error and isinstance(known, PeerError):
-            known = PeerError(f"{known}{peers()}")
+        if pulse and isinstance(known, PeerError):
+            known = PeerError(f"{known}{pulse.told()}")
+        elif pulse and isinstance(known, Preempted):
+            pulse.stop()  # as all do, at the same step
+        elif pulse:
+            pulse.fail(known)
         end_rank(known, "" if isinstance(known, Preempted) else traceback.format_exc(), logs, console)
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunewright.beats import PATIENCE_OF_RANKS, SOCKET, Beat, Listener, interval_of, patience_of
 from tunewright.errors import PeerError
-from tunewright.ranks import SPARE_ERRORS, rank, world_size
+from tunewright.ranks import SPARE_ERRORS, launched, rank, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -45,6 +45,7 @@ PHASES = {
     "save_result": "saving the result",
     "train": "training",
 }
+TELLING_SECONDS = 1.0
 COLLECTIVES = str(Path("torch", "distributed", "distributed_c10d.py"))
 
 
@@ -63,7 +64,7 @@ class Pulse:
         self._main = threading.get_ident()
         self._others: Listener | None = None
         self._verdict = ""
-        self._stop = threading.Event()
+        self._stop, self._hurry = threading.Event(), threading.Event()
         self._exchange_thread: threading.Thread | None = None
         # SIGUSR2 writes the stacks of all threads into the rank's log; the launcher sends it when a rank is silent.
         faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
@@ -89,12 +90,31 @@ class Pulse:
     def stop(self) -> None:
         """Say that this rank has come to its end: from now on it is missed by nobody."""
         self._stop.set()
+        self._hurry.set()
         self._tell_launcher()
         if self._exchange_thread:
             self._exchange_thread.join(timeout=3 * self.interval)
 
-    def known(self) -> str:
-        """Return where the others were when they were last heard, or an empty string."""
+    def fail(self, error: BaseException) -> None:
+        """Tell the others, where no launcher of ours does, why this rank ends; they would wait for it in vain."""
+        if self._exchange_thread and not launched() and not self._verdict:
+            me = f"Rank {rank()} on {socket.gethostname()}"
+            self._verdict = f"{me} failed with {type(error).__name__}: {error}\nIts log is there."
+            self._hurry.set()
+            time.sleep(TELLING_SECONDS)
+
+    def told(self) -> str:
+        """Return why another rank has ended, where it told, or else where the others were when they were last heard."""
+        if self._exchange_thread and not launched():
+            self._hurry.set()
+            time.sleep(TELLING_SECONDS)
+        reasons = self._reasons()
+        return f"\n{reasons[0]}" if reasons else self._known()
+
+    def _reasons(self) -> list[str]:
+        return [beat.verdict for beat in list(self._others.beats.values()) if beat.verdict] if self._others else []
+
+    def _known(self) -> str:
         told = self._others.told() if self._others else ""
         return f"\nWhere ranks were when they were last heard:\n{told}" if told else ""
 
@@ -128,23 +148,31 @@ class Pulse:
                         self._others.take(Beat(**json.loads(store.get(f"beat/{other}"))))
             if ended:
                 return
-            self._stop.wait(self.interval)
+            self._hurry.wait(self.interval)
+            self._hurry.clear()
 
     def _judge(self) -> None:
         if self._others is None:
             return
-        first = self._others.beats.get(0)
-        if first and first.verdict:
-            self._end(PeerError(first.verdict))
+        reasons = self._reasons()
+        if reasons and not self._verdict:
+            self._pass_on(reasons[0])
         silent = self._others.silent()
         if silent is None:
             return
         last = self._others.beats.get(silent)
         said = last.silent() if last else f"rank {silent} has not been heard since it joined"
         cause = "it is frozen, or its machine or network is gone (`train.timeout_minutes`)"
-        self._verdict = f"{said[0].upper()}{said[1:]}: {cause}.{self.known()}"
-        time.sleep(2 * self.interval)  # in which the others hear it
-        self._end(PeerError(self._verdict))
+        self._pass_on(f"{said[0].upper()}{said[1:]}: {cause}.{self._known()}")
+
+    def _pass_on(self, reason: str) -> None:
+        """End because of another rank; but what made that one fail may be about to be raised in this one as well.
+
+        Meanwhile the others hear it from the first.
+        """
+        self._verdict = reason
+        time.sleep(2 * self.interval)
+        self._end(PeerError(reason))
 
 
 def _own_connection(timeout_minutes: float) -> Store:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import TrainerCallback
 from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher
 from tunewright.errors import ConfigError
-from tunewright.ranks import launched
+from tunewright.ranks import launched, machine, machines, world_size
 from tunewright.run_folder import RunDir
 from tunewright.trainer.console import Output
 from tunewright.trainer.process_group import all_gather, limit_waiting
@@ -55,9 +56,20 @@ def distributed_facts(trainer: Any) -> dict[str, Any]:
         "zero_stage": int(wrapped.zero_optimization_stage()) if hasattr(wrapped, "zero_optimization_stage") else None,
         "parameters_held_by_rank_0": sum(getattr(p, "ds_tensor", p).numel() for p in parameters),
         "parameters_partitioned": sum(1 for p in parameters if hasattr(p, "ds_id")),
+        "hosts": _hosts(),
         "process_ids": [int(row[0]) for row in all_gather([os.getpid()], accelerator.device)],
     }
     return facts
+
+
+def _hosts() -> list[str]:
+    """Return the machine of each rank, by its number among them, which the launcher gave it, and its name."""
+    mine = f"{machine()}: {socket.gethostname()}"
+    if not torch.distributed.is_initialized():
+        return [mine]
+    everyone: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
 
 
 def check_facts(facts: dict[str, Any], config: DictConfig) -> None:
@@ -72,8 +84,10 @@ def check_facts(facts: dict[str, Any], config: DictConfig) -> None:
         expected["type"] = "MULTI_CPU" if facts["device"] == "cpu" else "MULTI_GPU"
     if launcher is Launcher.deepspeed:
         expected |= {"engine": "DeepSpeedEngine", "zero_stage": deepspeed_file(config).stage}
-    if config.cluster.num_processes is not None:
-        expected["world_size"] = config.cluster.num_processes
+    expected["world_size"] = config.cluster.num_processes or world_size()
+    if machines():
+        facts = {**facts, "machines": len(set(facts["hosts"]))}
+        expected["machines"] = machines()
     wrong = {key: (value, facts[key]) for key, value in expected.items() if facts[key] != value}
     if wrong:
         found = ", ".join(f"{key} {now!r} instead of {want!r}" for key, (want, now) in wrong.items())

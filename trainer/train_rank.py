@@ -36,7 +36,7 @@ def train_rank(
     console = Console(run.logs)
     stopping.leave = partial(end_rank, trace="", logs=run.logs, console=console)
     pulse = Pulse(config.train.timeout_minutes, partial(_end, run.logs, console))
-    with reported_errors(run.logs, console, pulse.known):
+    with reported_errors(run.logs, console, pulse):
         found = prepared()
         gc.disable()  # it would look through a million imported objects again and again, for two seconds, in vain
         state = state or join(config.strategy.launcher.name, config.train.timeout_minutes, console.say)

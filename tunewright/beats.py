@@ -43,7 +43,7 @@ class Beat:
     step: int
     doing: str  # one of `pulse.PHASES`
     collective: str  # in which it is, for example all_reduce
-    verdict: str = ""  # the first rank's: who is silent, so that all others end for the same reason
+    verdict: str = ""  # why this rank ends, which is why all others do
     ended: bool = False  # it has come to its end, and will not be heard again
 
     @classmethod

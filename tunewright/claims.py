@@ -16,15 +16,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
 from omegaconf import DictConfig
 
 from tunewright.checkpoints import Damage, newest_whole, read_record
 from tunewright.config.schema import Resume
 from tunewright.errors import ConfigError, StorageError, did_you_mean
 from tunewright.files import write_json, write_text
-from tunewright.folders import LOCK, check_name, is_locked, locked, set_aside
+from tunewright.folders import check_name, set_aside
 from tunewright.identity import differing_settings, identity, table
+from tunewright.locks import LOCK, InUse, holder, is_locked, locked
 from tunewright.mirror import mirror_of
 from tunewright.run_folder import FILES, LOGS, RECORDS, RESULTS, RunDir, git_state, redacted_yaml
 from tunewright.trees import digest
@@ -128,11 +128,11 @@ def claim(config: DictConfig, *, held: bool = False) -> Claim:
             f"`overwrite=true` and `resume={config.resume.name}` contradict each other: write one of the two."
         )
     if not held and is_locked(run.path):
-        raise ConfigError(in_use(run))
+        raise ConfigError(in_use(run, holder(run.path)))
     known = known_of(run)
     manifest = known.manifest
     if "identity" not in manifest:
-        if run.path.is_dir() and any(path.name != LOCK for path in run.path.iterdir()):
+        if run.path.is_dir() and any(not path.name.startswith(LOCK) for path in run.path.iterdir()):
             raise ConfigError(
                 f"The run folder {run.path} is not empty and holds no tunewright run (no {run.manifest.name} of one, "
                 f"and no whole checkpoint to rebuild it from), so it is neither continued nor replaced. Choose another "
@@ -263,22 +263,17 @@ def sole_user(config: DictConfig, claimed: Claim) -> Iterator[Claim]:
     with ExitStack() as held:
         try:
             held.enter_context(locked(run.path))
-        except Timeout as error:
-            raise ConfigError(in_use(run)) from error
+        except InUse as error:
+            raise ConfigError(in_use(run, str(error))) from error
         found = claim(config, held=True)
         if (found.finished, found.checkpoint is None) != (claimed.finished, claimed.checkpoint is None):
             raise ConfigError(f"Another process has used the run folder {run.path} meanwhile. Start once more.")
         yield found
 
 
-def in_use(run: RunDir) -> str:
+def in_use(run: RunDir, who: str) -> str:
     """Return the refusal of a folder that another process is training in."""
-    try:
-        who = run.read_manifest().get("process")
-    except StorageError:  # that it is in use is the news
-        who = None
-    known = f"process {who['pid']} on {who['host']} since {who['since']}" if who else "another process"
-    return f"The run folder {run.path} is in use: {known}. Wait for it or stop it, or choose another `name`."
+    return f"The run folder {run.path} is in use: {who}. Wait for it or stop it, or choose another `name`."
 
 
 def prepare_folder(config: DictConfig, claimed: Claim, inputs: Mapping[str, str] | None = None) -> Path | None:

@@ -1,4 +1,4 @@
-"""Folders of results: what they may be called, which process writes into one, and where goes what is replaced.
+"""Folders of results: what they may be called, and where goes what is replaced.
 
 Nothing here deletes: what makes room is moved to `.trash/DATE-NAME` beside the folder it was in.
 """
@@ -6,19 +6,14 @@ Nothing here deletes: what makes room is moved to `.trash/DATE-NAME` beside the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from tunewright.errors import ConfigError, StorageError
 
 TRASH = ".trash"
-LOCK = ".lock"
 LONGEST = 200  # bytes: file systems allow 255, and what is written aside has a longer name
-PROBE_SECONDS = 1.0  # whoever only looks whether a lock is held, as each rank does, holds it for a moment
 
 
 def check_name(name: str, setting: str) -> None:
@@ -72,44 +67,3 @@ def _new_folder(parent: Path, name: str) -> Path:
             return folder
         except FileExistsError:  # another one in the same second
             number += 1
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing into a folder, which is made when there is none.
-
-    The lock is the system's: it ends with this process, however that ends.
-
-    Raises:
-        Timeout: another process holds it.
-        StorageError: the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, timeout=PROBE_SECONDS)
-        lock.acquire()
-    except OSError as error:
-        if isinstance(error, Timeout):
-            raise
-        raise StorageError(f"Cannot write to {folder}: {error.strerror}.") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def is_locked(folder: Path) -> bool:
-    """Tell whether another process holds the lock of a folder; nothing is made where there is none.
-
-    Raises:
-        StorageError: the lock cannot be opened.
-    """
-    if not (folder / LOCK).exists():
-        return False
-    try:
-        with FileLock(folder / LOCK, timeout=PROBE_SECONDS):
-            return False
-    except Timeout:
-        return True
-    except OSError as error:
-        raise StorageError(f"Cannot open {folder / LOCK}: {error.strerror}.") from error

@@ -68,6 +68,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def machine() -> str:
+    """Return this machine's number among those of the launch, as torchrun or DeepSpeed's launcher tell it."""
+    return os.environ.get("GROUP_RANK") or os.environ.get("CROSS_RANK") or "0"
+
+
+def machines() -> int | None:
+    """Return on how many machines ranks were started, or None where the launcher does not tell."""
+    told = os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("CROSS_SIZE")
+    return int(told) if told else None
+
+
 def launched() -> bool:
     return LAUNCHED_BY in os.environ
 

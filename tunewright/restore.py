@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 
-from filelock import Timeout
 from omegaconf import DictConfig
 
 from tunewright.checkpoints import newest_whole, read_record, step_of
@@ -15,8 +14,8 @@ from tunewright.claims import OTHER, in_use, run_dir
 from tunewright.config.schema import Resume
 from tunewright.errors import ConfigError, StorageError
 from tunewright.files import write_json, write_text
-from tunewright.folders import is_locked, locked
 from tunewright.identity import differing_settings, table
+from tunewright.locks import InUse, is_locked, locked
 from tunewright.mirror import Mirror, mirror_of
 from tunewright.run_folder import RunDir
 from tunewright.trust import sign
@@ -63,8 +62,8 @@ def bring_back(config: DictConfig, *, dry_run: bool = False) -> list[str]:
     try:
         with locked(run.path):
             return _fetch(mirror, run, [record["step"] for record in newer], known, needed=here is None)
-    except Timeout as error:
-        raise ConfigError(in_use(run)) from error
+    except InUse as error:
+        raise ConfigError(in_use(run, str(error))) from error
 
 
 def _fetch(mirror: Mirror, run: RunDir, steps: list[int], known: str, *, needed: bool) -> list[str]:
