@@ -31,7 +31,7 @@ data_choice = $(if $(wildcard configs/hydra/data/$(1).yaml),data=$(1),data=regis
 train = $(BIN)/tunewright train model=$(MODEL) $(call data_choice,$(DATA)) $(if $(NPROC),cluster.num_processes=$(NPROC)) \
 	$(if $(NAME),name=$(NAME)) $(1) $(ARGS)
 
-.PHONY: help setup demo test test-slow test-gpu test-versions gpu-check gpu-rehearsal docs-check lint datagen check zero2 zero3 single compare tensorboard chat bench bench-check bench-zero bench-start bench-data bench-datagen clean
+.PHONY: help setup demo test test-chaos test-slow test-gpu test-versions gpu-check gpu-rehearsal docs-check lint datagen check zero2 zero3 single compare tensorboard chat bench bench-check bench-zero bench-start bench-data bench-datagen clean
 
 help:  ## list the targets
 	@echo "make TARGET [MODEL=tiny] [DATA=demo] [NPROC=2] [NAME=my-run] [ARGS=\"key=value ...\"]"
@@ -58,7 +58,10 @@ demo: setup  ## train the shipped task with ZeRO-2, ZeRO-3 and QLoRA, compare th
 	@$(BIN)/tunewright demo
 
 test: lint  ## lint, then the tests that CI runs: on CPU, without network
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow and not chaos" $(ARGS)
+
+test-chaos: setup  ## faults at random for an hour, each run started again until done: make test-chaos CHAOS_SECONDS=600
+	$(BIN)/python -m pytest -m chaos -s $(ARGS)
 
 test-slow: setup gpu-rehearsal  ## the rest of the support table, two steps with every setting at its extremes, the GPU kit rehearsed
 	$(BIN)/python -m pytest -m slow $(ARGS)

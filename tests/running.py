@@ -41,10 +41,16 @@ class Started:
             time.sleep(0.1)
         raise AssertionError(f"no step {step}: {self.output.read_text()}")
 
+    def below(self) -> list[psutil.Process]:
+        """Every process that the launcher has started, and theirs."""
+        with suppress(psutil.NoSuchProcess):
+            return list(self.process.children(recursive=True))
+        return []
+
     def ranks(self) -> list[psutil.Process]:
         """The processes of the ranks, in the order of their ranks."""
         ranks = []
-        for child in self.process.children(recursive=True):
+        for child in self.below():
             with suppress(psutil.NoSuchProcess):
                 command = set(child.cmdline())
                 if command & {"tunewright.trainer", "tunewright.launch.rank"} and "launch" not in command:
@@ -58,6 +64,17 @@ class Started:
             assert self.process.poll() is None, self.output.read_text()
             time.sleep(0.05)
         return ranks
+
+    def kill(self) -> None:
+        """Kill the launcher and everything below it."""
+        for process in [*self.below(), self.process]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def told(self) -> str:
+        """What the launcher has printed, and the ends of the logs."""
+        logs = [f"{log.name}:\n{log.read_text()[-3000:]}" for log in sorted((self.run / "logs").glob("*.log"))]
+        return "\n".join([self.output.read_text(), *logs])
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:

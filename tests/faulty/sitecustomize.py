@@ -21,6 +21,7 @@ from typing import Any
 
 PLAN: list[dict[str, Any]] = json.loads(os.environ.get("FAULTS", "[]"))
 LOG = os.environ.get("FAULTS_LOG")  # gets a line for each fault that strikes
+SLOW = float(os.environ.get("FAULTS_STEP_SECONDS", "0"))  # added to each step
 WRITES = os.O_WRONLY | os.O_RDWR
 EVENTS = {
     "on_train_begin": "train_begin",
@@ -105,6 +106,8 @@ def transformers_events(module: ModuleType) -> None:
         global state
         state = trainer_state
         result = whole(self, event, args, trainer_state, control, **kwargs)
+        if event == "on_step_begin":
+            time.sleep(SLOW)
         if event in EVENTS:
             at(EVENTS[event])
         return result

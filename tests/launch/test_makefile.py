@@ -21,6 +21,7 @@ TARGETS = [
     "demo",
     "test",
     "lint",
+    "test-chaos",
     "test-gpu",
     "docs-check",
     "datagen",

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY, losses, manifest
+from tests.faults import Fault, planned
 from tests.running import SOON, Started, assert_gone
 from tunewright.errors import ConfigError, PeerError
 from tunewright.launch.supervise import first_error
@@ -67,30 +68,19 @@ def test_a_killed_rank_on_one_device_is_named(start: Callable[..., Started]) -> 
     assert "Traceback" not in shown
 
 
-def test_an_exception_in_one_rank_is_shown_once_with_its_rank(start: Callable[..., Started], tmp_path: Path) -> None:
+def test_an_exception_in_one_rank_is_shown_once_with_its_rank(start: Callable[..., Started]) -> None:
     """The other rank's lost connection follows from it and is not what the user is told."""
-    (tmp_path / "faulty").mkdir()
-    (tmp_path / "faulty" / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1' and 'TUNEWRIGHT_LAUNCHER_PID' in os.environ:\n"
-        "    import torch.optim.lr_scheduler as schedules\n"
-        "    def broken(self, *args):\n"
-        "        if self.last_epoch >= 2:\n"
-        "            raise RuntimeError('the disk of this rank is on fire')\n"
-        "        return step(self, *args)\n"
-        "    step = schedules.LambdaLR.step\n"
-        "    schedules.LambdaLR.step = broken\n"
-    )
-    failing = start("failing", *LONG, PYTHONPATH=str(tmp_path / "faulty"))
+    fault = Fault("exception", "after_step", step=2, rank=1)
+    failing = start("failing", *LONG, **planned(fault))
     failing.wait_for_step(1)
     ranks = failing.ranks()
     assert failing.process.wait(timeout=SOON) == 70
     assert_gone(ranks)
     shown = failing.output.read_text()
-    assert shown.count("the disk of this rank is on fire") == 1
+    assert shown.count("a planned fault") == 1
     assert "Rank 1 failed with RuntimeError" in shown
     assert "Traceback" not in shown
-    assert "on fire" in (failing.run / "logs" / "rank1.log").read_text()
+    assert "a planned fault" in (failing.run / "logs" / "rank1.log").read_text()
     assert (failing.run / "logs" / "rank0.log").is_file()
 
 
