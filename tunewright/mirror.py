@@ -136,21 +136,26 @@ class Mirror:
     # Writing
 
     def put_checkpoint(self, checkpoint: Path, keep: int, metrics: Path | None = None) -> None:
-        """Copy a committed checkpoint, then remove all but the newest `keep` and what was copied half.
+        """Remove what was copied half, copy a committed checkpoint, then remove all but the newest `keep`.
 
         Raises:
             StorageError: it has not arrived as it is here.
         """
         there, step = f"{self.root}/checkpoints/{checkpoint.name}", step_of(checkpoint)
         with _reaching(self.location):
+            self._is_there()
+            for half in self._steps():
+                if not self._record(half):  # its room may be what this one needs
+                    self._remove(self._checkpoint(half))
             self._put(checkpoint, there, read_record(checkpoint)["files"])
             if metrics and metrics.is_file():
                 self.store.put_file(str(metrics), f"{there}/{METRICS}")
             self.store.pipe_file(f"{there}/{RECORD}", (checkpoint / RECORD).read_bytes())
             self.store.invalidate_cache()
-            steps = self._steps()
-            whole = [one for one in steps if one == step or self._record(one)]
-            for other in {*steps} - {*whole[: max(keep, LEAST_KEPT)]}:
+            whole = self._steps()
+            # Those of later steps are of a past that this run does not have any more.
+            kept = [one for one in whole if one <= (step or 0)][: max(keep, LEAST_KEPT)]
+            for other in {*whole} - {*kept}:
                 self._remove(self._checkpoint(other))
 
     def put_result(self, run: Path, files: Iterable[str]) -> None:

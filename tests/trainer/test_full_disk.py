@@ -21,11 +21,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from tests.conftest import losses
+from tunewright.checkpoints import commit, files_in, seal
 from tunewright.config.compose import compose_config
 from tunewright.deliver.merge_folder import new_folder
 from tunewright.errors import StorageError
 from tunewright.launch.prepare import ensure_prepared
 from tunewright.launch.train import plan_job
+from tunewright.mirror import Mirror
 from tunewright.plan.devices import find_devices
 from tunewright.space import storing
 from tunewright.trainer.prepared import prepare
@@ -138,7 +140,7 @@ def faulty(
     disk: Callable[..., Path], tunewright: Callable[..., Any], small_model: Path, tmp_path: Path
 ) -> Callable[..., Any]:
     """Train a run on a small disk, with a fault; and return what the command came to, with room made again."""
-    place = disk(24)
+    place = disk(80)
     (tmp_path / "disk_fault.py").write_text(FAULT)
     plugin = ["imports=[disk_fault]", "train.callbacks=[fault]"]
 
@@ -201,18 +203,23 @@ def umask() -> int:
 
 
 def test_one_rank_of_two_that_cannot_write_is_named(faulty: Callable[..., Any]) -> None:
-    two = ["strategy=zero2", "cluster.num_processes=2"]
+    """Of a whole model, whose checkpoints are large; what they need was known before the first was written."""
+    two = ["strategy=zero2", "cluster.num_processes=2", "method=full", "train.learning_rate=1e-5"]
     expected = faulty("expected", *two)
     assert expected.returncode == 0, expected.stdout + expected.stderr
+    checkpoint = expected.run / "checkpoints" / "checkpoint-4"
+    taken = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) / 2**20
     refused(
         faulty("a", *two, fault="limit 3 1 100000"),
         r"Rank 1 failed with StorageError: A checkpoint cannot be written .*: File too large.*checkpoint-2 stands",
     )
-    refused(faulty("a", *two, fault="fill 3 400000"), r"A checkpoint needs about \d.\d MiB .* checkpoint-2 stands")
+    full = faulty("a", *two, fault="fill 3 400000")
+    refused(full, r"A checkpoint needs about \d+.\d MiB .* checkpoint-2 stands")
+    assert float(re.search(r"needs about (\S+) MiB", full.stdout)[1]) == pytest.approx(taken, rel=0.1)  # type: ignore[index]
     done = faulty("a", *two)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(done.run) == losses(expected.run)
-    results = [(run / "final" / "adapter_model.safetensors").read_bytes() for run in (done.run, expected.run)]
+    results = [(run / "final" / "model.safetensors").read_bytes() for run in (done.run, expected.run)]
     assert results[0] == results[1]
 
 
@@ -261,6 +268,31 @@ def test_a_disk_that_is_full_of_tokens_is_told_with_what_they_need(
         prepare(config, lambda line: None)
     assert re.search(r"The tokens of .* No space left on device\. About 2\d\.\d MiB are needed", str(told.value))
     assert not [path for path in place.rglob("*") if path.suffix == ".arrow"]  # half of them would fill it for nothing
+
+
+# The second place
+
+
+def test_a_mirror_that_was_full_takes_the_next_checkpoint_once_there_is_room(
+    disk: Callable[..., Path], tmp_path: Path
+) -> None:
+    place, mirrors = disk(1), tmp_path / "run" / "checkpoints"
+    mirror = Mirror(str(place), "a")
+
+    def committed(step: int) -> Path:
+        staging = mirrors / ".part" / f"checkpoint-{step}"
+        staging.mkdir(parents=True)
+        for name in ("one", "two"):
+            (staging / name).write_bytes(bytes(300_000))
+        return commit(staging, {"step": step, "files": seal(staging, files_in(staging))})
+
+    (place / "filler").write_bytes(bytes(600_000))
+    with pytest.raises(StorageError, match=r"The mirror .*/a failed: OSError: .*No space left on device"):
+        mirror.put_checkpoint(committed(2), 2)
+    assert mirror.records() == []
+    (place / "filler").unlink()
+    mirror.put_checkpoint(committed(4), 2)  # there is none for both
+    assert [record["step"] for record in mirror.records()] == [4]
 
 
 # What a finished run becomes
