@@ -55,11 +55,6 @@ def mirror_of(config: DictConfig) -> Mirror | None:
         raise ConfigError(
             f"`train.mirror` is {location}, where the run itself lies: write a folder on another disk, or a URL."
         )
-    if mirror.is_disk and not Path(mirror.parent).is_dir():
-        raise ConfigError(
-            f"`train.mirror` is {location}, a folder that is not there: mount its disk, or make it. (One made here "
-            f"would fill another disk where that of the mirror is not mounted.)"
-        )
     return mirror
 
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from tests.conftest import losses, manifest
 from tunewright.config.compose import compose_config
-from tunewright.errors import ConfigError
+from tunewright.errors import ConfigError, StorageError
 from tunewright.launch.train import plan_job
 from tunewright.mirror import Mirror
 from tunewright.plan.devices import find_devices
@@ -75,10 +75,14 @@ def test_a_run_goes_on_from_its_mirror_where_nothing_is_left_here(
     job = plan_job(compose_config([*asked, "resume=must"]), find_devices())
     assert job.claimed.checkpoint == run / "checkpoints" / "checkpoint-6"
     assert f"checkpoint-6 was fetched from {place}: the newest whole one in {run} is checkpoint-4." in job.decided
-    # And where it cannot be reached, that is an error only as long as nothing is here to go on from.
+    # Where it cannot be reached, that is an error only as long as nothing is here to go on from.
     (tmp_path / "mirror").rename(tmp_path / "unmounted")
-    with pytest.raises(ConfigError, match="a folder that is not there: mount its disk"):
-        plan_job(compose_config([*asked, "resume=must"]), find_devices())
+    job = plan_job(compose_config([*asked, "resume=must"]), find_devices())
+    assert job.claimed.checkpoint == run / "checkpoints" / "checkpoint-6"
+    assert "is not there: mount it, or make it. The run goes on from checkpoint-6, which is here" in job.decided[-1]
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(StorageError, match=r"is not there: mount it, or make it.*Start again when it can be reached"):
+        plan_job(compose_config([*asked, "resume=auto"]), find_devices())
 
 
 @pytest.mark.parametrize("back_at", [5, None], ids=["returns", "stays away"])
