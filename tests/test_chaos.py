@@ -283,8 +283,7 @@ def test_an_hour_of_chaos(small_model: Path, tmp_path: Path, disk: Path | None) 
                 root.mkdir()
                 print(f"{kind}, {(end - time.monotonic()) / 60:.0f} minutes left, {faults} faults so far", flush=True)
                 chaos = Chaos(KINDS[kind], number, root, small_model, disk)
-                chaos.live(most=10)
-                chaos.live(most=10)
+                chaos.live(most=8)
                 faults += chaos.faults
                 shutil.rmtree(root)
     assert faults
