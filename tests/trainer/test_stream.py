@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.data_loader import skip_first_batches
+from torch.utils.data import DataLoader
 
 from tunewright.config.compose import compose_config
 from tunewright.errors import DataError
@@ -117,3 +119,18 @@ def test_settings_that_contradict_each_other_are_refused(overrides: list[str], s
 
     with pytest.raises(ConfigError, match=said):
         check(compose_config(overrides), find_devices())
+
+
+def test_a_run_goes_on_at_the_row_where_it_was_with_a_worker_too(stream: Any, tiny_tokenizer: Any) -> None:
+    """On a GPU a process of its own renders. The stream of 50 rows is at its end after 13 steps of 4."""
+    plan = BatchPlan(4, 1, 2, 2)
+
+    def batches(workers: int, skipped: int = 0) -> list[list[str]]:
+        made = StreamedMicroBatches(stream("data.mix=interleave_once", names="a.jsonl,b.jsonl"), plan, 0)
+        loader = DataLoader(made, batch_size=None, num_workers=workers, collate_fn=list)
+        loader = skip_first_batches(loader, skipped) if skipped else loader
+        return [answers(tiny_tokenizer, micro) for micro in islice(loader, 60 - skipped)]
+
+    whole = batches(1)
+    for skipped in (3, 27, 52):
+        assert batches(1, skipped) == whole[skipped:]
