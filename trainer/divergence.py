@@ -71,11 +71,14 @@ class Watch(TrainerCallback):
         self.said: set[str] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step and self.run.metrics.is_file():  # goes on
+        # Goes on; of another rank's file nobody knows how much is written.
+        if state.is_world_process_zero and state.global_step and self.run.metrics.is_file():
             lines = read_metrics(self.run.metrics)
             self.losses = step_losses(line for line in lines if line["step"] <= state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         if "loss" in logs:
             self.losses += self.trainer.meter.step_losses
             if text := self._trouble():

@@ -29,6 +29,7 @@ Place = tuple[str, int]  # a dataset and a row in it, counted from 0
 
 LATEST = 2  # steps after which a copy is waited for: the device has those steps before it, so it does not run dry
 ROWS_TOLD = 6
+NOT_MEASURED = -1.0  # the norm where a DeepSpeed JSON does without (`compute_grad_norm`)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class _Copy:
     """The figures of a step on their way from the device."""
 
     step: int
-    values: torch.Tensor  # (micro-batches + 1,) float64 on the CPU, the gradient's norm last
+    values: (
+        torch.Tensor
+    )  # float64 on the CPU: a loss for each micro-batch, and the gradient's norm where that is not known
+    norm: float | None  # of the gradient, where it is known: DeepSpeed has looked at it already
     arrived: torch.cuda.Event | None  # None: they are there
 
 
@@ -90,18 +94,19 @@ class Finiteness:
     def _send(self, step: int) -> None:
         if not self._losses:
             return
-        device = self._losses[0].device
-        norm = torch.as_tensor(0.0 if self._norm is None else self._norm, dtype=torch.float64, device=device)
-        values = torch.stack([*(loss.double() for loss in self._losses), norm])
+        device, norm = self._losses[0].device, self._norm
+        figures = [*self._losses, *([norm] if isinstance(norm, torch.Tensor) else [])]
+        known = None if isinstance(norm, torch.Tensor) else NOT_MEASURED if norm is None else norm
+        values = torch.stack([figure.double() for figure in figures])
         self._losses, self._norm = [], None
         if device.type != "cuda":
-            self._copies.append(_Copy(step, values.cpu(), None))
+            self._copies.append(_Copy(step, values, known, None))
             return
         there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         there.copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._copies.append(_Copy(step, there, arrived))
+        self._copies.append(_Copy(step, there, known, arrived))
 
     def _look(self, wait_for: int) -> None:
         """Look at the copies that are there, and wait for those that `wait_for` or more others came after."""
@@ -112,7 +117,8 @@ class Finiteness:
                     return
                 first.arrived.synchronize()
             self._copies.popleft()
-            *losses, norm = first.values.tolist()
+            losses = first.values.tolist()
+            norm = losses.pop() if first.norm is None else first.norm
             self.still = self.still + 1 if norm == 0 else 0
             if self.fault is None and not all(map(math.isfinite, (*losses, norm))):
                 self.fault = Fault(first.step, tuple(losses), norm)

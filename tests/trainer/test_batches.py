@@ -137,3 +137,29 @@ def test_matmul_weights_are_counted_by_hand(tiny: Any) -> None:
     counted = matmul_parameters(tiny)
     assert (counted.body_trained, counted.head_trained) == (layers * layer, config.vocab_size * width)
     assert counted.flops(tokens=10, scored=3) == 6 * (10 * layers * layer + 3 * config.vocab_size * width)
+
+
+@pytest.mark.parametrize(
+    ("plan", "more"),
+    [
+        (BatchPlan(5, 2, 2, 2), {}),
+        (BatchPlan(5, 2, 2, 2), {"group_by_length": True}),
+        (BatchPlan(3, 2, 2, 1, unit="pack"), {"pack_to": 40}),
+        (BatchPlan(None, 2, 2, 2, tokens=100), {}),
+    ],
+    ids=["rows", "by length", "packs", "tokens"],
+)
+def test_the_rows_of_a_step_are_known_afterwards(plan: BatchPlan, more: dict[str, Any]) -> None:
+    """For every rank, in the second epoch too, and without a change of what is to come."""
+    lengths = np.random.default_rng(0).integers(5, 40, 23)
+    for rank in range(2):
+        batches = MicroBatches(lengths, plan, rank, shuffle=True, seed=3, **more)
+        dealt = []
+        for epoch in range(2):
+            batches.set_epoch(epoch)
+            dealt += list(batches)
+        batches.set_epoch(0)
+        steps = len(dealt) // plan.accumulation
+        found = [batches.rows_of(step, number) for step in range(1, steps + 1) for number in range(plan.accumulation)]
+        assert found == dealt
+        assert list(batches) == dealt[: len(batches)]

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from transformers import TrainerCallback
 
 from tests.conftest import losses, manifest, read_metrics
 from tunewright.checkpoints import listed
+from tunewright.config.compose import compose_config
 from tunewright.errors import NumericError, StorageError
 from tunewright.trainer.console import Printer
+from tunewright.trainer.finiteness import LATEST, Finiteness, _Copy
 
 TrainHere = Callable[..., Path]
 
@@ -230,3 +233,54 @@ def test_a_part_that_zero3_left_with_another_rank_is_looked_at(
     done = tunewright("train", *quick(folder, "train.max_steps=3", *common), "name=damaged-base")
     assert done.returncode == 4, done.stdout + done.stderr
     assert f"model.safetensors: the weight {weight} holds values that are not finite" in done.stdout
+
+
+class Late:
+    """An event of a device that says when a copy has arrived."""
+
+    def __init__(self) -> None:
+        self.done = self.waited_for = False
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.done = self.waited_for = True
+
+
+def test_a_device_is_waited_for_when_it_has_two_steps_more_to_do() -> None:
+    seen = Finiteness(None, compose_config(), None)
+    events = [Late() for _ in range(4)]
+    for step, event in enumerate(events, 1):
+        figures = torch.tensor([math.nan if step == 2 else 1.0, 0.5], dtype=torch.float64)
+        seen._copies.append(_Copy(step, figures, None, event))  # type: ignore[arg-type]
+        seen._look(wait_for=LATEST)
+        assert [one.waited_for for one in events] == [step >= number + LATEST for number in range(1, 5)]
+        assert (seen.fault is not None) == (step == 4)
+    assert seen.fault is not None
+    assert (seen.fault.step, seen.fault.micro_batches, seen.fault.norm) == (2, [0], 0.5)
+    events[2].done = True
+    seen._look(wait_for=LATEST)
+    assert [copy.step for copy in seen._copies] == [4]  # that one has not arrived
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [None, 0.5], ids=["on the device", "known"])
+def test_no_step_waits_for_a_gpu(norm: float | None) -> None:
+    """PyTorch refuses each operation that would."""
+    seen = Finiteness(None, compose_config(), None)
+    losses = [torch.tensor(one, device="cuda") for one in (1.0, 2.0, math.inf, 1.0, 1.0)]
+    gradient = torch.tensor(0.5, device="cuda")
+    try:
+        for step, loss in enumerate(losses, 1):
+            torch.cuda.set_sync_debug_mode("error")
+            seen.add_loss(loss)
+            seen.add_loss(loss)
+            seen.see_norm(gradient if norm is None else norm)
+            found = seen.asked(SimpleNamespace(global_step=step))
+            torch.cuda.set_sync_debug_mode("default")
+            assert not found or step >= 3
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert seen.fault is not None
+    assert (seen.fault.step, seen.fault.micro_batches, seen.fault.norm) == (3, [0, 1], 0.5)
