@@ -60,6 +60,17 @@ def test_a_base_that_is_not_finite_is_refused_before_the_first_step(
         train_here(f"refused-{len(list(tmp_path.parent.iterdir()))}", *quick(folder, *method, "train.max_steps=1"))
 
 
+def test_an_adapter_that_is_not_finite_is_refused_before_the_first_step(
+    train_here: TrainHere, small_model: Path, tmp_path: Path
+) -> None:
+    run = train_here("adapter", *quick(small_model, "train.max_steps=1"))
+    weights = load_file(run / "final" / "adapter_model.safetensors")
+    next(iter(weights.values())).view(-1)[-1] = math.nan
+    save_file(weights, run / "final" / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StorageError, match=r"adapter/final: the weight .*lora_A.* holds values that are not finite"):
+        train_here("goes-on", *quick(small_model, "train.max_steps=1", f"method.adapter={run / 'final'}"))
+
+
 class OddOnce:
     """The cross-entropy, but times `value` in one of its calls."""
 
