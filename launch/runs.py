@@ -31,6 +31,7 @@ class State:
     checkpoint: str  # the newest whole one, and what is wrong with newer ones
     loss: float | None
     age: float | None  # seconds since it last wrote metrics
+    warned: bool  # its training ended with a warning
 
     def resumable(self) -> bool:
         return self.state in ("stopped", "failed", "interrupted", "manifest damaged")
@@ -75,6 +76,7 @@ def state_of(run: RunDir) -> State:
         told,
         final_train_loss(lines),
         time.time() - run.metrics.stat().st_mtime if lines else None,
+        state == "done" and bool(manifest.get("warnings")),
     )
 
 
@@ -87,7 +89,7 @@ def runs_text(root: Path) -> str:
     rows = [
         (
             str(one.run.path),
-            one.state,
+            f"{one.state}, with a warning" if one.warned else one.state,
             "-" if one.step is None else f"{one.step:,}" + (f"/{one.planned:,}" if one.planned else ""),
             "-" if one.loss is None else f"{one.loss:.4f}",
             one.checkpoint,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,5 +114,9 @@ def test_runs_are_listed_with_what_stands(stopped: Callable[..., RunDir], tmp_pa
     }
     assert (found["killed"].step, found["killed"].planned, found["killed"].loss) == (9, 40, 2.0)
     assert found["killed"].checkpoint == "checkpoint-8 (checkpoint-16 damaged)"
+    assert "with a warning" not in runs_text(tmp_path)
+    for run in (RunDir(tmp_path / "runs" / "done"), killed):
+        run.update_manifest(warnings=["The loss is at 8.32."])
+    assert re.findall(r"(\w+) +\w+, with a warning", runs_text(tmp_path)) == ["done"]  # another may yet recover
     assert "To go on: tunewright resume" in runs_text(tmp_path)
     assert "There is no run in" in runs_text(tmp_path / "nowhere")
