@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
@@ -24,9 +25,11 @@ from tunewright.config.deepspeed_file import deepspeed_path, read
 from tunewright.config.schema import Dtype, Launcher
 from tunewright.errors import ConfigError, PeerError, StorageError, TunewrightError
 from tunewright.launch.asked import asked_of_accelerate, check_asked
+from tunewright.launch.convert import ensure_readable
 from tunewright.launch.prepare import ensure_prepared
 from tunewright.launch.train import check_all
 from tunewright.plan.batch_plan import BatchPlan, batch_plan
+from tunewright.plan.conversion import start_from
 from tunewright.plan.devices import find_devices
 from tunewright.ranks import LAUNCHED_BY, die_with_parent, leave, rank, world_size
 from tunewright.redaction import redact, typed_secrets
@@ -113,23 +116,29 @@ def _join_and_prepare(
 def _decide(config: DictConfig, claimed: Claim, prepared: Prepared, held: ExitStack) -> Claim:
     """Claim the run folder for all ranks, and make it ready."""
     plan = batch_plan(config.train, world_size(), cutoff_len=config.data.cutoff_len, packing=config.data.packing)
-    inputs = {**planned_inputs(config, plan), **prepared_inputs(config, prepared)}
+    inputs = {**planned_inputs(plan), **prepared_inputs(config, prepared)}
     allowed = check_inputs(claimed, inputs, config.resume_allow)
     if allowed:
         _say(allowed)
     if claimed.finished:
         return claimed
+    if claimed.checkpoint:
+        start_from(claimed.checkpoint, config, world_size())  # what cannot be gone on from is refused now
     told = claimed.remarks
     claimed = held.enter_context(sole_user(config, claimed))
     for text in claimed.remarks:
         if text not in told:
             _say(text)
     aside = prepare_folder(config, claimed, inputs)
-    if claimed.checkpoint:
-        _say(f"Continuing {claimed.run.path} from {claimed.checkpoint.name}")
     if aside:
         _say(f"What was in {claimed.run.path} before is in {aside} now.")
-    return claimed
+    if not claimed.checkpoint:
+        return claimed
+    _say(f"Continuing {claimed.run.path} from {claimed.checkpoint.name}")
+    start = start_from(claimed.checkpoint, config, world_size())
+    if start.remark:
+        _say(start.remark)
+    return replace(claimed, checkpoint=ensure_readable(start, config))
 
 
 def check_one_folder(config: DictConfig, claimed: Claim, mark: str) -> None:

@@ -19,9 +19,11 @@ from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher
 from tunewright.errors import ConfigError
 from tunewright.launch.command import Command, build_command, write_accelerate_config
+from tunewright.launch.convert import ensure_readable
 from tunewright.launch.supervise import run_ranks
 from tunewright.launch.writable_cache import use_writable_cache
 from tunewright.plan.batch_plan import BatchPlan
+from tunewright.plan.conversion import Start, start_from
 from tunewright.plan.deepspeed_rules import account
 from tunewright.plan.devices import Devices, find_devices
 from tunewright.plan.module_rules import check_modules
@@ -48,9 +50,20 @@ class Job:
     devices: Devices
 
     @property
+    def origin(self) -> Start | None:
+        """What a run that continues goes on from.
+
+        Raises:
+            ConfigError: its checkpoint is of other ranks, and cannot be converted.
+        """
+        checkpoint = self.claimed.checkpoint
+        return start_from(checkpoint, self.config, self.plan.world_size) if checkpoint else None
+
+    @property
     def command(self) -> Command:
         """What starts the ranks."""
-        return build_command(self.config, self.claimed.run, self.plan, self.devices, self.claimed.checkpoint)
+        checkpoint = self.origin.folder if self.origin else None
+        return build_command(self.config, self.claimed.run, self.plan, self.devices, checkpoint)
 
 
 def plan_job(config: DictConfig, devices: Devices, *, dry_run: bool = False) -> Job:
@@ -66,8 +79,10 @@ def plan_job(config: DictConfig, devices: Devices, *, dry_run: bool = False) -> 
     decided += bring_back(config, dry_run=dry_run)
     claimed = claim(config)
     if claimed.checkpoint:
-        check_inputs(claimed, planned_inputs(config, plan), config.resume_allow)
-    return Job(config, decided, plan, claimed, devices)
+        check_inputs(claimed, planned_inputs(plan), config.resume_allow)
+    job = Job(config, decided, plan, claimed, devices)
+    _ = job.origin  # what cannot be gone on from is refused now
+    return job
 
 
 def check_all(config: DictConfig, devices: Devices) -> tuple[BatchPlan, list[str]]:
@@ -151,7 +166,7 @@ def run_job(
     for text in (*job.decided, *claimed.remarks):
         say(text)
     prepared = make_ready(config)
-    inputs = {**planned_inputs(config, job.plan), **prepared_inputs(config, prepared)}
+    inputs = {**planned_inputs(job.plan), **prepared_inputs(config, prepared)}
     allowed = check_inputs(claimed, inputs, config.resume_allow)
     if allowed:
         say(allowed)
@@ -167,6 +182,10 @@ def run_job(
         aside = prepare_folder(config, found, inputs)
         if aside:
             say(f"What was in {run.path} before is in {aside} now.")
+        if job.origin:
+            if job.origin.remark:
+                say(job.origin.remark)
+            ensure_readable(job.origin, config)
         if start:
             return start(job, prepared)
         write_accelerate_config(job.command, run)
@@ -228,6 +247,8 @@ def show_plan(job: Job, say: Callable[[str], None]) -> None:
             f"{job.claimed.run.path} would continue from {job.claimed.checkpoint.name}, if model and data are those it "
             f"was made from."
         )
+    if job.origin and job.origin.remark:
+        say(job.origin.remark)
     for key, value in job.command.accelerate.items():
         say(f"  {key}: {value}")
     say(job.command.shown())

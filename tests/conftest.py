@@ -110,8 +110,9 @@ def write_checkpoint(run: RunDir, step: int, epoch: float = 1.0) -> Path:
     staging = run.checkpoints / PART / f"checkpoint-{step}"
     staging.mkdir(parents=True)
     (staging / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": epoch}))
-    record = {"step": step, "epoch": epoch, "run": copy_of(run), "files": seal(staging, files_in(staging))}
-    return commit(staging, record)
+    alone = {"world_size": 1, "strategy": "single", "zero_stage": None}
+    told = {"step": step, "epoch": epoch, **alone, "run": copy_of(run)}
+    return commit(staging, {**told, "files": seal(staging, files_in(staging))})
 
 
 def reseal(checkpoint: Path) -> None:

@@ -79,7 +79,7 @@ def _train(overrides: list[str]) -> None:
     config = compose_config(overrides)
     plan, _ = check_all(config, find_devices())
     prepared = prepare(config, lambda line: None)
-    inputs = {**planned_inputs(config, plan), **prepared_inputs(config, prepared)}
+    inputs = {**planned_inputs(plan), **prepared_inputs(config, prepared)}
     claimed = claim(config)
     check_inputs(claimed, inputs, config.resume_allow)
     with sole_user(config, claimed) as found:

@@ -400,7 +400,7 @@ def test_runs_md_lists_what_may_change() -> None:
     text = (REPOSITORY / "docs" / "runs.md").read_text(encoding="utf-8").split("## What may change")[1]
     rows = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("| ")]
     listed = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
-    conditions = {"ddp", "train.global_batch_size"}
+    conditions = {"train.global_batch_size"}
     assert listed - conditions == (OPERATIONAL | ADJUSTABLE | CALLED) - {"resume", "overwrite"}
 
 

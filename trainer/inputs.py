@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import DictConfig
 
-from tunewright.config.deepspeed_file import deepspeed_file
-from tunewright.config.schema import Launcher
 from tunewright.errors import ConfigError
 from tunewright.identity import table
 from tunewright.plan.batch_plan import BatchPlan
@@ -25,12 +23,9 @@ HELD_OUT = "held-out data"
 SAMPLES, SAMPLE_BYTES = 32, 1 << 14  # of each file of weights: no training leaves them all as they were
 
 
-def planned_inputs(config: DictConfig, plan: BatchPlan) -> dict[str, str]:
-    """Return what is known before anything is prepared: rows of a step, and what a checkpoint of ZeRO is cut by."""
-    found = {"batch": f"about {plan.tokens} tokens" if plan.tokens else f"{plan.global_batch} {plan.unit}s a step"}
-    if config.strategy.launcher is Launcher.deepspeed:
-        found["ranks of ZeRO"] = f"{plan.world_size} at stage {deepspeed_file(config).stage}"
-    return found
+def planned_inputs(plan: BatchPlan) -> dict[str, str]:
+    """Return what is known before anything is prepared: the rows of a step."""
+    return {"batch": f"about {plan.tokens} tokens" if plan.tokens else f"{plan.global_batch} {plan.unit}s a step"}
 
 
 def prepared_inputs(config: DictConfig, prepared: Prepared) -> dict[str, str]:

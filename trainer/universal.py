@@ -30,18 +30,18 @@ import torch
 from safetensors import safe_open
 from transformers import TrainerCallback
 
+from tunewright.checkpoints import RECORD, hash_of
 from tunewright.errors import StorageError
 from tunewright.files import written_aside
-from tunewright.plan.conversion import Way
+from tunewright.plan.conversion import FOLDER, Way, place_of
 from tunewright.space import check_space, storing
 from tunewright.trainer.checkpoint_loading import plain_data_only
 
-FOLDER = ".universal"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZER, TAG = "optimizer.pt", "latest_universal"
 MADE_FOR = "converted.json"
 # Of a checkpoint, what is of its own cut: states, their names, what is random in a rank, the record of its files.
-OWN = ("global_step*", "latest", "zero_to_*.py", "rng_state*", OPTIMIZER, "checkpoint.json")
+OWN = ("global_step*", "latest", "zero_to_*.py", "rng_state*", OPTIMIZER, RECORD)
 
 
 def name_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
@@ -53,11 +53,6 @@ def name_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) ->
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     for group in optimizer.param_groups:
         group["param_names"] = [names[parameter] for parameter in group["params"]]
-
-
-def place_of(checkpoint: Path) -> Path:
-    """Return the folder that a checkpoint is converted into."""
-    return checkpoint.parent / FOLDER / checkpoint.name
 
 
 def is_universal(checkpoint: Path) -> bool:
@@ -73,7 +68,7 @@ def convert(checkpoint: Path, how: Way, *, trusted: bool) -> Path:
         StorageError: there is no room, or what has to be in the checkpoint is not.
     """
     place = place_of(checkpoint)
-    made_for = {"way": how.value, "of": (checkpoint / "trainer_state.json").stat().st_mtime_ns}
+    made_for = {"way": how.value, "of": hash_of(checkpoint / "trainer_state.json")}
     if (place / MADE_FOR).is_file() and json.loads((place / MADE_FOR).read_text(encoding="utf-8")) == made_for:
         return place
     shutil.rmtree(place.parent, ignore_errors=True)

@@ -132,7 +132,7 @@ def train(
                 prepared,
                 None,
                 output,
-                job.claimed.checkpoint,
+                job.origin.folder if job.origin else None,
                 callbacks=own,
                 loss=objective,
                 stopping=stopping,

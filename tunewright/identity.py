@@ -39,8 +39,11 @@ OPERATIONAL = {
     "cluster.num_processes",
     "cluster.threads_per_process",
 }
-# How long, and with which memory; written down.
+# How long, by which ranks, and with which memory; written down.
 ADJUSTABLE = {
+    "strategy.name",
+    "strategy.launcher",
+    "strategy.deepspeed",
     "train.epochs",
     "train.max_steps",
     "train.micro_batch_size",

@@ -7,16 +7,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tests.conftest import REPOSITORY, TIMEOUT
+from tests.conftest import REPOSITORY, TIMEOUT, losses, manifest
 from tunewright.checkpoints import files_in, hash_of
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError
-from tunewright.plan.conversion import Layout, Way, layout_of, remark, way
-from tunewright.trainer.universal import FOLDER, OPTIMIZER, convert, is_universal, read_universal
+from tunewright.plan.conversion import FOLDER, Layout, Way, layout_of, remark, way
+from tunewright.trainer.universal import OPTIMIZER, convert, is_universal, read_universal
 
 STEPS = 2
 
@@ -35,14 +37,14 @@ def quick(model: Path, steps: int = STEPS) -> list[str]:
 @pytest.mark.parametrize(
     ("before", "now", "expected"),
     [
-        (Layout(2, "zero2"), Layout(2, "zero2_offload"), Way.as_is),
-        (Layout(2, "ddp"), Layout(1, "single"), Way.as_is),
-        (Layout(1, "single"), Layout(3, "ddp"), Way.as_is),
-        (Layout(2, "zero2"), Layout(1, "zero2"), Way.for_deepspeed),
-        (Layout(1, "zero3"), Layout(2, "zero3_offload"), Way.for_deepspeed),
-        (Layout(2, "zero1"), Layout(2, "zero2"), Way.for_deepspeed),
-        (Layout(2, "ddp"), Layout(2, "zero3"), Way.for_deepspeed),
-        (Layout(2, "zero3"), Layout(2, "ddp"), Way.for_torch),
+        (Layout(2, "zero2", 2), Layout(2, "zero2_offload", 2), Way.as_is),
+        (Layout(2, "ddp", None), Layout(1, "single", None), Way.as_is),
+        (Layout(1, "single", None), Layout(3, "ddp", None), Way.as_is),
+        (Layout(2, "zero2", 2), Layout(1, "zero2", 2), Way.for_deepspeed),
+        (Layout(1, "zero3", 3), Layout(2, "zero3_offload", 3), Way.for_deepspeed),
+        (Layout(2, "zero1", 1), Layout(2, "zero2", 2), Way.for_deepspeed),
+        (Layout(2, "ddp", None), Layout(2, "zero3", 3), Way.for_deepspeed),
+        (Layout(2, "zero3", 3), Layout(2, "ddp", None), Way.for_torch),
     ],
 )
 def test_a_layout_fits_is_converted_or_not(before: Layout, now: Layout, expected: Way) -> None:
@@ -52,10 +54,10 @@ def test_a_layout_fits_is_converted_or_not(before: Layout, now: Layout, expected
 @pytest.mark.parametrize(
     ("before", "now", "overrides", "reason"),
     [
-        (Layout(2, "zero2"), Layout(1, "zero2"), ["train.optimizer=adafactor"], "not those of AdamW"),
-        (Layout(8, "zeropp"), Layout(4, "zero3"), [], "second, quantised copy"),
-        (Layout(2, "ddp"), Layout(2, "zero2"), ["method=p_tuning"], "the network behind its tokens"),
-        (Layout(2, "zero2"), Layout(1, "zero2"), ["train.keep_best=true"], "an earlier checkpoint"),
+        (Layout(2, "zero2", 2), Layout(1, "zero2", 2), ["train.optimizer=adafactor"], "not those of AdamW"),
+        (Layout(8, "zeropp", 3), Layout(4, "zero3", 3), [], "second, quantised copy"),
+        (Layout(2, "ddp", None), Layout(2, "zero2", 2), ["method=p_tuning"], "the network behind its tokens"),
+        (Layout(2, "zero2", 2), Layout(1, "zero2", 2), ["train.keep_best=true"], "an earlier checkpoint"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_with_the_way_on(
@@ -69,13 +71,13 @@ def test_what_cannot_be_converted_is_refused_with_the_way_on(
 
 
 def test_what_is_other_is_said() -> None:
-    before, now = Layout(2, "zero2"), Layout(1, "zero2")
-    assert remark("checkpoint-4", before, now, Way.for_deepspeed, dropout=0.1) == (
+    before, now = Layout(2, "zero2", 2), Layout(1, "zero2", 2)
+    assert remark("checkpoint-4", before, now, Way.for_deepspeed, compose_config(["method.dropout=0.1"])) == (
         "checkpoint-4 was written by 2 ranks at ZeRO stage 2; it is converted for 1 rank at ZeRO stage 2. Dropout "
         "draws other numbers than it would have."
     )
-    assert remark("checkpoint-4", before, before, Way.as_is, dropout=0.1) is None
-    assert layout_of(compose_config(["strategy=zero3"]), 4) == Layout(4, "zero3")
+    assert remark("checkpoint-4", before, before, Way.as_is, compose_config()) is None
+    assert layout_of(compose_config(["strategy=zero3"]), 4) == Layout(4, "zero3", 3)
 
 
 # States stay what they are
@@ -117,3 +119,47 @@ def test_what_deepspeed_reads_wrongly_is_mended(tmp_path: Path) -> None:
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["saved"] == told["mended"] == {"steps": 2, "weight_decay": [0.1, 0.0]}
     assert told["loaded"] == {"steps": 1, "weight_decay": [0.1, 0.1]}
+
+
+# Whole runs
+
+
+def test_a_run_goes_on_with_other_ranks_as_if_nothing_had_changed(
+    tunewright: Callable[..., Any], train_here: Callable[..., Path], small_model: Path, tmp_path: Path
+) -> None:
+    """Two ranks of ZeRO-2 train all its parameters, then one, then two and one of ZeRO-3, and then one alone."""
+    overrides = [*quick(small_model, 10), "method=full"]
+    whole = train_here("whole", *overrides)
+    run = tmp_path / "run"
+    layouts = [("zero2", 2), ("zero2", 1), ("zero3", 2), ("zero3", 1)]
+    for number, (strategy, ranks) in enumerate(layouts, 1):
+        now = [f"strategy={strategy}", f"cluster.num_processes={ranks}", f"train.max_steps={2 * number}"]
+        done = tunewright(
+            "train", f"output_root={tmp_path}", "name=run", *overrides, *now, "train.save_steps=2", "resume=auto"
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (manifest(run)["distributed"]["world_size"], manifest(run)["distributed"]["zero_stage"]) == (
+            ranks,
+            int(strategy[-1]),
+        )
+        if number > 1:
+            before, held = layouts[number - 2]
+            told = f"checkpoint-{2 * number - 2} was written by {'2 ranks' if held == 2 else '1 rank'} at ZeRO stage "
+            assert f"{told}{before[-1]}; it is converted for " in done.stdout
+            assert not (run / "checkpoints" / FOLDER).exists()
+    folder = convert(run / "checkpoints" / "checkpoint-8", Way.for_torch, trusted=False)
+    alone = train_here("alone", *overrides, checkpoint=folder)
+    assert losses(run) == pytest.approx(losses(whole)[:8], rel=1e-6)
+    assert losses(alone) == pytest.approx(losses(whole)[8:], rel=1e-6)
+    assert_same_weights(alone, whole)
+
+
+def assert_same_weights(run: Path, expected: Path) -> None:
+    """A hundredth of one step, at most: where a gradient is next to nothing, AdamW makes much of its last bit."""
+    found = weights_of(run)
+    for name, weight in weights_of(expected).items():
+        assert torch.allclose(found[name], weight, rtol=0, atol=1e-5), name
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return {key: value for file in (run / "final").glob("*.safetensors") for key, value in load_file(file).items()}
