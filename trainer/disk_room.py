@@ -93,7 +93,7 @@ def estimate(trainer: Any, model_path: Path) -> tuple[int, int]:
         if parameter.requires_grad or not isinstance(model, PeftModel):
             saved += count * parameter.element_size()
     tokenizer = sum(file.stat().st_size for file in {file for one in TOKENIZER for file in model_path.glob(one)})
-    name = str(trainer.args.optim)
+    name = trainer.args.optim.value
     states = next((kept for part, kept in STATES.items() if part in name), ADAM)
     if trainer.is_deepspeed_enabled:  # which writes the weights once more, and float32 copies of all that are trained
         return saved + tokenizer, int(2 * saved + tokenizer + trained * (states + MASTER))
