@@ -14,13 +14,15 @@ from typing import Any
 import psutil
 from omegaconf import DictConfig, OmegaConf
 
-from tunewright.errors import ERRORS, TunewrightError
+from tunewright.errors import ERRORS, PeerError, TunewrightError
 from tunewright.ranks import die_with_parent, without_ranks
+from tunewright.stop_signals import STOP_SIGNALS, StopAsked
 from tunewright.terminal import begin_line, tell
 
 # The working directory may hold a datasets.py or a yaml.py of the user's own, which must not be imported. What Python
 # and accelerate leave of it, `tunewright/__init__.py` takes away.
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+OUT_OF_MEMORY = " (out of memory is the usual cause)"  # of what the kernel kills
 REPORTED = re.compile(rf"^({'|'.join(ERRORS)}): ", re.MULTILINE)
 
 
@@ -58,6 +60,8 @@ def ask(module: str, task: str, config: DictConfig, stdout: int | None = subproc
 
     Raises:
         TunewrightError: the process ended with one, which is raised here as it was there.
+        PeerError: it was killed.
+        StopAsked: it was asked to stop.
     """
     env = {"DS_ACCELERATOR": "cpu"}  # nothing asked like this needs a GPU, and DeepSpeed need not look for one
     if config.offline:
@@ -78,6 +82,11 @@ def ask(module: str, task: str, config: DictConfig, stdout: int | None = subproc
         tell(aside, sys.stderr)
     if error:
         raise ERRORS[error[1]](told[error.end() :].rstrip())
+    if process.returncode < 0:
+        if -process.returncode in STOP_SIGNALS:  # Slurm signals every process of a step
+            raise StopAsked(-process.returncode)
+        name = signal.Signals(-process.returncode).name
+        raise PeerError(f"{module} was ended by {name}{OUT_OF_MEMORY if name == 'SIGKILL' else ''}.")
     if process.returncode:
         raise TunewrightError(f"{module} ended with {process.returncode}, see above.")
     return printed or ""

@@ -35,7 +35,8 @@ examples:
   tunewright chat runs/demo/zero2                           after `tunewright demo`
   tunewright merge runs/demo/zero2                          one model folder, without an adapter
 
-exit codes: 0 done, 2 configuration, 3 data, 4 storage, 5 numeric, 6 peer or network, 70 a bug of ours, 75 preempted
+exit codes: 0 done, 2 configuration, 3 data, 4 storage, 5 numeric, 6 peer or network, 7 memory, 70 a bug of ours,
+75 stopped and resumable, 130 stopped at once
 """
 
 TRAIN_HELP = """\

@@ -23,7 +23,7 @@ import psutil
 
 from tunewright.checkpoints import discard_part
 from tunewright.errors import EXIT_CODES, Preempted
-from tunewright.launch.children import kill, start
+from tunewright.launch.children import OUT_OF_MEMORY, kill, start
 from tunewright.launch.command import RANK_MODULE, Command
 from tunewright.launch.watchdog import Watch
 from tunewright.ranks import LAUNCHED_BY, SPARE_ERRORS
@@ -175,7 +175,7 @@ def first_error(
         return _recorded(run, min(own, key=lambda record: record["time"]))
     if killed and not (asked and stopped):
         rank, number = killed
-        hint = " (out of memory is the usual cause)" if number == signal.SIGKILL else ""
+        hint = OUT_OF_MEMORY if number == signal.SIGKILL else ""
         log = run.logs / f"rank{rank}.log"
         told = f"ended by signal {number}{hint}. {_tail(log)}"
         return RankError(rank, signal.Signals(number).name, told, EXIT_CODES["PeerError"], log)

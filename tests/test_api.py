@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from tests.conftest import losses, read_metrics
 from tunewright.api import override_list
 from tunewright.config.compose import compose_config
 from tunewright.metrics import step_losses
+from tunewright.stop_signals import STOP_SIGNALS
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"{n} + 1"}, {"role": "assistant", "content": f"It is {n + 1}."}]}
@@ -65,6 +68,31 @@ def test_a_list_of_messages_trains_in_this_process_with_a_callback(trained: Any)
     assert any("step 3/3" in line for line in told)
     assert any("Saved to" in line for line in told)
     assert (run.final / "adapter_config.json").is_file()
+
+
+class Ask(TrainerCallback):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGTERM, tunewright.Preempted), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_stops_a_training_in_this_process_and_is_its_own_again(
+    number: signal.Signals, raised: type[BaseException], quick: list[str]
+) -> None:
+    before, name = [signal.getsignal(one) for one in STOP_SIGNALS], f"asked-{number.name}"
+    settings = [*quick, f"name={name}"]
+    with pytest.raises(raised):
+        tunewright.train(*settings, dataset=ROWS, callbacks=[Ask(number)], say=lambda line: None)
+    assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
+    run = tunewright.train(*settings, "resume=auto", dataset=ROWS, say=lambda line: None)
+    assert run.manifest["status"] == "done"
+    assert run.metrics()["step"] == [1, 2, 3]
 
 
 def test_the_loss_curve_is_that_of_the_command(

@@ -15,6 +15,7 @@ from tunewright.errors import PeerError
 from tunewright.ranks import leave
 from tunewright.run_folder import RunDir
 from tunewright.trainer.console import Console, end_rank, reported_errors
+from tunewright.trainer.memory import told_shortage
 from tunewright.trainer.prepared import Prepared
 from tunewright.trainer.process_group import join
 from tunewright.trainer.pulse import Pulse
@@ -46,7 +47,8 @@ def train_rank(
 
         gc.freeze()
         gc.enable()
-        train(config, run, found, state, console, checkpoint, callbacks=[CountSteps(pulse)], stopping=stopping)
+        with told_shortage(config):
+            train(config, run, found, state, console, checkpoint, callbacks=[CountSteps(pulse)], stopping=stopping)
         pulse.stop()
         state.destroy_process_group()
     # At the interpreter's own end a rank over gloo aborts now and then (torch 2.13), and a finished run would count as

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
+from tunewright.checkpoints import read_record
 from tunewright.metrics import read_metrics
 from tunewright.mirror import mirror_of
 from tunewright.plan.batch_plan import batch_plan
@@ -31,6 +32,7 @@ from tunewright.trainer.data.render import Renderer
 from tunewright.trainer.data.stream import TokenStream
 from tunewright.trainer.disk_room import DiskRoom
 from tunewright.trainer.divergence import Watch
+from tunewright.trainer.grace import Grace
 from tunewright.trainer.hardware import peak_memory
 from tunewright.trainer.loss import Loss
 from tunewright.trainer.methods import adapt, parameter_counts
@@ -113,7 +115,10 @@ def train(
         trainer.agreement.questions.append(SaveSchedule(checkpoints, trainable, main=state.is_main_process))
     verify, watch = VerifyStrategy(config, run, trainer, output), Watch(config, run, trainer, output)
     first = FirstStep(stopping.begin)
-    ours = [room, metrics, progress, checkpoints, watch, verify, first, *_chosen(config, run, trainer, output)]
+    grace = Grace(
+        config, checkpoints, output, read_record(checkpoint)["seconds"] if checkpoint and not universal else None
+    )
+    ours = [room, metrics, progress, checkpoints, watch, verify, first, grace, *_chosen(config, run, trainer, output)]
     mirror = mirror_of(config) if state.is_main_process else None
     mirroring = checkpoints.mirroring = MirrorCheckpoints(mirror, run, config.train, output) if mirror else None
     added = [PLUGINS.callbacks[name]() for name in config.train.callbacks]

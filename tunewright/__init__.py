@@ -39,6 +39,7 @@ _FROM = {
             "StorageError",
             "NumericError",
             "PeerError",
+            "MemoryShortage",
             "Preempted",
         ),
         "tunewright.errors",

@@ -80,7 +80,7 @@ def train(
         say: takes the lines that tell how far it is.
 
     Raises:
-        ConfigError, DataError, StorageError, NumericError, PeerError: as `tunewright train`.
+        ConfigError, DataError, StorageError, NumericError, PeerError, MemoryShortage: as `tunewright train`.
         Preempted: SIGTERM or another signal that asks to stop; `resume=auto` goes on from the checkpoint that it left.
         KeyboardInterrupt: Ctrl-C.
     """
@@ -122,10 +122,11 @@ def train(
 
     def start(job: Job, prepared: Prepared) -> int:
         from tunewright.trainer.console import Printer
+        from tunewright.trainer.memory import told_shortage
         from tunewright.trainer.training import train as train_here
 
         run, output = job.claimed.run, Printer() if say is print else Printer(say)
-        with _told_to_manifest(run), _stoppable() as stopping:
+        with _told_to_manifest(run), told_shortage(config), _stoppable() as stopping:
             train_here(
                 config,
                 run,

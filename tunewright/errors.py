@@ -1,6 +1,7 @@
 """What can end a command, and the exit code that says so to a script.
 
-0 done, 2 configuration, 3 data, 4 storage, 5 numeric, 6 peer or network, 70 a bug of ours, 75 preempted and resumable.
+0 done, 2 configuration, 3 data, 4 storage, 5 numeric, 6 peer or network, 7 memory, 70 a bug of ours, 75 stopped
+and resumable.
 """
 
 from __future__ import annotations
@@ -50,13 +51,20 @@ class PeerError(TunewrightError):
     exit_code = 6
 
 
+class MemoryShortage(TunewrightError):
+    """A device or a host has not the memory that was asked for; the same again would end the same way."""
+
+    exit_code = 7
+
+
 class Preempted(TunewrightError):
     """Stopped from outside at a point from which `resume=auto` continues."""
 
     exit_code = 75
 
 
-ERRORS = {cls.__name__: cls for cls in (ConfigError, DataError, StorageError, NumericError, PeerError, Preempted)}
+KINDS = (ConfigError, DataError, StorageError, NumericError, PeerError, MemoryShortage, Preempted)
+ERRORS = {cls.__name__: cls for cls in KINDS}
 EXIT_CODES = {name: cls.exit_code for name, cls in ERRORS.items()}
 
 

@@ -36,6 +36,7 @@ OPERATIONAL = {
     "train.save_total_limit",
     "train.mirror",
     "train.timeout_minutes",
+    "train.grace_seconds",
     "cluster.num_processes",
     "cluster.threads_per_process",
 }

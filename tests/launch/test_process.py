@@ -121,6 +121,31 @@ def test_a_rank_that_no_launcher_made_is_refused(wrong: dict[str, str], monkeypa
         meet(timedelta(seconds=1), print)
 
 
+def test_memory_that_cannot_be_had_is_told_with_what_to_change(start: Callable[..., Started], tmp_path: Path) -> None:
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(
+        "import os\n"
+        "if 'TUNEWRIGHT_LAUNCHER_PID' in os.environ:\n"
+        "    import resource, torch\n"
+        "    import torch.optim.lr_scheduler as schedules\n"
+        "    def greedy(self, *args):\n"
+        "        if self.last_epoch >= 1:\n"
+        "            resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"
+        "            torch.ones(4 << 30)\n"
+        "        return step(self, *args)\n"
+        "    step = schedules.LambdaLR.step\n"
+        "    schedules.LambdaLR.step = greedy\n"
+    )
+    running = start("greedy", "train.max_steps=4", "data.eval_names=[]", PYTHONPATH=str(tmp_path / "fault"))
+    assert running.process.wait(timeout=240) == 7, running.output.read_text()
+    shown = running.output.read_text()
+    assert "Rank 0 failed with MemoryShortage: " in shown
+    for told in ("can't allocate memory", "Seen: this rank held up to", "is 8.00 GiB (ulimit -v)", "Planned: 16 rows"):
+        assert told in shown
+    assert "Change one of: train.micro_batch_size=2 (the same steps, more slowly), train.gradient_" in shown
+    assert "Traceback" not in shown
+
+
 def test_ranks_die_with_a_launcher_that_is_killed(start: Callable[..., Started]) -> None:
     running = start("orphaned", *LONG)
     running.wait_for_step(1)

@@ -21,7 +21,7 @@ from tunewright.launch.supervise import stopped
 from tunewright.run_folder import RunDir
 from tunewright.stop_signals import SAME_REQUEST_SECONDS
 
-STEPS = ["train.logging_steps=1", "train.max_steps=12", "data.eval_names=[]"]
+STEPS = ["train.logging_steps=1", "train.max_steps=12", "data.eval_names=[]", "cluster.threads_per_process=1"]
 MANY = [*STEPS, "train.max_steps=2000"]  # it is stopped, whatever happens
 STOPPING = 120  # seconds for a step and a checkpoint, on a busy machine
 
@@ -51,8 +51,9 @@ def test_a_run_that_was_stopped_ends_in_the_bits_of_one_that_was_not(
     run.process.send_signal(signal.SIGUSR1)
     assert 4 <= assert_stopped(run, ranks) < 12
 
-    again = start("stopped", *settings, "resume=auto")
+    again = start("stopped", *settings, "resume=auto", "train.grace_seconds=0.01")
     assert again.process.wait(timeout=240) == 0, again.output.read_text()
+    assert "train.grace_seconds leaves 0.01 s between the request to stop and the kill" in again.output.read_text()
     assert losses(again.run) == losses(whole)
     weights = [run / "final" / "adapter_model.safetensors" for run in (again.run, whole)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -168,7 +169,7 @@ def test_stopping_promises_only_a_checkpoint_that_is_there(tmp_path: Path) -> No
     assert "with resume=auto goes on from checkpoint-4" in stopped(run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2, signal.SIGTERM])
 def test_a_request_before_ranks_start_leaves_nothing_and_says_one_line(
     number: signal.Signals, tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -187,6 +188,9 @@ def test_a_request_before_ranks_start_leaves_nothing_and_says_one_line(
     while not (begun := process.children()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    if number == signal.SIGTERM:  # Slurm signals every process, in any order
+        begun[0].send_signal(number)
+        time.sleep(0.2)
     os.killpg(process.pid, number)
     assert process.communicate(timeout=SOON)[0] == (
         f"Stopped by {number.name} while nothing was trained: the same command begins here again.\n"

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from tunewright.config.compose import compose_config
-from tunewright.errors import ConfigError, TunewrightError
+from tunewright.errors import ConfigError, PeerError, TunewrightError
 from tunewright.launch.children import ask, start
 from tunewright.launch.command import Command, accelerate_launch
 from tunewright.launch.supervise import run_ranks
 from tunewright.run_folder import RunDir
+from tunewright.stop_signals import StopAsked
 
 SCRIPT = """
 import json, os, sys
@@ -70,6 +71,18 @@ def test_an_error_of_an_own_process_is_raised_here(capfd: pytest.CaptureFixture[
     with pytest.raises(TunewrightError, match="ended with 1, see above"):
         ask("tunewright.launch.no_such_module", "", config)
     assert "no_such_module" in capfd.readouterr().err
+
+
+def test_an_own_process_that_is_killed_is_not_a_bug_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "victim.py").write_text("import os, sys\nos.kill(os.getpid(), int(sys.argv[1]))\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    config = compose_config([])
+    with pytest.raises(PeerError, match=r"victim was ended by SIGKILL \(out of memory is the usual cause\)"):
+        ask("victim", "9", config)
+    with pytest.raises(StopAsked):
+        ask("victim", "15", config)
 
 
 def test_a_configuration_error_imports_nothing_heavy() -> None:

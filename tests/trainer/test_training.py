@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +16,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
-from tests.conftest import read_metrics
+from tests.conftest import manifest, read_metrics
 from tunewright.config.method_schema import PROMPT_LEARNING
-from tunewright.errors import ConfigError
+from tunewright.errors import ConfigError, Preempted
 from tunewright.plugins import PLUGINS
 from tunewright.trainer.callbacks import ProgressReport
+from tunewright.trainer.console import Printer
+from tunewright.trainer.stopping import Stopping
 
 TrainHere = Callable[..., Path]
 SUM = partial(cross_entropy, reduction="sum")
@@ -62,6 +65,30 @@ def test_a_loss_sees_scored_positions_alone(train_here: TrainHere, small_model: 
         assert logits == (*labels, 4096)
         assert dtype is torch.float32
         assert least >= 0
+
+
+def test_the_evaluation_at_the_end_is_left_on_request_and_made_when_the_run_goes_on(
+    train_here: TrainHere, small_model: Path
+) -> None:
+    settings = [*quick(small_model), "train.save_steps=3", "train.grace_seconds=1e-6"]
+    whole = train_here("evaluated", *settings, loss=SUM)
+    stopping, batches, said = Stopping(), list[int](), list[str]()
+
+    def asked(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            batches.append(len(labels))
+            stopping.requests.hear(signal.SIGTERM)
+        return SUM(logits, labels)
+
+    with pytest.raises(Preempted, match="Stopped after step 3: resume=auto goes on from checkpoint-3"):
+        train_here("left", *settings, loss=asked, stopping=stopping, output=Printer(said.append))
+    assert len(batches) == 1
+    assert "train.grace_seconds leaves 1e-06 s" in "".join(said)
+    left = whole.with_name("left")
+    assert manifest(left)["status"] == "stopped"
+    assert not (left / "final").exists()
+    again = train_here("left", *settings, loss=SUM, checkpoint=left / "checkpoints" / "checkpoint-3")
+    assert figures(again) == figures(whole)
 
 
 def test_a_loss_that_is_no_sum_is_refused(train_here: TrainHere, small_model: Path) -> None:

@@ -56,6 +56,7 @@ RANGES: dict[str, Range] = {
     "train.save_steps": Range(0, hint="; 0 writes no checkpoints"),
     "train.save_total_limit": Range(2, hint=": the newest may turn out to be damaged"),
     "train.timeout_minutes": Range(0, 1_000_000, above=True),
+    "train.grace_seconds": POSITIVE,
     "train.neftune_alpha": MODERATE_POSITIVE,
     "train.early_stopping": POSITIVE,
     "data.max_samples": POSITIVE,

@@ -206,6 +206,9 @@ class TrainConfig:
     )
     callbacks: list[str] = option([], "plug-ins' callbacks, called while training")
     timeout_minutes: float = option(10.0, "a rank that is silent this long ends the run")
+    grace_seconds: Optional[float] = option(
+        None, "between a request to stop and the kill, where known: said when a checkpoint takes longer"
+    )
 
 
 @dataclass
