@@ -19,7 +19,7 @@ def ensure_readable(start: Start, config: DictConfig) -> Path:
     """Return the folder that ranks go on from, converted where they could not read the checkpoint as it is.
 
     Raises:
-        ConfigError, StorageError: see `universal.convert`.
+        StorageError: see `universal.convert`.
     """
     if start.way is not Way.as_is:
         ask("tunewright.launch.convert", str(start.checkpoint), config)
@@ -28,6 +28,9 @@ def ensure_readable(start: Start, config: DictConfig) -> Path:
 
 def main(checkpoint: Path) -> int:
     """Convert a checkpoint for the configuration on standard input."""
+    from tunewright.trainer.model.load import quiet_libraries
+
+    quiet_libraries()
     from tunewright.trainer.universal import convert
 
     try:

@@ -64,8 +64,7 @@ def convert(checkpoint: Path, how: Way, *, trusted: bool) -> Path:
     """Convert a checkpoint, which stays what it is, and return the folder to go on from; what is there is used again.
 
     Raises:
-        ConfigError: the checkpoint brings code, and is not `trusted`.
-        StorageError: there is no room, or what has to be in the checkpoint is not.
+        StorageError: there is no room, what has to be in the checkpoint is not, or it brings code and is not `trusted`.
     """
     place = place_of(checkpoint)
     made_for = {"way": how.value, "of": hash_of(checkpoint / "trainer_state.json")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tests.conftest import REPOSITORY, TIMEOUT, losses, manifest
 from tunewright.checkpoints import files_in, hash_of
 from tunewright.config.compose import compose_config
-from tunewright.errors import ConfigError
+from tunewright.errors import ConfigError, StorageError
 from tunewright.plan.conversion import FOLDER, Layout, Way, layout_of, remark, way
 from tunewright.trainer.universal import OPTIMIZER, convert, is_universal, read_universal
 
@@ -121,6 +122,21 @@ def test_what_deepspeed_reads_wrongly_is_mended(tmp_path: Path) -> None:
     assert told["loaded"] == {"steps": 1, "weight_decay": [0.1, 0.1]}
 
 
+def test_a_disk_that_is_too_small_for_it_is_told_before_anything_is_written(
+    train_here: Callable[..., Path], small_model: Path, tmp_path: Path
+) -> None:
+    run = train_here("no-room", *quick(small_model), "method=full")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        checkpoint = shutil.copytree(run / "checkpoints" / "checkpoint-2", tmp_path / "checkpoint-2")
+        with pytest.raises(StorageError, match=r"The conversion of checkpoint-2 needs about .* are free\. Make room"):
+            convert(checkpoint, Way.for_deepspeed, trusted=False)
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
 # Whole runs
 
 
@@ -130,28 +146,54 @@ def test_a_run_goes_on_with_other_ranks_as_if_nothing_had_changed(
     """Two ranks of ZeRO-2 train all its parameters, then one, then two and one of ZeRO-3, and then one alone."""
     overrides = [*quick(small_model, 10), "method=full"]
     whole = train_here("whole", *overrides)
-    run = tmp_path / "run"
-    layouts = [("zero2", 2), ("zero2", 1), ("zero3", 2), ("zero3", 1)]
-    for number, (strategy, ranks) in enumerate(layouts, 1):
-        now = [f"strategy={strategy}", f"cluster.num_processes={ranks}", f"train.max_steps={2 * number}"]
-        done = tunewright(
-            "train", f"output_root={tmp_path}", "name=run", *overrides, *now, "train.save_steps=2", "resume=auto"
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert (manifest(run)["distributed"]["world_size"], manifest(run)["distributed"]["zero_stage"]) == (
-            ranks,
-            int(strategy[-1]),
-        )
-        if number > 1:
-            before, held = layouts[number - 2]
-            told = f"checkpoint-{2 * number - 2} was written by {'2 ranks' if held == 2 else '1 rank'} at ZeRO stage "
-            assert f"{told}{before[-1]}; it is converted for " in done.stdout
-            assert not (run / "checkpoints" / FOLDER).exists()
+    run = train_in_turn(tunewright, tmp_path, overrides, [("zero2", 2), ("zero2", 1), ("zero3", 2), ("zero3", 1)])
     folder = convert(run / "checkpoints" / "checkpoint-8", Way.for_torch, trusted=False)
     alone = train_here("alone", *overrides, checkpoint=folder)
     assert losses(run) == pytest.approx(losses(whole)[:8], rel=1e-6)
     assert losses(alone) == pytest.approx(losses(whole)[8:], rel=1e-6)
     assert_same_weights(alone, whole)
+
+
+@pytest.mark.slow
+def test_adapters_go_on_with_other_ranks_by_whatever_launches_them(
+    tunewright: Callable[..., Any], train_here: Callable[..., Path], small_model: Path, tmp_path: Path
+) -> None:
+    """The last ranks are those of an `accelerate launch` of the user's own."""
+    overrides = [*quick(small_model, 14), "method=lora"]
+    whole = train_here("whole-lora", *overrides)
+    layouts = [("ddp", 2), ("single", 1), ("zero3", 1), ("zero3", 2), ("zero2", 1), ("ddp", 2)]
+    run = train_in_turn(tunewright, tmp_path, overrides, layouts)
+    launch = ["accelerate.commands.accelerate_cli", "launch", "--use_deepspeed", "--zero_stage", "2"]
+    module = ["--num_processes", "2", "-m", "tunewright.launch.rank", f"output_root={tmp_path}", "name=run"]
+    command = [sys.executable, "-m", *launch, *module, *overrides, "resume=auto"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = "checkpoint-12 was written by 2 ranks without ZeRO; it is converted for 2 ranks at ZeRO stage 2."
+    assert said in done.stdout
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
+    assert_same_weights(run, whole)
+
+
+def train_in_turn(
+    tunewright: Callable[..., Any], root: Path, overrides: list[str], layouts: list[tuple[str, int]]
+) -> Path:
+    """Train two steps with each of the ranks, and return the run."""
+    run = root / "run"
+    for number, (strategy, ranks) in enumerate(layouts, 1):
+        now = [f"strategy={strategy}", f"cluster.num_processes={ranks}", f"train.max_steps={2 * number}"]
+        done = tunewright("train", f"output_root={root}", "name=run", *overrides, *now, "resume=auto")
+        assert done.returncode == 0, done.stdout + done.stderr
+        facts = manifest(run)["distributed"]
+        assert (facts["world_size"], facts["zero_stage"]) == (ranks, layout(strategy, ranks).stage)
+        assert not (run / "checkpoints" / FOLDER).exists()
+        if number > 1:
+            before = layout(*layouts[number - 2])
+            assert f"checkpoint-{2 * number - 2} was written by {before}" in done.stdout
+    return run
+
+
+def layout(strategy: str, ranks: int) -> Layout:
+    return layout_of(compose_config([f"strategy={strategy}"]), ranks)
 
 
 def assert_same_weights(run: Path, expected: Path) -> None:
