@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from tunewright.checkpoints import read_record
+from tunewright.errors import Preempted
 from tunewright.metrics import read_metrics
 from tunewright.mirror import mirror_of
 from tunewright.plan.batch_plan import batch_plan
@@ -131,6 +132,7 @@ def train(
         f"{state.num_processes} x {device.type}: {plan.describe()}"
     )
     with (
+        _leaving_together(trainer, stopping),
         storing(run.path, "What this run writes", advice=room.advice, ask_disk=False),
         finished(mirroring),
         closing(progress.progress),
@@ -166,8 +168,18 @@ def _end_if_stopped(run: RunDir, trainer: TunewrightTrainer, stopping: Stopping)
         return
     if trainer.is_world_process_zero():
         run.update_manifest(status="stopped")
-    trainer.agreement.gather(None)  # a rank that ended before would have the others ended while they still save
     raise stopping.stopped()
+
+
+@contextmanager
+def _leaving_together(trainer: TunewrightTrainer, stopping: Stopping) -> Iterator[None]:
+    """Have ranks that are stopped wait for each other: torchrun ends those that are left when one has ended."""
+    try:
+        yield
+    except Preempted:
+        if stopping.stopped_at is not None:  # which is of all ranks
+            trainer.agreement.gather(None)
+        raise
 
 
 def _build(

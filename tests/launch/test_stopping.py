@@ -59,12 +59,15 @@ def test_a_run_that_was_stopped_ends_in_the_bits_of_one_that_was_not(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_a_signal_to_one_rank_alone_stops_all_of_them(start: Callable[..., Started]) -> None:
-    run = start("ddp", "strategy=ddp", *MANY)
+def test_a_signal_to_one_rank_alone_stops_all_of_them(start: Callable[..., Started], tmp_path: Path) -> None:
+    """And they wait until the checkpoint is in the second place too."""
+    (tmp_path / "second").mkdir()
+    run = start("ddp", "strategy=ddp", *MANY, f"train.mirror={tmp_path / 'second'}")
     run.wait_for_step(2)
     ranks = run.ranks()
     ranks[1].send_signal(signal.SIGTERM)
-    assert_stopped(run, ranks)
+    step = assert_stopped(run, ranks)
+    assert manifest(run.run)["mirror"]["checkpoint"] == f"checkpoint-{step}"
 
 
 def test_a_sweep_stops_as_a_whole(start: Callable[..., Started]) -> None:
