@@ -35,6 +35,7 @@ from tunewright.checkpoints import (
 )
 from tunewright.errors import ConfigError, StorageError, first_line
 from tunewright.folders import TRASH, set_aside
+from tunewright.space import check_space, storing
 from tunewright.trees import digest
 
 RESULT_RECORD = "result.json"
@@ -113,7 +114,9 @@ class Mirror:
             raise StorageError(f"{self.location} has no whole {name}.")
         try:
             shutil.rmtree(staging, ignore_errors=True)
-            with _reaching(self.location):
+            needed = sum(told["size"] for told in record["files"].values())
+            check_space(run, needed, f"{name} of {self.location}", "Make room, or choose another `output_root`.")
+            with _reaching(self.location), storing(run, name, needed=needed):
                 for file in (*record["files"], RECORD):
                     (staging / file).parent.mkdir(parents=True, exist_ok=True)
                     self.store.get_file(f"{self._checkpoint(step)}/{file}", str(staging / file))
