@@ -33,7 +33,7 @@ class Launch:
         self.started: list[subprocess.Popen[str]] = []
 
     def __call__(
-        self, number: int, *settings: str, flags: tuple[str, ...] = STANDARD, own: Path | None = None
+        self, number: int, *settings: str, flags: tuple[str, ...] = STANDARD, own: Path | None = None, **env: str
     ) -> subprocess.Popen[str]:
         """Start the ranks of one host."""
         network = ("--main_process_ip", self.hosts[0].address, "--main_process_port", "29511")
@@ -44,7 +44,7 @@ class Launch:
         with (self.root / f"{number}.txt").open("w") as output:
             path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # accelerate calls `deepspeed` by its name
             # Where it runs, accelerate leaves a file with the whole environment.
-            self.started.append(self.hosts[number].start(command, output, cwd=self.root, own=own, PATH=path))
+            self.started.append(self.hosts[number].start(command, output, cwd=self.root, own=own, PATH=path, **env))
         return self.started[-1]
 
     def said(self, number: int) -> str:
@@ -108,6 +108,25 @@ def test_a_pulled_cable_ends_both_sides_and_each_names_the_other(launch: Launch)
         assert "has been silent since" in launch.said(number)
         assert "exitcode  : 6" in launch.said(number)
     assert time.monotonic() - cut < TIMEOUT_MINUTES * 60 + 60
+
+
+def test_what_ends_a_rank_on_one_machine_is_told_on_the_other(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import torch.optim.lr_scheduler as schedules\n"
+        "    def broken(self, *args):\n"
+        "        if self.last_epoch >= 2:\n"
+        "            raise RuntimeError('the disk of this rank is on fire')\n"
+        "        return step(self, *args)\n"
+        "    step = schedules.LambdaLR.step\n"
+        "    schedules.LambdaLR.step = broken\n"
+    )
+    both = [launch(number, "train.save_steps=0", PYTHONPATH=str(tmp_path)) for number in (0, 1)]
+    assert all(process.wait(timeout=LONG) != 0 for process in both)
+    assert "Rank 1 failed: RuntimeError: the disk of this rank is on fire" in launch.said(1)
+    assert "Rank 0 failed: PeerError: " in launch.said(0)
+    assert "Rank 1 on host-b failed with RuntimeError: the disk of this rank is on fire" in launch.said(0)
 
 
 def test_a_second_machine_that_fails_before_it_joins_is_named(launch: Launch) -> None:
