@@ -25,7 +25,7 @@ class Fault:
         kind: the name of a signal; or of an `errno`, for an OSError; or "exception".
         phase: before_step, before_optimizer, after_step, eval, train_end, before_final, tokenize; save:FILE,
             save:before_commit, save:before_discard (of an old one), save:after_commit; final:FILE,
-            final:before_commit. `*` stands for anything.
+            final:before_commit; run:FILE, manifest or configuration. `*` stands for anything.
         step: optimiser steps done at that time; None: any.
         rank: None: whichever comes there.
         skip: how often the phase is passed before.

@@ -75,6 +75,23 @@ def test_killed_at_every_boundary_of_its_files_a_run_ends_as_if_it_never_was(
     assert_same(run, tmp_path / "whole")
 
 
+def test_killed_whenever_something_is_written_about_it_a_run_goes_on(
+    forked: Forked, small_model: Path, tmp_path: Path
+) -> None:
+    """From before the folder is a run's, to after the result has its name."""
+    settings = [*quick(small_model), f"output_root={tmp_path}"]
+    whole = forked.train(*settings, "name=whole")
+    assert whole.code == 0, whole.told
+    writes = sum(phase.startswith("run:") for phase in whole.reached)
+    assert writes > 4
+    for number in range(writes):
+        killed = forked.train(*settings, "name=broken", faults=(Fault("SIGKILL", "run:*", skip=number),))
+        assert killed.code == KILLED, (number, killed.told)
+    again = forked.train(*settings, "name=broken")
+    assert again.code == 0, again.told
+    assert_same(tmp_path / "broken", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_killed_between_the_last_checkpoint_and_the_result_no_step_is_added(
     schedule: str, forked: Forked, small_model: Path, tmp_path: Path

@@ -69,9 +69,13 @@ def strike(fault: dict[str, Any], phase: str, step: int) -> None:
 
 
 def written(path: object) -> None:
+    name = os.path.basename(str(path))
+    for file in ("manifest.json", "config.yaml"):  # written aside, as .manifest.json.1234.part
+        if name.startswith(f".{file}."):
+            at(f"run:{file}")
     place = next((PLACES[one] for one in PLACES if one in str(path)), None)
     if place and not os.path.isdir(str(path)):
-        at(f"{place}:{os.path.basename(str(path))}")
+        at(f"{place}:{name}")
 
 
 def audit(event: str, args: tuple[Any, ...]) -> None:
