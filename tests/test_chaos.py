@@ -30,7 +30,7 @@ from tunewright.checkpoints import listed, problems_of
 STEPS = 24
 LONGEST = 400  # seconds of one attempt, on a busy machine
 FROZEN = 0.5  # `train.timeout_minutes` of a run in which ranks are frozen
-MEGABYTE = 2**20
+DISK = 128 * 2**20  # bytes: room for a few checkpoints of every kind, and for what is damaged and set aside
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Chaos:
     def _full(self, root: Path, name: str) -> bool:
         """A disk that somebody fills up, before the start or meanwhile, and empties again."""
         assert self.disk
-        ballast, left = self.disk / "ballast", self.random.randrange(3 * MEGABYTE)
+        ballast, left = self.disk / "ballast", self.random.randrange(DISK // 2 ** self.random.randrange(3, 8))
         begun = self.random.random() < 0.7
         started = self._start(root, name) if begun else None
         if started:
@@ -248,10 +248,10 @@ class Chaos:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path | None]:
-    """A disk of a few megabytes, where mounting is allowed."""
+    """A small disk, where mounting is allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    size = f"size={24 * MEGABYTE}"
+    size = f"size={DISK}"
     mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True).returncode
     yield folder if mounted else None
     if mounted:

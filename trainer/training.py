@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,21 +119,23 @@ def train(
     grace = Grace(
         config, checkpoints, output, read_record(checkpoint)["seconds"] if checkpoint and not universal else None
     )
-    ours = [room, metrics, progress, checkpoints, watch, verify, first, grace, *_chosen(config, run, trainer, output)]
+    with _writing(run, room):
+        chosen = _chosen(config, run, trainer, output)
+        if state.is_main_process:
+            run.update_manifest(**describe_training(config, prepared.cache, (trainable, total), device, dtype))
+    ours = [room, metrics, progress, checkpoints, watch, verify, first, grace, *chosen]
     mirror = mirror_of(config) if state.is_main_process else None
     mirroring = checkpoints.mirroring = MirrorCheckpoints(mirror, run, config.train, output) if mirror else None
     added = [PLUGINS.callbacks[name]() for name in config.train.callbacks]
     for callback in (*ours, *([mirroring] if mirroring else []), *added, *callbacks):
         trainer.add_callback(callback)
-    if state.is_main_process:
-        run.update_manifest(**describe_training(config, prepared.cache, (trainable, total), device, dtype))
     output.say(
         f"Training {trainable:,} of {total:,} parameters ({trainable / total:.3%}) in {name_of(dtype)} on "
         f"{state.num_processes} x {device.type}: {plan.describe()}"
     )
     with (
         _leaving_together(trainer, stopping),
-        storing(run.path, "What this run writes", advice=room.advice, ask_disk=False),
+        _writing(run, room),
         finished(mirroring),
         closing(progress.progress),
         plain_data_only(deepspeed=trainer.is_deepspeed_enabled, trusted=config.trust),
@@ -154,6 +156,10 @@ def train(
             run.update_manifest(**result)
     output.say(". ".join([f"Saved to {run.final}", *(f"Warning: {text}" for text in warnings)]))
     return trainer
+
+
+def _writing(run: RunDir, room: DiskRoom) -> AbstractContextManager[None]:
+    return storing(run.path, "What this run writes", advice=room.advice, ask_disk=False)
 
 
 def _stop_evaluating(run: RunDir, trainer: TunewrightTrainer, stopping: Stopping) -> None:
