@@ -156,9 +156,8 @@ class Finiteness:
         chooses = "train.keep_best" if train.keep_best else "train.early_stopping" if train.early_stopping else None
         if chooses:
             advice = [Advice("look at these rows", "data"), *other_format(self.config, self.trainer.dtype)]
-            raise NumericError(
-                self._text(f"{text} `{chooses}` goes by it.", [*advice, Advice(f"do without `{chooses}`", chooses)])
-            )
+            advice.append(Advice(f"do without `{chooses}`", chooses))
+            raise NumericError(self._text(f"{text} `{chooses}` goes by it.", advice, diverged=False))
         self.warnings.append(text)
 
     def _trained(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -201,6 +200,7 @@ class Finiteness:
         where = [(rank, *one) for rank, one in faults.items() if one[0].micro_batches]
         first = next(iter(faults.values()))[0]
         advice: list[Advice] = []
+        odd = False
         if not where:
             what = f"The gradient of step {step} has the norm {first.norm}, its loss is finite."
         else:
@@ -209,7 +209,7 @@ class Finiteness:
             ranks = [str(rank) for rank, _, _ in where] if self.trainer.args.world_size > 1 else []
             on = f" on rank {listed(ranks)}" if ranks else ""
             what = f"The loss of step {step} is {' and '.join(sorted(values))}{on}{f', for {rows}' if rows else ''}."
-            if self._is_odd(faults, where):
+            if odd := self._is_odd(faults, where):
                 what += " That of the step's other rows is finite."
                 advice += [Advice("look at these rows (`tunewright data show NAME --row N`)", "data")] if rows else []
         if where and self.trainer.loss is not None:
@@ -218,7 +218,7 @@ class Finiteness:
             advice.append(Advice(f"look at what {which} returns for them"))
         if step > 1:  # before it nothing was learnt
             advice += calmer_steps(self.config)
-        return self._text(what, [*advice, *other_format(self.config, self.trainer.dtype)])
+        return self._text(what, [*advice, *other_format(self.config, self.trainer.dtype)], diverged=not odd)
 
     def _is_odd(self, faults: dict[int, tuple[Fault, list[Place]]], where: Sequence[Any]) -> bool:
         """Tell whether some of a step's rows have a finite loss: then it is not the whole model that is broken."""
@@ -231,10 +231,10 @@ class Finiteness:
         rows = [row for number in fault.micro_batches for row in self.trainer.rows_of(fault.step, number)]
         return self.cache.places("train", rows) if self.cache else []
 
-    def _text(self, what: str, advice: Sequence[Advice]) -> str:
+    def _text(self, what: str, advice: Sequence[Advice], *, diverged: bool = True) -> str:
         """Say what happened, what to change, and from which checkpoint the run can go on with the change.
 
-        No checkpoint holds what is not finite: see `check`.
+        No checkpoint holds what is not finite (see `check`), but one of a run that has `diverged` may be near it.
         """
         told = "; or ".join(one.text for one in advice)
         checkpoint = RunDir(Path(self.trainer.args.output_dir).parent).last_checkpoint()
@@ -242,7 +242,8 @@ class Finiteness:
         if checkpoint:
             allow = ",".join(one.allow for one in advice if one.allow)
             change = f" resume_allow=[{allow}]` goes on from it with the change" if allow else "` goes on from it"
-            last = f"{checkpoint.name} is the last good one: `resume=auto{change}."
+            near = "; where the loss had risen before it, start anew" if diverged else ""
+            last = f"{checkpoint.name} is the last good one: `resume=auto{change}{near}."
         return f"{what} {told[:1].upper()}{told[1:]}. {last}" if told else f"{what} {last}"
 
 
