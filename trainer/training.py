@@ -116,9 +116,8 @@ def train(
         trainer.agreement.questions.append(SaveSchedule(checkpoints, trainable, main=state.is_main_process))
     verify, watch = VerifyStrategy(config, run, trainer, output), Watch(config, run, trainer, output)
     first = FirstStep(stopping.begin)
-    grace = Grace(
-        config, checkpoints, output, read_record(checkpoint)["seconds"] if checkpoint and not universal else None
-    )
+    before = read_record(run.checkpoints / checkpoint.name) if checkpoint else {}  # also where it was converted
+    grace = Grace(config, checkpoints, output, before.get("seconds"))
     with _writing(run, room):
         chosen = _chosen(config, run, trainer, output)
         if state.is_main_process:
