@@ -31,6 +31,8 @@ class MirrorCheckpoints(TrainerCallback):
     def __init__(self, mirror: Mirror, run: RunDir, settings: TrainConfig, output: Output) -> None:
         self.mirror, self.run, self.output = mirror, run, output
         self.keep, self.patience = settings.save_total_limit, settings.timeout_minutes * 60
+        self.keep_best = settings.keep_best
+        self.best: Path | None = None
         self.copied: str | None = None  # the last checkpoint that is whole there
         self.problem: str | None = None  # why the last one tried is not
         self.copying: str | None = None  # not to be removed here meanwhile
@@ -40,6 +42,8 @@ class MirrorCheckpoints(TrainerCallback):
         self._thread.start()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.keep_best and state.best_model_checkpoint:  # which the end of the training will need
+            self.best = self.run.checkpoints / Path(state.best_model_checkpoint).name
         self._offer_newest()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,7 +82,10 @@ class MirrorCheckpoints(TrainerCallback):
         while checkpoint := self._newest_wanted():
             self.copying = checkpoint.name
             try:
-                self.mirror.put_checkpoint(checkpoint, self.keep, self.run.metrics)
+                best = self.best
+                if best and best != checkpoint and not self.mirror.has(best):
+                    self.mirror.put_checkpoint(best, self.keep)
+                self.mirror.put_checkpoint(checkpoint, self.keep, self.run.metrics, spared=best)
                 self.copied, self.problem = checkpoint.name, None
             except StorageError as error:
                 self.problem = f"{checkpoint.name}: {error}"

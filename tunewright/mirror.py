@@ -100,6 +100,15 @@ class Mirror:
             found = [self._record(step) for step in self._steps()]
         return [record for record in found if record]
 
+    def has(self, checkpoint: Path) -> bool:
+        """Tell whether a checkpoint of this name was copied whole.
+
+        Raises:
+            StorageError: the place cannot be reached.
+        """
+        with _reaching(self.location):
+            return self._record(step_of(checkpoint) or 0) is not None
+
     def fetch(self, step: int, run: Path) -> Path:
         """Copy a checkpoint back into a run's folder, with the metrics up to it where that has none.
 
@@ -133,8 +142,10 @@ class Mirror:
 
     # Writing
 
-    def put_checkpoint(self, checkpoint: Path, keep: int, metrics: Path | None = None) -> None:
-        """Remove what was copied half, copy a committed checkpoint, then remove all but the newest `keep`.
+    def put_checkpoint(
+        self, checkpoint: Path, keep: int, metrics: Path | None = None, spared: Path | None = None
+    ) -> None:
+        """Remove what was copied half, copy a committed checkpoint, then remove all but the newest `keep` and `spared`.
 
         Raises:
             StorageError: it has not arrived as it is here.
@@ -153,7 +164,7 @@ class Mirror:
             whole = self._steps()
             # Those of later steps are of a past that this run does not have any more.
             kept = [one for one in whole if one <= (step or 0)][: max(keep, LEAST_KEPT)]
-            for other in {*whole} - {*kept}:
+            for other in {*whole} - {*kept, step_of(spared) if spared else None}:
                 self._remove(self._checkpoint(other))
 
     def put_result(self, run: Path, files: Iterable[str]) -> None:
@@ -178,7 +189,7 @@ class Mirror:
         """
         with _reaching(self.location):
             if self.store.exists(self.root):
-                self.store.makedirs(f"{self.parent}/{TRASH}", exist_ok=True)
+                self._make_folder(f"{self.parent}/{TRASH}")
                 self.store.mv(self.root, f"{self.parent}/{TRASH}/{date}-{self.name}", recursive=True)
 
     def _put(self, folder: Path, there: str, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -186,13 +197,17 @@ class Mirror:
         self._remove(there)  # of an interrupted copy
         for file, told in files.items():
             target = f"{there}/{file}"
-            self.store.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._make_folder(target.rpartition("/")[0])
             self.store.put_file(str(folder / file), target)
             size = self.store.info(target)["size"]
             if size != told["size"]:
                 raise OSError(f"{file} has {size:,} bytes there, {told['size']:,} were sent")
             if self.is_disk and hash_of(Path(target)) != told["sha256"]:
                 raise OSError(f"{file} has other content there than was sent")
+
+    def _make_folder(self, folder: str) -> None:
+        if not self.store.async_impl:  # object stores have none, and would make a bucket whose name is misspelt
+            self.store.makedirs(folder, exist_ok=True)
 
     def _is_there(self) -> None:
         # A folder is the user's to make, once: where a disk is not mounted, one made here would fill another disk.

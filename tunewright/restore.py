@@ -5,11 +5,13 @@ What `claims` then decides from is in the run's folder again, as if it had alway
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 from omegaconf import DictConfig
 
-from tunewright.checkpoints import newest_whole, read_record, step_of
+from tunewright.checkpoints import PREFIX, newest_whole, problems_of, read_record, step_of
 from tunewright.claims import OTHER, in_use, run_dir
 from tunewright.config.schema import Resume
 from tunewright.errors import ConfigError, StorageError
@@ -19,6 +21,8 @@ from tunewright.locks import InUse, is_locked, locked
 from tunewright.mirror import Mirror, mirror_of
 from tunewright.run_folder import RunDir
 from tunewright.trust import sign
+
+STATE = "trainer_state.json"
 
 
 def bring_back(config: DictConfig, *, dry_run: bool = False) -> list[str]:
@@ -61,12 +65,14 @@ def bring_back(config: DictConfig, *, dry_run: bool = False) -> list[str]:
         return [f"checkpoint-{newer[0]['step']} would be fetched from {mirror.location}: {known}."]
     try:
         with locked(run.path):
-            return _fetch(mirror, run, [record["step"] for record in newer], known, needed=here is None)
+            told, fetched = _fetch(mirror, run, [record["step"] for record in newer], known, needed=here is None)
+            return [*told, *(_fetch_best(mirror, run, fetched) if fetched and config.train.keep_best else [])]
     except InUse as error:
         raise ConfigError(in_use(run, str(error))) from error
 
 
-def _fetch(mirror: Mirror, run: RunDir, steps: list[int], known: str, *, needed: bool) -> list[str]:
+def _fetch(mirror: Mirror, run: RunDir, steps: list[int], known: str, *, needed: bool) -> tuple[list[str], Path | None]:
+    """Fetch the first of these checkpoints that is whole; return what to say, and where it is."""
     told = []
     for step in steps:
         try:
@@ -81,10 +87,23 @@ def _fetch(mirror: Mirror, run: RunDir, steps: list[int], known: str, *, needed:
             signature = sign(copy["config"].encode(), os.getcwd())
             manifest = {**copy["manifest"], "status": "failed", "folder": os.getcwd(), "signature": signature}
             write_json(run.manifest, manifest)
-        return [*told, f"{fetched.name} was fetched from {mirror.location}: {known}."]
+        return [*told, f"{fetched.name} was fetched from {mirror.location}: {known}."], fetched
     if needed:
         raise StorageError("\n".join([f"Nothing in {run.path} can be continued, and nothing at the mirror:", *told]))
-    return told
+    return told, None
+
+
+def _fetch_best(mirror: Mirror, run: RunDir, checkpoint: Path) -> list[str]:
+    """Fetch the best checkpoint so far as well, which the result may be."""
+    best = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("best_global_step")
+    place = run.checkpoints / f"{PREFIX}{best}"
+    if not best or not problems_of(place, hashed=True):
+        return []
+    try:
+        mirror.fetch(best, run.path)
+    except StorageError as error:
+        return [f"{place.name} had the lowest eval loss and is lost: {error} The result will be from later ones."]
+    return [f"{place.name}, with the lowest eval loss so far, was fetched as well."]
 
 
 def _finished(run: RunDir) -> bool:

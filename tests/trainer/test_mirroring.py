@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,11 +14,13 @@ import pytest
 from transformers import TrainerCallback
 
 from tests.conftest import losses, manifest
+from tunewright.checkpoints import problems_of
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError, StorageError
 from tunewright.launch.train import plan_job
 from tunewright.mirror import Mirror
 from tunewright.plan.devices import find_devices
+from tunewright.restore import bring_back
 from tunewright.trainer.console import Printer
 
 
@@ -112,3 +115,31 @@ def test_a_mirror_that_fails_stops_no_training(
         assert (told["checkpoint"], told["result"]) == (None, False)
         assert "is not there" in told["problem"]
         assert f"Not everything is at the mirror {there}" in text
+
+
+def test_the_best_checkpoint_stays_at_the_mirror_and_comes_back_with_the_newest(
+    train_here: Callable[..., Path], small_model: Path, tmp_path: Path
+) -> None:
+    """Two are kept, and an earlier one is the best: from then on the weights go astray."""
+    place = tmp_path / "mirror"
+    place.mkdir()
+
+    class Astray(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name and state.global_step >= 2:
+                    parameter.data.copy_(-100 * parameter.abs() - 1)
+
+    best = ["data.eval_names=[demo_eval]", "train.eval_steps=2", "train.keep_best=true"]
+    asked = [*quick(small_model), "train.max_steps=8", *best, f"train.mirror={place}"]
+    run = train_here("best-mirrored", *asked, callbacks=[Astray()])
+    state = json.loads((run / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
+    early = state["best_global_step"]
+    assert early in (2, 4)
+    mirror = Mirror(str(place), "best-mirrored")
+    assert [record["step"] for record in mirror.records()] == [8, 6, early]
+    shutil.rmtree(run)
+    config = compose_config([f"output_root={run.parent}", "name=best-mirrored", *asked, "resume=auto"])
+    told = "\n".join(bring_back(config))
+    assert re.search(rf"checkpoint-8 was fetched .*\ncheckpoint-{early}, with the lowest eval loss so far, was", told)
+    assert problems_of(run / "checkpoints" / f"checkpoint-{early}", hashed=True) == []
