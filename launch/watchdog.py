@@ -39,7 +39,10 @@ class Watch:
         self._stop = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
-        self._socket.bind(str(folder / SOCKET))
+        try:
+            self._socket.bind(str(folder / SOCKET))
+        except OSError as error:  # Linux allows such a path 107 bytes
+            say(f"Ranks are not heard by their launcher, at {folder / SOCKET}: {error}. Only by one another.")
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def __enter__(self) -> Watch:

@@ -119,7 +119,7 @@ def reported_errors(logs: Path, console: Console, pulse: Pulse | None = None) ->
     except (Exception, KeyboardInterrupt) as error:
         known = as_known_error(error)
         if pulse and isinstance(known, PeerError):
-            known = PeerError(f"{known}{pulse.told()}")
+            known = PeerError(pulse.explain(known))
         elif pulse and isinstance(known, Preempted):
             pulse.stop()  # as all do, at the same step
         elif pulse:

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from tunewright.beats import PATIENCE_OF_RANKS, SOCKET, Beat, Listener, interval_of, patience_of
 from tunewright.errors import PeerError
 from tunewright.ranks import SPARE_ERRORS, launched, rank, world_size
@@ -103,13 +105,13 @@ class Pulse:
             self._hurry.set()
             time.sleep(TELLING_SECONDS)
 
-    def told(self) -> str:
-        """Return why another rank has ended, where it told, or else where the others were when they were last heard."""
+    def explain(self, error: PeerError) -> str:
+        """Return why another rank was lost: what it told or how it fell silent, or else the error, and where all were."""
         if self._exchange_thread and not launched():
             self._hurry.set()
             time.sleep(TELLING_SECONDS)
-        reasons = self._reasons()
-        return f"\n{reasons[0]}" if reasons else self._known()
+        reasons = [*filter(None, [self._verdict]), *self._reasons()]
+        return reasons[0] if reasons else f"{error}{self._known()}"
 
     def _reasons(self) -> list[str]:
         return [beat.verdict for beat in list(self._others.beats.values()) if beat.verdict] if self._others else []
@@ -163,7 +165,10 @@ class Pulse:
         last = self._others.beats.get(silent)
         said = last.silent() if last else f"rank {silent} has not been heard since it joined"
         cause = "it is frozen, or its machine or network is gone (`train.timeout_minutes`)"
-        self._pass_on(f"{said[0].upper()}{said[1:]}: {cause}.{self._known()}")
+        self._verdict = f"{said[0].upper()}{said[1:]}: {cause}.{self._known()}"
+        if last:
+            _end_sibling(last)
+        self._pass_on(self._verdict)
 
     def _pass_on(self, reason: str) -> None:
         """End because of another rank; but what made that one fail may be about to be raised in this one as well.
@@ -173,6 +178,15 @@ class Pulse:
         self._verdict = reason
         time.sleep(2 * self.interval)
         self._end(PeerError(reason))
+
+
+def _end_sibling(last: Beat) -> None:
+    """Kill a frozen rank of this machine: asked to end it would not hear, and torchrun waits half a minute for it."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(last.pid)
+        # Its number may be another machine's, or another process's by now.
+        if last.host == socket.gethostname() and process.ppid() == os.getppid() and process.create_time() < last.time:
+            process.kill()
 
 
 def _own_connection(timeout_minutes: float) -> Store:
