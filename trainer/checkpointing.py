@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from tunewright.checkpoints import PART, PREFIX, commit, discard_part, files_in, rotate, seal
 from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher
+from tunewright.errors import StorageError
 from tunewright.files import make_readable
 from tunewright.run_folder import RunDir
 from tunewright.space import storing
@@ -79,7 +81,14 @@ class Checkpoints(TrainerCallback):
             if main:
                 state.save_to_json(str(staging / "trainer_state.json"))
         ranks = trainer.args.world_size
-        self.agreement.gather(None)  # all files are there
+        # All files are there, and each rank sees those of the first; else its own are on another disk.
+        seen = self.agreement.gather((socket.gethostname(), (staging / "trainer_state.json").is_file()))
+        blind = sorted({host for host, saw in seen if not saw})
+        if blind:
+            raise StorageError(
+                f"No checkpoint can be written: {', '.join(blind)} and {seen[0][0]} do not share {self.run.path}. "
+                f"Write an `output_root` on a disk that all machines see."
+            )
         if main:
             make_readable(staging)
         mine = files_in(staging)[trainer.args.process_index :: ranks]

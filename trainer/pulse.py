@@ -106,7 +106,7 @@ class Pulse:
             time.sleep(TELLING_SECONDS)
 
     def explain(self, error: PeerError) -> str:
-        """Return why another rank was lost: what it told or how it fell silent, or else the error, and where all were."""
+        """Return why another rank was lost: what it told, how it fell silent, or else the error and where all were."""
         if self._exchange_thread and not launched():
             self._hurry.set()
             time.sleep(TELLING_SECONDS)

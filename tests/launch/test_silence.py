@@ -59,6 +59,34 @@ def test_a_frozen_rank_ends_the_run_within_the_set_time(
         assert "most recent call first" in (running.run / "logs" / "rank0.log").read_text()
 
 
+@pytest.mark.slow
+def test_a_frozen_rank_of_the_users_own_launch_is_named_and_ended_by_the_other(start: Callable[..., Started]) -> None:
+    """The first one here, which the others do not hear through anybody else."""
+    program = ("-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "--multi_gpu")
+    timeout = f"train.timeout_minutes={TIMEOUT_MINUTES}"
+    running = start("frozen", *ENDLESS, timeout, program=(*program, "-m", "tunewright.launch.rank"))
+    running.wait_for_step(2)
+    processes = running.ranks()
+    processes[0].send_signal(signal.SIGSTOP)
+    assert running.process.wait(timeout=TIMEOUT_MINUTES * 60 + SOON) == 1  # torchrun's
+    assert_gone(processes)
+    shown = running.output.read_text()
+    assert "Rank 1 failed: PeerError: Rank 0 on " in shown
+    assert f"(process {processes[0].pid}) has been silent since" in shown
+    assert "exitcode  : 6" in shown
+
+
+def test_a_launcher_that_cannot_listen_says_so(tmp_path: Path) -> None:
+    from tunewright.launch.watchdog import Watch
+
+    deep = tmp_path / ("deep" * 30)
+    deep.mkdir()
+    said: list[str] = []
+    with Watch(deep, 1.0, said.append) as watch:
+        assert watch.frozen is None
+    assert "Ranks are not heard by their launcher" in said[0]
+
+
 def test_collectives_of_every_group_wait_no_longer_than_is_set(tmp_path: Path) -> None:
     """DeepSpeed's own groups, too, which it makes without naming a timeout."""
     import torch

@@ -110,6 +110,19 @@ def test_a_pulled_cable_ends_both_sides_and_each_names_the_other(launch: Launch)
     assert time.monotonic() - cut < TIMEOUT_MINUTES * 60 + 60
 
 
+def test_a_stop_on_separate_disks_leaves_no_half_checkpoint(launch: Launch) -> None:
+    """Each machine has a part of it, which would pass for a whole one."""
+    settings = ("train.max_steps=100000", "train.save_steps=0")
+    both = [launch(0, *settings), launch(1, *settings, own=launch.runs)]
+    launch.wait_for_step(3)
+    for process in psutil.Process(both[1].pid).children(recursive=True):
+        if "tunewright.launch.rank" in process.cmdline() and "RANK" in process.environ():
+            process.terminate()
+    assert all(process.wait(timeout=LONG) != 0 for process in both)
+    assert "StorageError: No checkpoint can be written: host-b and host-a do not share" in launch.said(0)
+    assert not list((launch.runs / "two" / "checkpoints").glob("checkpoint-*"))
+
+
 def test_what_ends_a_rank_on_one_machine_is_told_on_the_other(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
