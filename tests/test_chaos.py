@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from tunewright.checkpoints import listed, problems_of
 
 STEPS = 24
 LONGEST = 400  # seconds of one attempt, on a busy machine
-FROZEN = 0.5  # `train.timeout_minutes` of a run in which ranks are frozen
+FROZEN = "train.timeout_minutes=0.5"  # of an attempt in which a rank is frozen
 DISK = 128 * 2**20  # bytes: room for a few checkpoints of every kind, and for what is damaged and set aside
 
 
@@ -75,9 +75,8 @@ class Chaos:
         self.faults = self.lives = 0
         few = [f"train.max_steps={STEPS}", "train.global_batch_size=4", "train.logging_steps=1"]
         known = ["model=folder", f"model.path={model}", "data.eval_names=[]", "train.learning_rate=1e-2"]
-        memory = f"train.timeout_minutes={FROZEN}"
         dropout = [] if "method=full" in kind.settings else ["method.dropout=0.1"]
-        self.settings = [*known, *few, memory, *dropout, *kind.settings]
+        self.settings = [*known, *few, *dropout, *kind.settings]
         if "data.streaming=true" not in kind.settings:
             self.settings.append("data.max_samples=30")
         self.whole, self.seconds = self._uninterrupted()
@@ -88,9 +87,9 @@ class Chaos:
         assert started.process.wait(timeout=LONGEST) == 0, started.told()
         return started.run, time.monotonic() - begun
 
-    def _start(self, root: Path, name: str, *faults: Fault) -> Started:
+    def _start(self, root: Path, name: str, *faults: Fault, also: Sequence[str] = ()) -> Started:
         env = planned(*faults, log=self.root / "struck.txt")
-        return Started(root, name, *self.settings, "resume=auto", **env, FAULTS_STEP_SECONDS=str(self.kind.slow))
+        return Started(root, name, *self.settings, *also, "resume=auto", **env, FAULTS_STEP_SECONDS=str(self.kind.slow))
 
     def live(self, most: int) -> None:
         """Have a run from its start to its end, with up to so many faults."""
@@ -177,7 +176,7 @@ class Chaos:
     def _frozen(self, root: Path, name: str) -> bool:
         rank, phase = self.random.randrange(self.kind.ranks), self.random.choice(["before_step", "before_optimizer"])
         fault = Fault("SIGSTOP", phase, rank=rank, skip=self.random.randrange(STEPS // 2))
-        return self._attempt(self._start(root, name, fault), str(fault), RANK_GONE)
+        return self._attempt(self._start(root, name, fault, also=[FROZEN]), str(fault), RANK_GONE)
 
     def _full(self, root: Path, name: str) -> bool:
         """A disk that somebody fills up, before the start or meanwhile, and empties again."""
