@@ -218,7 +218,7 @@ class Chaos:
     # How it ends
 
     def _pass_time(self, started: Started) -> None:
-        deadline = time.monotonic() + self.random.uniform(0.1, 1.1) * self.seconds
+        deadline = time.monotonic() + self.random.uniform(0.1, 0.9) * self.seconds
         while time.monotonic() < deadline and started.process.poll() is None:
             time.sleep(0.05)
 
