@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     if claimed.finished:
         _say(f"{claimed.run.path} is finished already; nothing to do.")
         leave(0)
-    train_rank(config, claimed.run, claimed.checkpoint, lambda: prepared, stopping, state)
+    train_rank(config, claimed.run, claimed.checkpoint, lambda: prepared, stopping, state, held.close)
 
 
 def _speaks() -> bool:

@@ -81,7 +81,8 @@ class Checkpoints(TrainerCallback):
             if main:
                 state.save_to_json(str(staging / "trainer_state.json"))
         ranks = trainer.args.world_size
-        # All files are there, and each rank sees those of the first; else its own are on another disk.
+        self.agreement.gather(None)  # all files are there
+        # Each rank sees those of the first, or its own are on another disk.
         seen = self.agreement.gather((socket.gethostname(), (staging / "trainer_state.json").is_file()))
         blind = sorted({host for host, saw in seen if not saw})
         if blind:

@@ -165,8 +165,9 @@ def limit_waiting(timeout_minutes: float) -> None:
 
     if not distributed.is_initialized():
         return
-    # `set_timeout` is newer than the oldest torch that is supported.
-    limit = getattr(distributed, "set_timeout", distributed.distributed_c10d._set_pg_timeout)
+    # `set_timeout` is newer than the oldest torch that is supported, 2.11, which has it under its own name.
+    name = "set_timeout" if hasattr(distributed, "set_timeout") else "_set_pg_timeout"
+    limit = getattr(distributed.distributed_c10d, name)
     for group in list(distributed.distributed_c10d._world.pg_map):
         limit(timedelta(minutes=timeout_minutes), group)
 

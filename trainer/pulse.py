@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from tunewright.beats import PATIENCE_OF_RANKS, SOCKET, Beat, Listener, interval_of, patience_of
-from tunewright.errors import PeerError
+from tunewright.errors import PeerError, first_line
 from tunewright.ranks import SPARE_ERRORS, launched, rank, world_size
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Pulse:
         end: ends this process because of an error. It is called in the thread: the main thread may wait for ever.
     """
 
-    def __init__(self, timeout_minutes: float, end: Callable[[PeerError], None]) -> None:
+    def __init__(self, timeout_minutes: float, end: Callable[[Exception], None]) -> None:
         self.interval = interval_of(timeout_minutes)
         self.step = 0
         self._timeout_minutes, self._end = timeout_minutes, end
@@ -77,7 +78,7 @@ class Pulse:
             self._launcher.setblocking(False)
             with suppress(OSError):  # a launcher that could not listen
                 self._launcher.connect(os.path.join(os.environ[SPARE_ERRORS], SOCKET))
-        threading.Thread(target=self._beat, name="pulse", daemon=True).start()
+        threading.Thread(target=self._or_end, args=(self._beat,), name="pulse", daemon=True).start()
 
     def attach(self) -> None:
         """Exchange beats with the other ranks from now on, when all have joined."""
@@ -86,7 +87,8 @@ class Pulse:
         # The first rank hears all others, and they hear it: what each of them has to read does not grow with them.
         whom = range(1, world_size()) if rank() == 0 else range(1)
         self._others = Listener(self.interval, patience_of(self._timeout_minutes, PATIENCE_OF_RANKS), whom)
-        self._exchange_thread = threading.Thread(target=self._exchange, args=(whom,), name="pulse-peers", daemon=True)
+        work = partial(self._exchange, whom)
+        self._exchange_thread = threading.Thread(target=self._or_end, args=(work,), name="pulse-peers", daemon=True)
         self._exchange_thread.start()
 
     def stop(self) -> None:
@@ -120,6 +122,13 @@ class Pulse:
         told = self._others.told() if self._others else ""
         return f"\nWhere ranks were when they were last heard:\n{told}" if told else ""
 
+    def _or_end(self, work: Callable[[], None]) -> None:
+        """Do a thread's work; without it this rank would pass for a frozen one, so an error in it ends the rank."""
+        try:
+            work()
+        except Exception as error:
+            self._end(error)
+
     def _mine(self) -> dict[str, Any]:
         doing, collective = where(sys._current_frames().get(self._main))
         return asdict(Beat.mine(self.step, doing, collective, self._verdict, ended=self._stop.is_set()))
@@ -139,7 +148,10 @@ class Pulse:
     def _exchange(self, whom: range) -> None:
         """Tell the others where this rank is, and hear them; where the network is cut, this thread waits for ever."""
         assert self._others
-        store = _own_connection(self._timeout_minutes)
+        try:
+            store = _own_connection(self._timeout_minutes)
+        except RuntimeError as error:
+            raise PeerError(f"Where ranks have met, nobody answers any more: {first_line(error)}.") from error
         while True:
             ended = self._stop.is_set()
             # A lost connection need not be reported here: the others are not heard any more, and so are silent.
@@ -176,8 +188,8 @@ class Pulse:
         Meanwhile the others hear it from the first.
         """
         self._verdict = reason
-        time.sleep(2 * self.interval)
-        self._end(PeerError(reason))
+        if not self._stop.wait(2 * self.interval):
+            self._end(PeerError(reason))
 
 
 def _end_sibling(last: Beat) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,8 +33,12 @@ def train_rank(
     prepared: Callable[[], Prepared],
     stopping: Stopping,
     state: PartialState | None = None,
+    at_end: Callable[[], None] = lambda: None,
 ) -> NoReturn:
-    """Train as one rank of a run, and end the process; a rank that has not joined the others, without `state`, does."""
+    """Train as one rank of a run, and end the process; a rank that has not joined the others, without `state`, does.
+
+    `at_end` is called after a good end; the process takes no other notice of what is still open.
+    """
     console = Console(run.logs)
     stopping.leave = partial(end_rank, trace="", logs=run.logs, console=console)
     pulse = Pulse(config.train.timeout_minutes, partial(_end, run.logs, console))
@@ -51,12 +56,14 @@ def train_rank(
             train(config, run, found, state, console, checkpoint, callbacks=[CountSteps(pulse)], stopping=stopping)
         pulse.stop()
         state.destroy_process_group()
+        at_end()
     # At the interpreter's own end a rank over gloo aborts now and then (torch 2.13), and a finished run would count as
     # failed.
     leave(0)
 
 
-def _end(logs: Path, console: Console, error: PeerError) -> None:
+def _end(logs: Path, console: Console, error: Exception) -> None:
     """End this rank from the thread that noticed, with the stacks of all."""
     faulthandler.dump_traceback()
-    end_rank(error, "", logs, console)
+    trace = "" if isinstance(error, PeerError) else "".join(traceback.format_exception(error))
+    end_rank(error, trace, logs, console)

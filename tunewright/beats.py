@@ -68,7 +68,7 @@ class Beat:
 
 
 class Listener:
-    """Who was heard when, by this process's clock.
+    """Who was heard when, by this process's clock. One thread may take beats while another judges.
 
     Args:
         interval: seconds between two beats.
@@ -100,9 +100,10 @@ class Listener:
         if now - self.looked > 3 * self.interval:  # this process was asleep itself, so it cannot tell who was
             self.heard = dict.fromkeys(self.heard, now)
         self.looked = now
-        number, last = min(self.heard.items(), key=lambda item: item[1], default=(0, now))
+        number, last = min(list(self.heard.items()), key=lambda item: item[1], default=(0, now))
         return number if now - last > self.patience else None
 
     def told(self) -> str:
         """Return where ranks were when they were last heard, a line for each."""
-        return "\n".join(f"  {beat}" for _, beat in sorted(self.beats.items()) if not beat.ended)
+        beats = list(self.beats.values())
+        return "\n".join(f"  {beat}" for beat in sorted(beats, key=lambda beat: beat.rank) if not beat.ended)
