@@ -116,7 +116,7 @@ def train(
         trainer.agreement.questions.append(SaveSchedule(checkpoints, trainable, main=state.is_main_process))
     verify, watch = VerifyStrategy(config, run, trainer, output), Watch(config, run, trainer, output)
     first = FirstStep(stopping.begin)
-    before = read_record(run.checkpoints / checkpoint.name) if checkpoint else {}  # also where it was converted
+    before = read_record(checkpoint) if checkpoint else {}
     grace = Grace(config, checkpoints, output, before.get("seconds"))
     with _writing(run, room):
         chosen = _chosen(config, run, trainer, output)

@@ -30,7 +30,7 @@ import torch
 from safetensors import safe_open
 from transformers import TrainerCallback
 
-from tunewright.checkpoints import RECORD, hash_of
+from tunewright.checkpoints import hash_of
 from tunewright.errors import StorageError
 from tunewright.files import written_aside
 from tunewright.plan.conversion import FOLDER, Way, place_of
@@ -40,8 +40,8 @@ from tunewright.trainer.checkpoint_loading import plain_data_only
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZER, TAG = "optimizer.pt", "latest_universal"
 MADE_FOR = "converted.json"
-# Of a checkpoint, what is of its own cut: states, their names, what is random in a rank, the record of its files.
-OWN = ("global_step*", "latest", "zero_to_*.py", "rng_state*", OPTIMIZER, RECORD)
+# Of a checkpoint, what is of its own cut: states, their names, and what is random in a rank.
+OWN = ("global_step*", "latest", "zero_to_*.py", "rng_state*", OPTIMIZER)
 
 
 def name_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
