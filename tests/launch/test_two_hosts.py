@@ -142,6 +142,12 @@ def test_what_ends_a_rank_on_one_machine_is_told_on_the_other(launch: Launch, tm
     assert "Rank 1 on host-b failed with RuntimeError: the disk of this rank is on fire" in launch.said(0)
 
 
+def test_a_machine_that_stays_alone_gives_up_after_what_torchrun_is_told(launch: Launch) -> None:
+    alone = launch(0, flags=(*STANDARD, "--rdzv_conf", "timeout=10"))
+    assert alone.wait(timeout=LONG) != 0
+    assert "1/2 clients joined" in launch.said(0)
+
+
 def test_a_second_machine_that_fails_before_it_joins_is_named(launch: Launch) -> None:
     first, second = launch(0), launch(1, "train.no_such=1")
     assert second.wait(timeout=LONG) != 0
