@@ -38,10 +38,13 @@ def start(
 
     def prepare() -> None:
         die_with_parent()
-        signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, {*before, signal.SIGINT, *held_back})
 
-    # Before it has a session of its own, a Ctrl-C would become an error of Popen's.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Until it is a process of its own, what this one does about a signal would become an error of Popen's.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         return subprocess.Popen(
             command,

@@ -16,7 +16,7 @@ from tunewright.errors import Preempted, StorageError, TunewrightError, did_you_
 from tunewright.launch.data.cli import add_parser as add_data
 from tunewright.redaction import redact, typed_secrets
 from tunewright.space import refused
-from tunewright.stop_signals import StopAsked, heard_by, interrupt
+from tunewright.stop_signals import StopAsked, heard_by, ignore, interrupt
 from tunewright.terminal import tell
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(redact(f"{type(error).__name__}: {error}", typed_secrets(given)), sys.stderr)
         return error.exit_code
     except StopAsked as asked:
+        ignore()  # a process below may have heard the same request first
         tell(f"Stopped by {asked.name} while nothing was trained: the same command begins here again.", sys.stderr)
         return Preempted.exit_code
     except KeyboardInterrupt:

@@ -107,9 +107,9 @@ def stopped(run: RunDir) -> str:
     """Return what the user is told of a run that was stopped: what there is to go on from."""
     checkpoint = run.last_checkpoint()
     if checkpoint:
-        return f"Stopped. The same command with resume=auto goes on from {checkpoint.name}. Logs: {run.logs}"
+        return f"Stopped. `tunewright resume {run.path}` goes on from {checkpoint.name}. Logs: {run.logs}"
     return (
-        f"Stopped before a checkpoint was written: the same command with resume=auto starts from the beginning. How "
+        f"Stopped before a checkpoint was written: `tunewright resume {run.path}` starts from the beginning. How "
         f"often one is written, train.save_steps says. Logs: {run.logs}"
     )
 

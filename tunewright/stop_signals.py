@@ -48,6 +48,13 @@ def interrupt(number: int, frame: Any) -> None:
     raise StopAsked(number)
 
 
+def ignore() -> None:
+    """Hear no more requests: this process stops already, and its exit code is to say so."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def heard_by(
     handler: Callable[[int, Any], None],

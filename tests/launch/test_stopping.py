@@ -34,7 +34,7 @@ def assert_stopped(run: Started, ranks: list[psutil.Process]) -> int:
     assert not (run.run / "final").exists()
     checkpoint = RunDir(run.run).last_checkpoint()
     assert checkpoint
-    assert f"Stopped. The same command with resume=auto goes on from {checkpoint.name}" in run.output.read_text()
+    assert f"Stopped. `tunewright resume {run.run}` goes on from {checkpoint.name}" in run.output.read_text()
     step = int(checkpoint.name.rpartition("-")[2])
     assert len(losses(run.run)) == step
     return step
@@ -114,11 +114,13 @@ def test_a_second_signal_ends_at_once(start: Callable[..., Started]) -> None:
     assert run.process.wait(timeout=SOON) == 130
     assert_gone(ranks)
     assert "SIGTERM: stopping at the end of this step" in run.output.read_text()
-    assert "with resume=auto goes on from checkpoint-" in run.output.read_text()
+    assert f"`tunewright resume {run.run}` goes on from checkpoint-" in run.output.read_text()
     assert manifest(run.run)["status"] == "stopped"
 
 
-def test_ranks_that_are_still_loading_leave_at_once(start: Callable[..., Started]) -> None:
+def test_ranks_that_are_still_loading_leave_at_once(
+    start: Callable[..., Started], tunewright: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     run = start("early", "strategy=ddp", *MANY)
     ranks = run.wait_for_ranks(2)
     run.process.send_signal(signal.SIGTERM)
@@ -127,6 +129,8 @@ def test_ranks_that_are_still_loading_leave_at_once(start: Callable[..., Started
     assert "Stopped before a checkpoint was written" in run.output.read_text()
     assert manifest(run.run)["status"] == "stopped"
     assert not (run.run / "metrics.jsonl").exists()
+    assert f"`tunewright resume {run.run}` starts from the beginning" in run.output.read_text()
+    assert tunewright("resume", run.run, "--dry-run").returncode == 0
 
 
 def test_training_goes_on_when_nobody_reads_what_it_says(tmp_path: Path) -> None:
@@ -169,7 +173,7 @@ def test_stopping_promises_only_a_checkpoint_that_is_there(tmp_path: Path) -> No
     (run.checkpoints / "checkpoint-8").mkdir(parents=True)
     assert "Stopped before a checkpoint was written" in stopped(run)
     write_checkpoint(run, 4)
-    assert "with resume=auto goes on from checkpoint-4" in stopped(run)
+    assert f"`tunewright resume {run.path}` goes on from checkpoint-4" in stopped(run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2, signal.SIGTERM])
