@@ -112,7 +112,7 @@ def test_every_state_is_converted_bit_for_bit_and_the_checkpoint_stays(
     assert not (checkpoint.parent / FOLDER).exists()
 
 
-def test_what_deepspeed_reads_wrongly_is_mended(tmp_path: Path) -> None:
+def test_what_deepspeed_reads_wrongly_is_mended_and_no_code_is_run(tmp_path: Path) -> None:
     """Where `loaded` is as `saved`, DeepSpeed has mended it: `after_loading` need then do nothing but its last line."""
     command = [sys.executable, "-m", "tests.trainer.universal_faults", str(tmp_path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT, check=False)
@@ -120,6 +120,9 @@ def test_what_deepspeed_reads_wrongly_is_mended(tmp_path: Path) -> None:
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["saved"] == told["mended"] == {"steps": 2, "weight_decay": [0.1, 0.0]}
     assert told["loaded"] == {"steps": 1, "weight_decay": [0.1, 0.1]}
+    # And DeepSpeed's converter by itself unpickles whatever lies there.
+    assert "names posix.mkdir, and reading it would run code that it brings. Write trust=true" in told["refused"]
+    assert not (tmp_path / "canary").exists()
 
 
 def test_a_disk_that_is_too_small_for_it_is_told_before_anything_is_written(

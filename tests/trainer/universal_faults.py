@@ -1,4 +1,5 @@
-"""What DeepSpeed makes of a universal checkpoint under ZeRO-3, before and after `after_loading`, as JSON.
+"""What DeepSpeed makes of a universal checkpoint under ZeRO-3, before and after `after_loading`, as JSON; and whether a
+checkpoint that would run code is converted.
 
 python -m tests.trainer.universal_faults FOLDER, in a process of its own: DeepSpeed wants a process group.
 """
@@ -6,6 +7,8 @@ python -m tests.trainer.universal_faults FOLDER, in a process of its own: DeepSp
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,18 @@ def seen(found: Any) -> dict[str, Any]:
     return {"steps": len(steps), "weight_decay": [group["weight_decay"] for group in optimizer.param_groups]}
 
 
+class Planted:
+    """What a pickle holds that makes a folder when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
 def main(folder: Path) -> None:
+    from tunewright.errors import StorageError
     from tunewright.plan.conversion import Way
     from tunewright.trainer.process_group import join
     from tunewright.trainer.universal import after_loading, convert
@@ -54,9 +68,17 @@ def main(folder: Path) -> None:
     universal = convert(checkpoint, Way.for_deepspeed, trusted=False)
     loaded = engine(universal=True)
     loaded.load_checkpoint(str(universal))
-    told = {"saved": seen(trained), "loaded": seen(loaded)}
+    told: dict[str, Any] = {"saved": seen(trained), "loaded": seen(loaded)}
     after_loading(loaded, universal)
-    print(json.dumps({**told, "mended": seen(loaded)}), flush=True)
+    told["mended"] = seen(loaded)
+    shutil.rmtree(universal)
+    for file in checkpoint.glob("*/*_optim_states.pt"):
+        torch.save({"optimizer_state_dict": Planted(folder / "canary")}, file)
+    try:
+        convert(checkpoint, Way.for_deepspeed, trusted=False)
+    except StorageError as error:
+        told["refused"] = str(error)
+    print(json.dumps(told), flush=True)
     state.destroy_process_group()
 
 
