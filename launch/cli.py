@@ -6,7 +6,8 @@ import argparse
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,14 +207,14 @@ def _train(args: argparse.Namespace) -> int:
 
     if args.cfg:
         return _print_configs(sweep_jobs(args.overrides, args.config_dir, multirun=args.multirun))
-    with heard_by(interrupt):
+    with _stoppable():
         return train(args.overrides, extra_dir=args.config_dir, multirun=args.multirun, dry_run=args.dry_run, say=_tell)
 
 
 def _resume(args: argparse.Namespace) -> int:
     from tunewright.launch.resume import resume
 
-    with heard_by(interrupt):
+    with _stoppable():
         return resume(args.run_folder, args.overrides, trusted=args.trust, dry_run=args.dry_run, say=_tell)
 
 
@@ -285,8 +286,16 @@ def _merge(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from tunewright.launch.demo import demo
 
-    with heard_by(interrupt):
+    with _stoppable():
         return demo(args.root, _tell)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Have a signal stop the command, and none change the exit code once it is known."""
+    with heard_by(interrupt):
+        yield
+    ignore()
 
 
 def _say(text: str) -> None:
