@@ -162,16 +162,16 @@ def test_adapters_go_on_with_other_ranks_by_whatever_launches_them(
     tunewright: Callable[..., Any], train_here: Callable[..., Path], small_model: Path, tmp_path: Path
 ) -> None:
     """The last ranks are those of an `accelerate launch` of the user's own."""
-    overrides = [*quick(small_model, 14), "method=lora"]
+    overrides = [*quick(small_model, 16), "method=lora"]
     whole = train_here("whole-lora", *overrides)
-    layouts = [("ddp", 2), ("single", 1), ("zero3", 1), ("zero3", 2), ("zero2", 1), ("ddp", 2)]
+    layouts = [("ddp", 2), ("single", 1), ("zero3", 1), ("zero3", 2), ("zero2", 1), ("zero2", 2), ("ddp", 2)]
     run = train_in_turn(tunewright, tmp_path, overrides, layouts)
     launch = ["accelerate.commands.accelerate_cli", "launch", "--use_deepspeed", "--zero_stage", "2"]
     module = ["--num_processes", "2", "-m", "tunewright.launch.rank", f"output_root={tmp_path}", "name=run"]
     command = [sys.executable, "-m", *launch, *module, *overrides, "resume=auto"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    said = "checkpoint-12 was written by 2 ranks without ZeRO; it is converted for 2 ranks at ZeRO stage 2."
+    said = "checkpoint-14 was written by 2 ranks without ZeRO; it is converted for 2 ranks at ZeRO stage 2."
     assert said in done.stdout
     assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
     assert_same_weights(run, whole)
