@@ -120,7 +120,8 @@ class Chaos:
         kind = self.random.choice(["SIGKILL", "SIGKILL", "ENOSPC"]) if phase in ("save:*", "final:*") else "SIGKILL"
         in_save = phase.startswith("save") and phase != "save:*"
         rank = 0 if in_save or phase.startswith("final") else self.random.randrange(self.kind.ranks)
-        passed = {"save:*": 30, "final:*": 6, "before_step": STEPS, "before_optimizer": STEPS, "after_step": STEPS}
+        half = STEPS // 2
+        passed = {"save:*": 30, "final:*": 6, "before_step": half, "before_optimizer": half, "after_step": half}
         passed |= {"save:before_commit": 3, "save:after_commit": 3}
         skip = self.random.randrange(passed.get(phase, 1))
         fault = Fault(kind, phase, rank=rank, skip=skip)
@@ -165,7 +166,7 @@ class Chaos:
         for _ in range(2):
             with suppress(psutil.NoSuchProcess):
                 started.process.send_signal(signal.SIGTERM)
-            time.sleep(self.random.random())
+            time.sleep(self.random.uniform(0, 4))  # within two seconds they are one request
         return self._attempt(started, "SIGTERM twice", allowed)
 
     def _rank_asked(self, root: Path, name: str) -> bool:
