@@ -44,7 +44,7 @@ def test_a_run_that_was_stopped_ends_in_the_bits_of_one_that_was_not(
     start: Callable[..., Started], train: Callable[..., Path]
 ) -> None:
     settings = ["strategy=zero2", *STEPS, "method.dropout=0.1"]
-    whole = train("whole", *settings)
+    whole = train("not-stopped", *settings)
     run = start("stopped", *settings)
     run.wait_for_step(4)
     ranks = run.ranks()
