@@ -165,7 +165,7 @@ class Wrapping(importlib.abc.MetaPathFinder):
                 whole(module)
                 WRAPPED[fullname](module)
 
-            spec.loader.exec_module = execute  # type: ignore[method-assign]
+            spec.loader.exec_module = execute
         return spec
 
 

@@ -125,7 +125,7 @@ def test_where_a_thread_is_has_its_collective_and_what_it_is_part_of() -> None:
 
 
 def beat(rank: int, at: float, **more: object) -> Beat:
-    return Beat(rank, "host", 1, at, step=3, doing="backward", collective="all_reduce", **more)  # type: ignore[arg-type]
+    return Beat(rank, "host", 1, at, step=3, doing="backward", collective="all_reduce", **more)
 
 
 def test_who_is_silent_is_judged_by_the_listeners_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:

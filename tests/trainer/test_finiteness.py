@@ -264,7 +264,7 @@ def test_a_device_is_waited_for_when_it_has_two_steps_more_to_do() -> None:
     events = [Late() for _ in range(4)]
     for step, event in enumerate(events, 1):
         figures = torch.tensor([math.nan if step == 2 else 1.0, 0.5], dtype=torch.float64)
-        seen._copies.append(_Copy(step, figures, None, event))  # type: ignore[arg-type]
+        seen._copies.append(_Copy(step, figures, None, event))
         seen._look(wait_for=LATEST)
         assert [one.waited_for for one in events] == [step >= number + LATEST for number in range(1, 5)]
         assert (seen.fault is not None) == (step == 4)

@@ -93,7 +93,7 @@ def test_whatever_fails_for_want_of_room_is_told_as_that(
         write(place)
     (place / "file").unlink(missing_ok=True)
     with pytest.raises(AttributeError), storing(place, "The file"):  # a bug stays one
-        write(None)  # type: ignore[arg-type]
+        write(None)
     read_only(place)
     with pytest.raises(StorageError, match=r"The file cannot be written to .*: Read-only"), storing(place, "The file"):
         write(place)
@@ -215,7 +215,7 @@ def test_one_rank_of_two_that_cannot_write_is_named(faulty: Callable[..., Any]) 
     )
     full = faulty("a", *two, fault="fill 3 400000")
     refused(full, r"A checkpoint needs about \d+.\d MiB .* checkpoint-2 stands")
-    assert float(re.search(r"needs about (\S+) MiB", full.stdout)[1]) == pytest.approx(taken, rel=0.1)  # type: ignore[index]
+    assert float(re.search(r"needs about (\S+) MiB", full.stdout)[1]) == pytest.approx(taken, rel=0.1)
     done = faulty("a", *two)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(done.run) == losses(expected.run)

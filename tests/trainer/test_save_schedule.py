@@ -14,7 +14,7 @@ def saves(steps: int, step_seconds: float, save_seconds: float, parameters: int 
     """Return the steps after which a run saves, and how long it takes in all."""
     clock = 0.0
     checkpoints = SimpleNamespace(seconds=None, saved_at=0.0)
-    schedule = SaveSchedule(checkpoints, parameters, main=True, now=lambda: clock)  # type: ignore[arg-type]
+    schedule = SaveSchedule(checkpoints, parameters, main=True, now=lambda: clock)
     saved = []
     for step in range(1, steps + 1):
         clock += step_seconds * (1 if step > 1 else 8)  # the first compiles something
@@ -54,6 +54,6 @@ def test_a_run_of_seconds_saves_nothing_and_an_hour_loses_no_more_than_ten_minut
 
 def test_only_the_first_ranks_clock_decides() -> None:
     checkpoints = SimpleNamespace(seconds=0.1, saved_at=-1e6)
-    other = SaveSchedule(checkpoints, 1, main=False)  # type: ignore[arg-type]
+    other = SaveSchedule(checkpoints, 1, main=False)
     for step in (1, 2, 3):
         assert other.asked(SimpleNamespace(global_step=step, max_steps=3)) == 0.0
