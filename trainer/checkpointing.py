@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,6 @@ class Checkpoints(TrainerCallback):
         self.config, self.run, self.agreement, self.room, self.copy = config, run, agreement, room, copy
         self.seconds: float | None = None  # that the last save took, in the slowest rank
         self.saved_at = time.perf_counter()  # or, before that, when the training began
-        self.written = 0  # by this process
         self.mirroring: MirrorCheckpoints | None = None
 
     def save(self, trainer: Any, write: Callable[[], None]) -> None:
@@ -62,7 +61,7 @@ class Checkpoints(TrainerCallback):
         finally:
             if main:
                 discard_part(self.run.checkpoints)  # of a failed one: its room is needed
-        self.saved_at, self.written = time.perf_counter(), self.written + 1
+        self.saved_at = time.perf_counter()
 
     def _write(self, trainer: Any, write: Callable[[], None], started: float) -> None:
         state, main = trainer.state, trainer.is_world_process_zero()
@@ -80,7 +79,6 @@ class Checkpoints(TrainerCallback):
             state.best_model_checkpoint = str(place)
             if main:
                 state.save_to_json(str(staging / "trainer_state.json"))
-        ranks = trainer.args.world_size
         self.agreement.gather(None)  # all files are there
         # Each rank sees those of the first, or its own are on another disk.
         seen = self.agreement.gather((socket.gethostname(), (staging / "trainer_state.json").is_file()))
@@ -92,8 +90,8 @@ class Checkpoints(TrainerCallback):
             )
         if main:
             make_readable(staging)
-        mine = files_in(staging)[trainer.args.process_index :: ranks]
-        sealed = self.agreement.gather(seal(staging, mine))
+        listings = self.agreement.gather(files_in(staging))
+        sealed = self.agreement.gather(seal(staging, share(listings, trainer.args.process_index)))
         self.seconds = max(self.agreement.gather(time.perf_counter() - started))
         if main:
             files = {name: told for part in sealed for name, told in part.items()}
@@ -131,6 +129,19 @@ class Checkpoints(TrainerCallback):
         if state.best_global_step:  # the folder's name in the state is the one of then: a run may have moved
             best = self.run.checkpoints / f"{PREFIX}{state.best_global_step}"
             state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+
+def share(listings: Sequence[Sequence[str]], rank: int) -> list[str]:
+    """Return which files a rank hashes, of those that each rank sees.
+
+    A network file system shows what another machine has just written when it likes to; each sees what it wrote itself.
+    """
+    mine = []
+    for number, name in enumerate(sorted({name for names in listings for name in names})):
+        seers = [other for other, names in enumerate(listings) if name in names]
+        if seers[number % len(seers)] == rank:
+            mine.append(name)
+    return mine
 
 
 class KeepPatience(EarlyStoppingCallback):

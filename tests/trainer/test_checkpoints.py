@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from tests.conftest import losses, manifest, read_metrics, reseal
 from tunewright.config.compose import compose_config
+from tunewright.trainer.checkpointing import share
 from tunewright.trainer.data.batches import FlatCollator
 from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.loss import cross_entropy_sum
@@ -160,6 +161,13 @@ def test_another_run_can_go_on_with_an_adapter(train_here: Callable[..., Path], 
     assert manifest(second)["final"]["eval_loss"] == pytest.approx(ended, rel=1e-6)
     config = peft.LoraConfig.from_pretrained(second / "final")
     assert (config.r, config.lora_alpha) == (3, 7)
+
+
+def test_every_file_is_hashed_by_one_rank_that_sees_it() -> None:
+    listings = [["a", "b", "rank0"], ["a", "rank1"], ["a", "b", "rank2"]]
+    shares = [share(listings, rank) for rank in range(3)]
+    assert sorted(name for names in shares for name in names) == ["a", "b", "rank0", "rank1", "rank2"]
+    assert all(set(names) <= set(seen) for names, seen in zip(shares, listings, strict=True))
 
 
 # Half precision with float32 masters over many steps
