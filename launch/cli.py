@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         "as train.max_steps=200 or strategy=zero3, say what is to be otherwise now.",
     )
     resume.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, for example runs/first")
-    resume.add_argument("overrides", nargs="*", metavar="key=value", help="what is to be otherwise")
+    resume.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="what is to be otherwise")
     resume.add_argument("--dry-run", action="store_true", help="say from where it would go on, and start nothing")
     _add_trust(resume)
     resume.set_defaults(run=_resume)

@@ -147,6 +147,8 @@ def test_what_differs_may_be_insisted_on_by_name(run: RunDir, tmp_path: Path) ->
         check_inputs(claimed, {**now, "model": "other"}, ["data"])
     other = claim(config_in(tmp_path, "resume=auto", "resume.allow=[train.learning_rate]", "train.learning_rate=1e-5"))
     assert "train.learning_rate: there 0.0002, now 1e-05" in other.remarks[-1]
+    with pytest.raises(ConfigError, match=r"There is no setting `resume\.alow`"):
+        config_in(tmp_path, "resume=auto", "resume.alow=[data]")
     with pytest.raises(ConfigError, match=r"`resume_allow` names 'dta'\. Did you mean 'data'\?"):
         claim(config_in(tmp_path, "resume_allow=[dta]"))
 

@@ -85,6 +85,11 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
     overrides = [item.replace("resume.allow=", "resume_allow=", 1) for item in overrides]
     parsed = load_plugins(overrides)
     for item in parsed:
+        if item.key_or_group.startswith("resume."):
+            raise ConfigError(
+                f"There is no setting `{item.key_or_group}`: write resume=auto, and resume_allow=[data] for what may "
+                f"differ."
+            )
         if item.is_sweep_override():
             raise ConfigError(
                 f"`{item.input_line}` gives several values. Use --multirun to train one run for each, "
