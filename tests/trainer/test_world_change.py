@@ -148,10 +148,10 @@ def test_a_run_goes_on_with_other_ranks_as_if_nothing_had_changed(
 ) -> None:
     """Two ranks of ZeRO-2 train all its parameters, then one, then two and one of ZeRO-3, and then one alone."""
     overrides = [*quick(small_model, 10), "method=full"]
-    whole = train_here("whole", *overrides)
+    whole = train_here("whole-ranks", *overrides)
     run = train_in_turn(tunewright, tmp_path, overrides, [("zero2", 2), ("zero2", 1), ("zero3", 2), ("zero3", 1)])
     folder = convert(run / "checkpoints" / "checkpoint-8", Way.for_torch, trusted=False)
-    alone = train_here("alone", *overrides, checkpoint=folder)
+    alone = train_here("alone-ranks", *overrides, checkpoint=folder)
     assert losses(run) == pytest.approx(losses(whole)[:8], rel=1e-6)
     assert losses(alone) == pytest.approx(losses(whole)[8:], rel=1e-6)
     assert_same_weights(alone, whole)
