@@ -31,7 +31,10 @@ class Contender:
 
 
 def environment(job: Job) -> dict[str, str]:
-    """Fresh caches, no network, and the cores shared out among the ranks: the same for every contender."""
+    """Fresh caches, no network, and the cores shared out among the ranks: the same for every contender.
+
+    How long waiting threads spin is left to each: tunewright sets it for its ranks, nobody else does.
+    """
     return {
         **os.environ,
         "HF_HOME": f"{job.out}/hf",
@@ -106,7 +109,6 @@ def settings(job: Job) -> list[str]:
         "train.logging_steps": 1,
         "train.save_steps": 0,  # nor does any other here write a checkpoint
         "train.seed": job.seed,
-        "cluster.threads_per_process": _threads(job),
         "output_root": job.out,
         "name": "run",
     }

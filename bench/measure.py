@@ -29,6 +29,7 @@ class Watched:
     peak_rss_mib: float = 0.0
     peak_private_mib: float = 0.0
     others_cpu_s: float = 0.0
+    steal_s: float = 0.0  # that the host of a virtual machine gave to others
     log: str = ""
 
 
@@ -39,7 +40,7 @@ def watch(
     marks: list[float] = []
     stderr = folder / "stderr.txt"
     with stderr.open("w") as errors:
-        busy, started = busy_seconds(), time.perf_counter()
+        busy, stolen, started = busy_seconds(), stolen_seconds(), time.perf_counter()
         process = subprocess.Popen(
             argv,
             cwd=folder,
@@ -67,14 +68,20 @@ def watch(
     log = "".join(lines) + stderr.read_text(errors="replace")[-6000:]
     others = max(busy_seconds() - busy - cpu, 0.0)
     rss = max(memory.rss, used.ru_maxrss * 1024)
-    return Watched(process.returncode, wall, marks, rss / MIB, memory.private / MIB, others, log)
+    steal = stolen_seconds() - stolen
+    return Watched(process.returncode, wall, marks, rss / MIB, memory.private / MIB, others, steal, log)
 
 
 def busy_seconds() -> float:
     """Return seconds that all cores have spent since the machine started, on anything but this process."""
     times = psutil.cpu_times()
     idle = times.idle + times.iowait + times.guest + times.guest_nice  # guest time is part of user time
-    return float(sum(times) - idle - time.process_time())
+    return float(sum(times) - idle - times.steal - time.process_time())
+
+
+def stolen_seconds() -> float:
+    """Return seconds of all cores that the host of this virtual machine gave to others while something waited here."""
+    return float(psutil.cpu_times().steal)
 
 
 class Memory:

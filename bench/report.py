@@ -1,6 +1,6 @@
 """What becomes of a bench's JSON: a table, the section of docs/benchmarks.md, and the comparison with the last one.
 
-python bench/report.py docs      # writes the section between its markers
+python bench/report.py docs      # writes the section between its markers, and the README's table
 python bench/report.py check     # exits 1 where a ratio to a competitor fell by more than 15 %
 """
 
@@ -16,11 +16,27 @@ from typing import Any
 BENCH = Path(__file__).resolve().parent
 RESULT = BENCH / "results" / "train.json"
 PAGE = BENCH.parent / "docs" / "benchmarks.md"
+README = BENCH.parent / "README.md"
 BEGIN, END = "<!-- made by bench/report.py: begin -->", "<!-- made by bench/report.py: end -->"
 ALLOWED_FALL = 0.15
 NOTED_CPU_S = 10
 Json = dict[str, Any]
 
+# What the overview compares with; of several the fastest.
+OTHERS = {
+    "TRL, defaults": ("TRL, defaults",),
+    "TRL, tuned": ("TRL, tuned",),
+    "LLaMA-Factory, defaults": ("LLaMA-Factory, defaults",),
+    "LLaMA-Factory, best": ("LLaMA-Factory, no checkpointing", "LLaMA-Factory, packing"),
+}
+IN_README = {
+    "tunewright": "tunewright",
+    "LLaMA-Factory, defaults": "LLaMA-Factory {llamafactory}, defaults",
+    "LLaMA-Factory, packing": "LLaMA-Factory {llamafactory}, packing",
+    "TRL, defaults": "TRL {trl}, defaults",
+    "TRL, tuned": "TRL {trl}, bfloat16 adapters and packing",
+    "loop by hand": "a loop by hand, without padding",
+}
 COLUMNS = (
     "",
     "tokens/s",
@@ -58,14 +74,34 @@ def table(cell: Json) -> str:
             f"{row['gflops']:,.0f}",
             f"{row['mfu']:.0%}" if row.get("mfu") else "-",
             f"{row['of_gemm']:.0%}",
-            f"void: {row['void']}" if row["void"] else "yes",
+            _verdict(row),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _verdict(row: Json) -> str:
+    if row["void"]:
+        return f"void: {row['void']}"
+    return f"disturbed: {row['disturbed']}" if row.get("disturbed") else "yes"
+
+
 def _counts(row: Json) -> bool:
     return "tokens_per_second" in row and not row["void"]
+
+
+def marked(result: Json) -> list[str]:
+    """A line for each row all of whose runs were disturbed."""
+    return [
+        f"{name_of(cell)}, {row['name']}: {row['disturbed']}"
+        for cell in result["cells"]
+        for row in cell["contenders"]
+        if row.get("disturbed")
+    ]
+
+
+def name_of(cell: Json) -> str:
+    return f"{cell['method']}, {cell['rows']} rows, {cell['strategy']}"
 
 
 def title(cell: Json) -> str:
@@ -101,10 +137,30 @@ def section(result: Json) -> str:
         f"A time is from the start of the process, caches of its own empty. GFLOP/s credits 4 a frozen and 6 a trained "
         f"weight and token, the head on scored positions. {result['parity']}\n",
     ]
+    parts.append(f"{overview(result)}\n")
     for cell in result["cells"]:
         parts.append(f"### {title(cell)}\n\n{table(cell)}\n\n{told(cell)}.\n")
         parts += [f"{note}\n" for note in notes(cell)]
     return "\n".join(parts)
+
+
+def overview(result: Json) -> str:
+    """tunewright's rates, and how many times those of the others: a cell of the grid a line."""
+    found = ratios(result)
+    head = ["", "tokens/s", "of the GEMM rate", *(f"times {name}" for name in OTHERS), "memory beside TRL, tuned"]
+    lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for cell in result["cells"]:
+        rows = {row["name"]: row for row in cell["contenders"] if _counts(row)}
+        if "tunewright" not in rows:
+            continue
+        ours, tuned = rows["tunewright"], rows.get("TRL, tuned")
+        shown = [name_of(cell), f"{ours['tokens_per_second']['median']:,.0f}", f"{ours['of_gemm']:.0%}"]
+        for names in OTHERS.values():
+            times = [found[key] for name in names if (key := f"{name_of(cell)}, {name}") in found]
+            shown.append(f"{min(times):.1f}" if times else "")
+        memory = tuned and ours["peak_private_mib"]["median"] / tuned["peak_private_mib"]["median"]
+        lines.append(f"| {' | '.join([*shown, f'{memory:.0%}' if memory else ''])} |")
+    return "\n".join(lines)
 
 
 def notes(cell: Json) -> list[str]:
@@ -119,23 +175,47 @@ def notes(cell: Json) -> list[str]:
     return found
 
 
-def write_docs(result: Json, page: Path = PAGE) -> None:
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
+def readme_table(result: Json) -> str:
+    """The cell that the README shows: LoRA on short rows, on one device."""
+    cell = next(one for one in result["cells"] if name_of(one) == "lora, short rows, single")
+    rows = {row["name"]: row["tokens_per_second"]["median"] for row in cell["contenders"] if _counts(row)}
+    numbers = {name: number for found in result["versions"].values() for name, number in found.items()}
+    numbers["trl"] = result["versions"]["tunewright, TRL, Trainer"]["trl"]
+    lines = ["| | tokens/s | tunewright is |", "|---|---:|---:|"]
+    for name, text in IN_README.items():
+        if name in rows:
+            times = "" if name == "tunewright" else f"{rows['tunewright'] / rows[name]:.1f} x"
+            lines.append(f"| {text.format(**numbers)} | {rows[name]:,.0f} | {times} |")
+    return "\n".join(lines)
+
+
+def between(page: Path, text: str) -> str:
+    """Return a page with a text between its markers."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{section(result)}\n{END}{after}", encoding="utf-8")
+    return f"{before}{BEGIN}\n\n{text.strip()}\n\n{END}{after}"
+
+
+def write_docs(result: Json, page: Path = PAGE, readme: Path = README, *, anyway: bool = False) -> bool:
+    """Write the result into both pages, unless something disturbed it; return whether they are written."""
+    if marked(result) and not anyway:
+        return False
+    for path, text in ((page, section(result)), (readme, readme_table(result))):
+        path.write_text(between(path, text), encoding="utf-8")
+    return True
 
 
 def ratios(result: Json) -> dict[str, float]:
-    """tunewright's rate / a competitor's, by cell and competitor, of rows that count."""
+    """tunewright's rate / a competitor's, by cell and competitor, of rows that count and that nothing disturbed."""
     found = {}
     for cell in result["cells"]:
-        ours = next((row for row in cell["contenders"] if row["name"] == "tunewright"), None)
-        if ours is None or not _counts(ours):
+        rows = [row for row in cell["contenders"] if _counts(row) and not row.get("disturbed")]
+        ours = next((row for row in rows if row["name"] == "tunewright"), None)
+        if ours is None:
             continue
-        for row in cell["contenders"]:
-            if row is not ours and _counts(row):
-                key = f"{cell['method']}, {cell['rows']} rows, {cell['strategy']}, {row['name']}"
+        for row in rows:
+            if row is not ours:
+                key = f"{name_of(cell)}, {row['name']}"
                 found[key] = ours["tokens_per_second"]["median"] / row["tokens_per_second"]["median"]
     return found
 
@@ -145,7 +225,7 @@ def falls(new: Json, old: Json) -> list[str]:
     after, before = ratios(new), ratios(old)
     measured = {(cell["method"], cell["rows"], cell["strategy"]) for cell in new["cells"]}
     void = [
-        f"{cell['method']}, {cell['rows']} rows, {cell['strategy']}: tunewright's own row is void ({row['void']})"
+        f"{name_of(cell)}: tunewright's own row is void ({row['void']})"
         for cell in new["cells"]
         for row in cell["contenders"]
         if row["name"] == "tunewright" and row["void"]
@@ -195,10 +275,15 @@ def check() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["docs", "check"])
-    if parser.parse_args().what == "check":
+    parser.add_argument("--anyway", action="store_true", help="write docs although something disturbed the runs")
+    args = parser.parse_args()
+    if args.what == "check":
         return check()
-    write_docs(json.loads(RESULT.read_text(encoding="utf-8")))
-    return 0
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    if write_docs(result, anyway=args.anyway):
+        return 0
+    print("\n".join([*marked(result), "The docs are as they were: measure these again, or add --anyway."]))
+    return 1
 
 
 if __name__ == "__main__":

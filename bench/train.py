@@ -5,7 +5,8 @@
     PEER_PYTHON=~/peer-lf/bin/python python bench/train.py        # LLaMA-Factory too
 
 Repetitions are interleaved. Times are of the lines that report a step, taken by this process for all contenders alike.
-A row whose losses are not those of the others, or with a gradient of zero, is void.
+A row whose losses are not those of the others, or with a gradient of zero, is void. A run beside which something else
+ran is disturbed and made again; a row that has only such runs is marked, and does not go into the docs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from contenders import Contender, Step, compiled, environment, llamafactory, recomputing, scripts, tunewright
+from gemm import gemm_rates
 from judge import PARITY, fall, speed, summary, void_reason
 from measure import CORES, Watched, machine, versions, watch
-from report import RESULT, table, title, write_docs
+from report import RESULT, marked, table, title, write_docs
 from workload import DRAWN, KINDS, MODELS, RANK, Job, Workload, build_model, credited_flops, write_rows
 
 METHODS, STRATEGIES = ("lora", "qlora", "full", "prompt_tuning"), ("single", "ddp", "zero2", "zero3")
@@ -35,7 +37,9 @@ METHODS, STRATEGIES = ("lora", "qlora", "full", "prompt_tuning"), ("single", "dd
 LEARNING_RATES = {"lora": 3e-3, "qlora": 3e-3, "full": 1e-3, "prompt_tuning": 0.1}
 REFERENCES = ("TRL, defaults", "Trainer, padding", "LLaMA-Factory, defaults")
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets")
-DISTURBED = 0.1
+DISTURBED = 0.1  # of the machine for others, or of a matrix product's rate: such a time says nothing
+STOLEN = 0.02
+IDLE = 0.25  # processes that want to run, on an average, for each core: with more the docs are not written
 GRID = (METHODS, tuple(KINDS), STRATEGIES)
 FOR_ALL = ("deepspeed", "bitsandbytes")
 
@@ -47,7 +51,12 @@ class Runs:
     contender: Contender
     watched: list[Watched] = field(default_factory=list)
     steps: list[list[Step]] = field(default_factory=list)
+    yard_sticks: list[float] = field(default_factory=list)  # of each run: FLOP/s before or after it, the lower
     cannot: str | None = None
+
+    def disturbances(self, best: float) -> list[str | None]:
+        """Say of each run what disturbed it, if anything did."""
+        return [disturbance(*run, best) for run in zip(self.watched, self.yard_sticks, strict=True)]
 
 
 def run_once(contender: Contender, job: Job) -> tuple[Watched, list[Step]]:
@@ -82,14 +91,22 @@ def judge(all_runs: list[Runs], load: Workload, wanted: int) -> dict[str, str | 
     return verdicts
 
 
-def describe(runs: Runs, load: Workload, method: str, shape: dict[str, Any], gemm: float, args: Any) -> dict[str, Any]:
-    """Return a contender's figures, or nothing but its name where no run got through two steps."""
+def describe(
+    runs: Runs, load: Workload, method: str, shape: dict[str, Any], gemm: float, quiet: float, args: Any
+) -> dict[str, Any]:
+    """Return a contender's figures, or nothing but its name where no run got through two steps.
+
+    Args:
+        gemm: the best matrix product, FLOP/s.
+        quiet: the best yard-stick of the cell, FLOP/s.
+    """
     ended = [
-        (watched, steps)
-        for watched, steps in zip(runs.watched, runs.steps, strict=True)
-        if len(watched.marks) > 1 and len(watched.marks) == len(steps)
+        run
+        for run in zip(runs.watched, runs.steps, runs.yard_sticks, runs.disturbances(quiet), strict=True)
+        if len(run[0].marks) > 1 and len(run[0].marks) == len(run[1])
     ]
-    good = [(watched, steps) for watched, steps in ended if not disturbed(watched)] or ended
+    undisturbed = [run for run in ended if not run[3]]
+    good = [run[:2] for run in undisturbed or ended]
     found: dict[str, Any] = {"name": runs.contender.name, "same_rows_each_step": runs.contender.same_rows}
     found["cannot"] = runs.cannot
     if not good:
@@ -105,8 +122,11 @@ def describe(runs: Runs, load: Workload, method: str, shape: dict[str, Any], gem
         "first_step_s": summary([watched.marks[0] for watched, _ in good]),
         "peak_private_mib": summary([watched.peak_private_mib for watched, _ in good]),
         "peak_rss_mib": summary([watched.peak_rss_mib for watched, _ in good]),
+        "disturbed": None if undisturbed else ended[0][3],
         "disturbed_runs_left_out": len(ended) - len(good),
         "others_cpu_s": summary([watched.others_cpu_s for watched, _ in good]),
+        "steal_s": summary([watched.steal_s for watched, _ in good]),
+        "yard_stick_gflops": summary([run[2] / 1e9 for run in undisturbed or ended]),
         "gflops": flops / 1e9,
         "of_gemm": flops / gemm,
         "mfu": flops / args.peak_flops if args.peak_flops else None,
@@ -116,9 +136,21 @@ def describe(runs: Runs, load: Workload, method: str, shape: dict[str, Any], gem
     }
 
 
-def disturbed(watched: Watched) -> bool:
-    """Whether other processes took more than a tenth of the machine meanwhile: such a time says nothing."""
-    return watched.others_cpu_s > DISTURBED * watched.wall_s * CORES
+def disturbance(watched: Watched, yard_stick: float, best: float) -> str | None:
+    """Say what disturbed a run, where its time says nothing.
+
+    Args:
+        yard_stick: a matrix product's rate before or after it, the lower, FLOP/s.
+        best: that of the quietest moment in the cell.
+    """
+    machine_s = watched.wall_s * CORES
+    if watched.others_cpu_s > DISTURBED * machine_s:
+        return f"other processes took {watched.others_cpu_s / machine_s:.0%} of the machine"
+    if watched.steal_s > STOLEN * machine_s:
+        return f"the host took {watched.steal_s / machine_s:.0%} of the machine"
+    if yard_stick < (1 - DISTURBED) * best:
+        return f"a matrix product beside it ran at {yard_stick / best:.0%} of its best rate"
+    return None
 
 
 def tokens_of(steps: list[Step], load: Workload, *, same_rows: bool) -> list[int]:
@@ -131,27 +163,20 @@ def tokens_of(steps: list[Step], load: Workload, *, same_rows: bool) -> list[int
     return [round(sum(load.tokens) / len(steps))] * len(steps)
 
 
-def gemm_rates(repeats: int = 1) -> dict[str, float]:
-    """The best matrix product in both formats, in a process of its own with the threads that contenders get."""
-    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(CORES)}
-    script = str(Path(__file__).with_name("gemm.py"))
-    return {
-        dtype: max(float(subprocess.check_output([sys.executable, script, dtype], env=env)) for _ in range(repeats))
-        for dtype in ("bfloat16", "float32")
-    }
-
-
 def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, rates: dict[str, float]) -> Any:
-    """Run every contender `repeats` times, in turn, on fresh folders, and judge them."""
+    """Run every contender `repeats` times, in turn, on fresh folders, and judge them; a disturbed run is made again."""
+    dtype = "bfloat16"  # also where a contender computes in float32: the share is of what the machine could do
     batch, ranks = args.batch or KINDS[kind].batch, 1 if strategy == "single" else 2
     with tempfile.TemporaryDirectory(prefix="tunewright-bench-") as scratch:
         load = write_rows(Path(scratch) / "rows", model, kind, args.steps, args.seed, batch)
         learning_rate = args.learning_rate or LEARNING_RATES[method]
         pack = pack_size(load, args.steps, (args.micro or batch // ranks) / batch)
         all_runs = [Runs(contender, cannot=contender.cannot(method, strategy)) for contender in args.contenders]
-        for repeat in range(args.repeats):
+        best, yard_stick = gemm_rates(dtype)
+        rates[dtype], quiet = max(rates.get(dtype, 0.0), best), yard_stick
+        for repeat in range(args.repeats + args.again):
             for runs in all_runs:
-                if runs.cannot:
+                if runs.cannot or runs.disturbances(quiet).count(None) >= args.repeats:
                     continue
                 out = Path(scratch) / f"{repeat}-{all_runs.index(runs)}"
                 out.mkdir()
@@ -171,17 +196,18 @@ def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, 
                     drawn=args.model in DRAWN,
                 )
                 watched, steps = run_once(runs.contender, job)
+                before, (best, yard_stick) = yard_stick, gemm_rates(dtype)
+                rates[dtype], quiet = max(rates[dtype], best), max(quiet, yard_stick)
                 runs.watched.append(watched)
                 runs.steps.append(steps)
-                took = f"{len(steps)} steps in {watched.wall_s:.0f} s, {watched.others_cpu_s:.0f} s of CPU by others"
+                runs.yard_sticks.append(min(before, yard_stick))
+                found = runs.disturbances(quiet)[-1]
+                took = f"{len(steps)} steps in {watched.wall_s:.0f} s{f'; {found}' if found else ''}"
                 say(f"  {runs.contender.name} {repeat + 1}/{args.repeats}: {took}")
                 if watched.exit_code:
                     say(watched.log[-2500:])
-            for dtype, rate in gemm_rates().items():
-                rates[dtype] = max(rate, rates.get(dtype, 0.0))
         verdicts = judge(all_runs, load, args.steps)
-        dtype = "bfloat16"  # also where a contender computes in float32: the share is of what the machine could do
-        rows = [describe(runs, load, method, args.shape, rates[dtype], args) for runs in all_runs]
+        rows = [describe(runs, load, method, args.shape, rates[dtype], quiet, args) for runs in all_runs]
         for row in rows:
             row["void"] = verdicts[row["name"]]
         return {
@@ -192,6 +218,7 @@ def measure_cell(method: str, kind: str, strategy: str, model: Path, args: Any, 
             "settings": {"batch": batch, "steps": args.steps, "learning_rate": learning_rate, "pack": pack},
             "gemm_dtype": dtype,
             "gemm": rates[dtype],
+            "yard_stick_gflops": quiet / 1e9,
             "contenders": rows,
         }
 
@@ -226,6 +253,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--compiled", action="store_true", help="tunewright with train.compile=true too")
     top.add_argument("--recomputing", action="store_true", help="tunewright with train.gradient_checkpointing=true too")
     top.add_argument("--repeats", type=int, default=3)
+    top.add_argument("--again", type=int, default=2, help="at most so many more, in place of disturbed ones")
     top.add_argument("--steps", type=int, default=8, help="optimiser steps of a run")
     top.add_argument("--warmup", type=int, default=2, help="of them not measured")
     top.add_argument("--batch", type=int, help="rows of a step; otherwise 8 short, 2 long or 4 of 4k tokens")
@@ -235,7 +263,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--model", choices=MODELS, default="39m", help="small, to try the bench; 8b and 7b are for a GPU")
     top.add_argument("--rank", type=int, default=RANK, help="of LoRA")
     top.add_argument("--out", type=Path, help="JSON, otherwise bench/results/train.json, or train-MODEL.json")
-    top.add_argument("--docs", action="store_true", help="write the section of docs/benchmarks.md too")
+    top.add_argument("--docs", action="store_true", help="write docs/benchmarks.md and the README's table too")
+    top.add_argument("--anyway", action="store_true", help="write them although something disturbed the runs")
     return top
 
 
@@ -245,6 +274,12 @@ def main() -> int:
         args.methods, args.rows, args.strategies = list(METHODS), ["short", "long"], list(STRATEGIES)
     if args.docs and args.model != "39m":
         parser().error("--docs writes the page about the 39m model: leave it out")
+    load = os.getloadavg()[0]
+    if load > IDLE * CORES:
+        busy = f"{load:.1f} processes have wanted one of {CORES} cores in the last minute"
+        if args.docs and not args.anyway:
+            parser().error(f"{busy}: wait until the machine is quiet, or add --anyway")
+        say(f"{busy}: what disturbs a run is said beside it.")
     args.shape = MODELS[args.model]
     args.out = args.out or (RESULT if args.model == "39m" else RESULT.with_name(f"train-{args.model}.json"))
     cache = Path(os.environ.get("TUNEWRIGHT_CACHE", "~/.cache/tunewright")).expanduser()
@@ -260,7 +295,7 @@ def main() -> int:
     args.contenders = [one for one in known if any(part in one.name for part in args.only.split(","))]
     facts = machine()
     args.peak_flops = peak_of_gpu(facts)
-    rates: dict[str, float] = {}
+    rates = {"float32": gemm_rates("float32")[0]}
     cells = []
     for method, kind, strategy in itertools.product(args.methods, args.rows, args.strategies):
         say(f"{method}, {kind} rows, {strategy}")
@@ -273,6 +308,7 @@ def main() -> int:
             "warmup": args.warmup,
             "repeats": args.repeats,
             "seed": args.seed,
+            "load_before": round(load, 2),
         }
         cells.append(cell)
         print(f"\n{title(cell)}\n\n{table(cell)}\n", flush=True)
@@ -291,8 +327,11 @@ def main() -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(PARITY)
-    if args.docs:
-        write_docs(result)
+    for line in marked(result):
+        say(f"DISTURBED {line}")
+    if args.docs and not write_docs(result, anyway=args.anyway):
+        say("The docs are as they were: measure these again on a quiet machine, or add --anyway.")
+        return 1
     ours = [row for cell in cells for row in cell["contenders"] if row["name"] == "tunewright"]
     return 1 if any(row["void"] for row in ours) else 0
 

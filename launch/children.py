@@ -18,6 +18,7 @@ from tunewright.errors import ERRORS, PeerError, TunewrightError
 from tunewright.ranks import die_with_parent, without_ranks
 from tunewright.stop_signals import STOP_SIGNALS, StopAsked
 from tunewright.terminal import begin_line, tell
+from tunewright.threads import waiting
 
 # The working directory may hold a datasets.py or a yaml.py of the user's own, which must not be imported. What Python
 # and accelerate leave of it, `tunewright/__init__.py` takes away.
@@ -66,7 +67,7 @@ def ask(module: str, task: str, config: DictConfig, stdout: int | None = subproc
         PeerError: it was killed.
         StopAsked: it was asked to stop.
     """
-    env = {"DS_ACCELERATOR": "cpu"}  # nothing asked like this needs a GPU, and DeepSpeed need not look for one
+    env = {"DS_ACCELERATOR": "cpu", **waiting()}  # nothing asked like this needs a GPU: DeepSpeed need not look for one
     if config.offline:
         env["HF_HUB_OFFLINE"] = "1"  # the Hub's package reads it while it is imported
     process = start(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from tunewright.redaction import redact, typed_secrets
 from tunewright.space import refused
 from tunewright.stop_signals import StopAsked, heard_by, ignore, interrupt
 from tunewright.terminal import tell
+from tunewright.threads import waiting
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -153,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.error(redact(told, typed_secrets(given)))
     if hasattr(args, "overrides"):
         args.overrides += rest
+    if args.run in (_evaluate, _chat, _merge):  # torch runs in this process, and reads it while it is imported
+        os.environ.update(waiting())
     try:
         return int(args.run(args))
     except TunewrightError as error:

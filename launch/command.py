@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig
 
+from tunewright import threads
 from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher
 from tunewright.files import write_text
@@ -101,9 +102,9 @@ def write_accelerate_config(command: Command, run: RunDir) -> None:
 
 
 def _environment(config: DictConfig, ranks: int, devices: Devices) -> dict[str, str]:
-    # Two ranks that each start a thread per core are several times slower than with their share of the cores.
-    threads = config.cluster.threads_per_process or max(devices.cores // ranks, 1)
-    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    env = {threads.COUNT: threads.of_each_rank(config, ranks, devices), "TOKENIZERS_PARALLELISM": "false"}
+    if not devices.gpu:
+        env |= threads.waiting()
     if config.strategy.launcher is Launcher.deepspeed and not devices.gpu:
         env["DS_ACCELERATOR"] = "cpu"
     if config.strategy.launcher is not Launcher.deepspeed and devices.gpu and ranks == 1:

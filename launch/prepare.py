@@ -72,7 +72,6 @@ def main() -> int:
     for library in ("DATASETS", "TRANSFORMERS"):  # our own lines tell how far it is
         os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each of our threads tokenises on a core of its own
-    os.environ.pop("OMP_NUM_THREADS", None)  # where a rank began this, its share of the cores
     try:
         config = load_config(sys.stdin)
         prepare_and_report(config, lambda line: tell(redact(line)))

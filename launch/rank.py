@@ -34,6 +34,7 @@ from tunewright.plan.devices import find_devices
 from tunewright.ranks import LAUNCHED_BY, die_with_parent, leave, rank, world_size
 from tunewright.redaction import redact, typed_secrets
 from tunewright.restore import bring_back
+from tunewright.threads import waiting
 from tunewright.trainer.inputs import planned_inputs, prepared_inputs
 from tunewright.trainer.prepared import Prepared
 from tunewright.trainer.process_group import join
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> int:
     stopping = Stopping()
     stopping.listen()
     os.environ.pop(LAUNCHED_BY, None)  # left over: nobody reads this rank's error file
+    if not find_devices().gpu:  # torch, which is not imported yet, reads it then
+        os.environ.update(waiting())
     held = ExitStack()  # until this process ends, in whatever way
     try:
         config, claimed = _from_overrides(argv)

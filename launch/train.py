@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from tunewright import threads
 from tunewright.checkpoints import bytes_of
 from tunewright.claims import Claim, check_inputs, claim, prepare_folder, sole_user
 from tunewright.config.compose import compose_config, expand_sweep
@@ -189,7 +190,7 @@ def run_job(
         if start:
             return start(job, prepared)
         write_accelerate_config(job.command, run)
-        say(job.command.shown())
+        say_command(job, say)
         return run_ranks(job.command, run, say, timeout_minutes=config.train.timeout_minutes)
 
 
@@ -251,4 +252,11 @@ def show_plan(job: Job, say: Callable[[str], None]) -> None:
         say(job.origin.remark)
     for key, value in job.command.accelerate.items():
         say(f"  {key}: {value}")
+    say_command(job, say)
+
+
+def say_command(job: Job, say: Callable[[str], None]) -> None:
+    """Print what starts the ranks, and what of the user's environment decides there."""
+    for text in threads.remarks(job.config, job.plan.world_size, job.devices):
+        say(text)
     say(job.command.shown())

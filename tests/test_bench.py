@@ -13,8 +13,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The files of bench/ are scripts, which find each other beside them; last, so that they hide nothing else.
 sys.path.append(str(REPOSITORY / "bench"))
-contenders, judge, report, train, workload = map(
-    importlib.import_module, ("contenders", "judge", "report", "train", "workload")
+contenders, judge, measure, report, train, workload = map(
+    importlib.import_module, ("contenders", "judge", "measure", "report", "train", "workload")
 )
 Step = judge.Step
 
@@ -119,6 +119,39 @@ def test_a_ratio_that_fell_by_more_than_a_seventh_is_told() -> None:
     assert "own row is void" in report.falls(result(750, void="a gradient norm is zero"), result(750))[0]
 
 
+@pytest.mark.parametrize(
+    ("others", "steal", "yard_stick", "told"),
+    [
+        (1.9, 0.3, 91.0, None),
+        (3.0, 0.0, 100.0, "other processes took 15% of the machine"),
+        (0.0, 0.6, 100.0, "the host took 3% of the machine"),
+        (0.0, 0.0, 89.0, "a matrix product beside it ran at 89% of its best rate"),
+    ],
+)
+def test_a_run_beside_which_something_else_ran_is_told(
+    others: float, steal: float, yard_stick: float, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "CORES", 2)
+    watched = measure.Watched(0, wall_s=10.0, others_cpu_s=others, steal_s=steal)
+    runs = train.Runs(contenders.scripts()[0], [watched], [REFERENCE], [yard_stick])
+    assert runs.disturbances(100.0) == [told]
+
+
+def test_a_disturbed_ratio_is_not_compared() -> None:
+    new = result(600)
+    new["cells"][0]["contenders"][1]["disturbed"] = "the host took 9% of the machine"
+    assert report.falls(new, result(750)) == []
+    assert report.marked(new) == ["lora, short rows, single, TRL, defaults: the host took 9% of the machine"]
+
+
+def test_the_pages_show_the_committed_result() -> None:
+    """`python bench/report.py docs` writes both."""
+    found = json.loads(report.RESULT.read_text(encoding="utf-8"))
+    assert report.marked(found) == []
+    for page, text in ((report.PAGE, report.section(found)), (report.README, report.readme_table(found))):
+        assert page.read_text(encoding="utf-8") == report.between(page, text)
+
+
 def test_choices_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.parser().parse_args(["--methods", "lora,magic"])
@@ -129,7 +162,7 @@ def test_two_steps_of_tunewright_trainer_and_a_loop_by_hand_agree(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "result.json"
-    settings = ["--model=small", "--steps=2", "--warmup=1", "--repeats=1", "--batch=2", "--out", str(out)]
+    settings = ["--model=small", "--steps=2", "--warmup=1", "--repeats=1", "--again=0", "--batch=2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["train.py", *settings, "--only", "tunewright,Trainer,loop"])
     assert train.main() == 0
     found = json.loads(out.read_text())
@@ -138,9 +171,18 @@ def test_two_steps_of_tunewright_trainer_and_a_loop_by_hand_agree(
     assert {name: row["void"] for name, row in rows.items()} == dict.fromkeys(names)
     ours, *theirs = (rows[name]["losses"][0][0] for name in names)
     assert theirs == pytest.approx([ours] * 2, rel=judge.FIRST_STEP)
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nan earlier table\n{report.END}\nafter\n")
-    report.write_docs(found, page)
-    assert "| tunewright |" in page.read_text()
-    assert page.read_text().endswith("after\n")
-    assert "an earlier table" not in page.read_text()
+    assert all(row["yard_stick_gflops"]["min"] > 0 for row in rows.values())
+    page, readme = tmp_path / "page.md", tmp_path / "readme.md"
+    for path in (page, readme):
+        path.write_text(f"before\n{report.BEGIN}\nan earlier table\n{report.END}\nafter\n")
+    rows["tunewright"]["disturbed"] = "other processes took 31% of the machine"
+    assert not report.write_docs(found, page, readme)
+    assert "an earlier table" in page.read_text()
+    assert "an earlier table" in readme.read_text()
+    assert report.write_docs(found, page, readme, anyway=True)
+    assert "| disturbed: other processes took 31% of the machine |" in page.read_text()
+    assert "| a loop by hand, without padding | " in readme.read_text()
+    for path in (page, readme):
+        assert "| tunewright | " in path.read_text()
+        assert path.read_text().endswith("after\n")
+        assert "an earlier table" not in path.read_text()

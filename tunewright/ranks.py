@@ -50,8 +50,12 @@ def leave(exit_code: int) -> NoReturn:
 
 
 def rank_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return the names of the variables that make a process a rank, sorted."""
-    return sorted(name for name in environment if name in RANK_NAMES or name.startswith(RANK_PREFIXES))
+    """Return the names of the variables that make a process a rank, sorted.
+
+    OMP_NUM_THREADS is one of them where there are others: torchrun and accelerate set it for their ranks.
+    """
+    found = [name for name in environment if name in RANK_NAMES or name.startswith(RANK_PREFIXES)]
+    return sorted([*found, *(["OMP_NUM_THREADS"] if found and "OMP_NUM_THREADS" in environment else [])])
 
 
 def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:

@@ -216,7 +216,9 @@ class ClusterConfig:
     num_processes: Optional[int] = option(
         None, "ranks on this machine; null: every visible GPU, or 2 CPU ranks for a distributed strategy"
     )
-    threads_per_process: Optional[int] = option(None, "CPU threads of each rank; null: cores / ranks")
+    threads_per_process: Optional[int] = option(
+        None, "CPU threads of each rank; null: an exported OMP_NUM_THREADS, else cores / ranks"
+    )
 
 
 @dataclass
