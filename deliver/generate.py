@@ -88,8 +88,7 @@ class Answerer:
 
     def _load(self, model_path: Path) -> Any:
         config = self.config
-        model = load_model(model_path, config.model, self.dtype, method=config.method, device=device())
-        return model if config.method.name == "qlora" else model.to(device())  # type: ignore[arg-type]
+        return load_model(model_path, config.model, self.dtype, method=config.method, device=device())
 
     @property
     def stops(self) -> list[int]:
@@ -111,7 +110,7 @@ class Answerer:
             return
         saved = self.config.model.copy()
         saved.random_weights = False  # those were the ones that it began with
-        self.model = load_model(run.final, saved, self.dtype).to(device()).eval()
+        self.model = load_model(run.final, saved, self.dtype, device=device()).eval()
         try:
             yield
         finally:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tunewright.config.compose import compose_config
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Scripts, which find each other beside them; last, so that they hide nothing else.
 sys.path += [str(REPOSITORY / "bench" / "gpu"), str(REPOSITORY / "bench")]
@@ -44,6 +46,23 @@ def test_every_cell_can_be_told_from_the_others() -> None:
     for part in cells.PARTS.values():
         assert len({(cell.group, cell.name) for cell in part}) == len(part)
     assert {cell.lever for cell in cells.SPEED} == {(), *cells.LEVERS}
+    assert {cell.lever for cell in cells.MORE} == {(), *cells.MORE_LEVERS, *cells.FULL_LEVERS}
+
+
+def test_every_lever_is_a_setting_that_exists() -> None:
+    for cell in cells.SPEED + cells.OTHERS + cells.MORE:
+        compose_config([one for one in cell.lever if one != cells.BLOCKING])
+
+
+def test_a_lever_whose_package_is_not_there_is_told_and_is_no_failure(tmp_path: Path) -> None:
+    cell = next(cell for cell in cells.MORE if cell.lever == ("train.attention_kernel=flash3",))
+    assert cells.cannot(cell, gpu=False) == "needs a GPU"
+    assert cells.cannot(cell, gpu=True) == "flash_attn_interface is not installed"
+    skipped = {"number": 1, **cell.as_json(), "skipped": cells.cannot(cell, gpu=True)}
+    write(tmp_path / "levers.jsonl", [row(0, "tunewright", [11.8, 11.5]), skipped])
+    text = check.report(tmp_path, {}, {})
+    assert "| tunewright, train.attention_kernel=flash3 | | | | | | | not measured: flash_attn_interface is not" in text
+    assert check.holds(tmp_path)
 
 
 def test_a_run_that_was_cut_tells_what_it_had_done(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from tunewright.trainer.data.batches import (
     MicroBatches,
     PaddedCollator,
     TokenRows,
+    on_device,
     token_counts,
 )
 from tunewright.trainer.data.render import IGNORED
@@ -83,7 +84,7 @@ class TunewrightTrainer(SFTTrainer):
         pad_token_id = kwargs["processing_class"].pad_token_id
         collator = FlatCollator(pad_token_id) if config.train.padding_free else PaddedCollator(pad_token_id)
         super().__init__(*args, data_collator=collator, **kwargs)
-        self.plan, self.stream, self.dtype, self.loss = plan, stream, dtype, loss
+        self.plan, self.stream, self.dtype, self.loss, self.cache = plan, stream, dtype, loss, cache
         # The loss below is divided by `num_items_in_batch` whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
         self.loraplus_ratio = config.method.get("loraplus_ratio")
@@ -124,6 +125,7 @@ class TunewrightTrainer(SFTTrainer):
 
     def _loader(self, dataset: Any, *, shuffle: bool) -> EpochDataLoader:
         rows, plan = TokenRows(dataset), self.plan
+        scored = self.cache.scored("train") if shuffle and self.cache is not None else None
         if not shuffle:  # nothing is accumulated or packed
             plan = BatchPlan(plan.micro_batch * plan.world_size, plan.world_size, plan.micro_batch, 1)
         batches = MicroBatches(
@@ -134,6 +136,7 @@ class TunewrightTrainer(SFTTrainer):
             seed=self.args.data_seed or self.args.seed,
             group_by_length=shuffle and self.group_by_length,
             pack_to=self.pack_to if shuffle else None,
+            scored=scored,
         )
         return EpochDataLoader(
             rows,  # type: ignore[arg-type]
@@ -175,7 +178,12 @@ class TunewrightTrainer(SFTTrainer):
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         for batch in batches:
             self.meter.add_tokens(*token_counts(batch))
-        return batches, num_items
+        return [on_device(batch, self.args.device) for batch in batches], num_items
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
+        """Return the scored tokens of a step on all ranks. Of a stream's, ranks have to tell each other."""
+        known = [batch.pop("step_scored", None) for batch in batch_samples]
+        return known[0] if known and known[0] else super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -210,7 +218,7 @@ class TunewrightTrainer(SFTTrainer):
         with torch.no_grad():
             for number, batch in enumerate(self.get_eval_dataloader(eval_dataset)):
                 tokens += int((batch["labels"][..., 1:] != IGNORED).sum())
-                batch = self._prepare_inputs(batch)
+                batch = on_device(batch, self.args.device)
                 if self._is_left_to_trl(batch):
                     loss = float(super().compute_loss(model, batch, num_items_in_batch=1)) / self.args.world_size
                 else:

@@ -40,6 +40,7 @@ from tunewright.trainer.methods import adapt, parameter_counts
 from tunewright.trainer.methods.lora import keep_pissa_start, starts_as_pissa
 from tunewright.trainer.mirroring import MirrorCheckpoints, finished
 from tunewright.trainer.model import attention
+from tunewright.trainer.model.fused_layers import fused_layers
 from tunewright.trainer.model.gradient_checkpointing import FitCheckpointing
 from tunewright.trainer.model.load import load_model, quiet_libraries, torch_dtype
 from tunewright.trainer.model.regional_compile import compile_layers
@@ -133,6 +134,7 @@ def train(
         f"{state.num_processes} x {device.type}: {plan.describe()}"
     )
     with (
+        fused_layers(trainer.model, config.train.fused_layers),
         _leaving_together(trainer, stopping),
         _writing(run, room),
         finished(mirroring),
@@ -230,8 +232,11 @@ def _build(
 
 
 def _chosen(config: DictConfig, run: RunDir, trainer: TunewrightTrainer, output: Output) -> list[TrainerCallback]:
-    """Return the callbacks that settings ask for, and have the layers compiled where they do."""
+    """Return the callbacks that settings ask for; choose attention's kernel, and have layers compiled, as they do."""
     chosen: list[TrainerCallback] = []
+    dropout = getattr(trainer.model.config, "attention_dropout", 0.0) or 0.0
+    if attention.choose_kernel(config.train.attention_kernel, trainer.args.device, dropout):
+        output.say("Attention runs on FlashAttention 3.")
     if config.train.compile:
         output.say(f"Compiling the {compile_layers(trainer.model)} layers during the first step.")
     if trainer.is_world_process_zero():

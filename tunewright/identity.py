@@ -50,6 +50,8 @@ ADJUSTABLE = {
     "train.micro_batch_size",
     "train.gradient_checkpointing",
     "train.compile",
+    "train.fused_layers",
+    "train.attention_kernel",
     "train.callbacks",
 }
 # What the model is called, where `inputs` has the digest of its files; written down.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict, dataclass
 from typing import Any
 
+# Not a setting: batches are copied to the device one by one, and each copy is waited for (`worker.without`).
+BLOCKING = "copies that wait"
 OURS, LOOP, TRL, TRL_TUNED = "tunewright", "loop by hand", "TRL, defaults", "TRL, tuned"
 
 
@@ -19,7 +22,7 @@ class Cell:
     rows: str
     batch: int
     micro: int
-    lever: tuple[str, ...] = ()  # overrides of `tunewright train`
+    lever: tuple[str, ...] = ()  # overrides of `tunewright train`, or BLOCKING
     strategy: str = "single"  # another one is started by `tunewright train`, as a user starts it
 
     @property
@@ -35,17 +38,46 @@ class Cell:
 # A step is 16k tokens in micro-batches of 4k: what an 8B model's activations allow on 80 GB without recomputation.
 LONG = {"rows": "4k", "batch": 4, "micro": 1}
 SHORT = {"rows": "short", "batch": 64, "micro": 16}
-# Tried one by one on top of the defaults. "Honest about speed" means to run all of them, not to choose.
+# Tried one by one on top of the defaults, most promising first; the rest is a part of its own.
 LEVERS = (
-    ("train.optimizer=adamw_torch_fused",),
+    ("train.fused_layers=liger",),
     ("train.compile=true",),
+    ("train.fused_layers=liger", "train.compile=true"),
+)
+MORE_LEVERS = (
+    ("train.attention_kernel=flash3",),
+    ("train.fused_layers=kernels",),
     ("train.gradient_checkpointing=auto",),
     ("train.gradient_checkpointing=true",),
+    (BLOCKING,),
 )
+# What an optimiser and the format of gradients cost shows where all weights are trained.
+FULL_LEVERS: tuple[tuple[str, ...], ...] = ()
+# Levers that need a package, by the module that tells it, and those that a CPU has not.
+MODULES = {
+    "train.fused_layers=liger": "liger_kernel",
+    "train.fused_layers=kernels": "kernels",
+    "train.attention_kernel=flash3": "flash_attn_interface",
+}
+GPU_ONLY = (*MODULES, BLOCKING)
+
+
+def cannot(cell: Cell, *, gpu: bool) -> str | None:
+    """Return why this machine has nothing to measure for a cell."""
+    for lever in cell.lever:
+        if lever in GPU_ONLY and not gpu:
+            return "needs a GPU"
+        if lever in MODULES and importlib.util.find_spec(MODULES[lever]) is None:
+            return f"{MODULES[lever]} is not installed"
+    return None
 
 
 def _lora_8b(rows: dict[str, Any], contender: str, lever: tuple[str, ...] = ()) -> Cell:
     return Cell(f"8b LoRA, {rows['rows']}", contender, "8b", "lora", lever=lever, **rows)
+
+
+def _full_1b(contender: str, lever: tuple[str, ...] = ()) -> Cell:
+    return Cell("1b full, 4k", contender, "1b", "full", lever=lever, **LONG)
 
 
 SPEED = [
@@ -56,10 +88,14 @@ SPEED = [
 ]
 OTHERS = [
     *(Cell("7b LoRA, 4k", OURS, "7b", method, **LONG) for method in ("lora", "qlora")),
-    *(Cell("1b full, 4k", contender, "1b", "full", **LONG) for contender in (OURS, TRL_TUNED)),
+    *(_full_1b(contender) for contender in (OURS, TRL_TUNED)),
     *(Cell("1b LoRA on one rank, 4k", OURS, "1b", "lora", strategy=name, **LONG) for name in ("zero2", "zero3")),
 ]
-PARTS = {"speed": SPEED, "others": OTHERS}
+MORE = [
+    *(_lora_8b(LONG, OURS, lever) for lever in ((), *MORE_LEVERS)),
+    *(_full_1b(OURS, lever) for lever in ((), *FULL_LEVERS)),
+]
+PARTS = {"speed": SPEED, "others": OTHERS, "levers": MORE}
 
 
 def tiny(cell: Cell) -> Cell:

@@ -1,6 +1,7 @@
 """The GPU kit: one command for a machine with a GPU, without network, under eight minutes.
 
-    python bench/gpu/check.py            # `make gpu-check`
+    python bench/gpu/check.py                   # `make gpu-check`
+    python bench/gpu/check.py --parts levers    # what a setting wins or loses, one by one
     python bench/gpu/check.py --tiny     # small shapes, as `make gpu-rehearsal` runs it on a CPU
 
 Parts run one after the other, most valuable first, each in a process of its own with a time limit of its own. After
@@ -50,7 +51,10 @@ PARTS = (
     Part("speed", "worker.py", ("speed",), "speed.jsonl", 230),
     Part("others", "worker.py", ("others",), "others.jsonl", 130),
     Part("timeline", "timeline.py", (), "timeline.json", 60),
+    Part("levers", "worker.py", ("levers",), "levers.jsonl", LIMIT),
 )
+USUAL = PARTS[:-1]  # the levers that promise less take a run of their own
+TRAININGS = ("speed", "others", "levers")
 
 
 def run_part(part: Part, out: Path, env: dict[str, str], seconds: float, *, tiny: bool) -> str:
@@ -150,7 +154,7 @@ def judged(rows: list[dict[str, Any]]) -> None:
     def steps(row: dict[str, Any]) -> list[Step]:
         return [Step(*pair) for pair in zip(row["losses"], row["grad_norms"], strict=True)]
 
-    good = [row for row in rows if "error" not in row]
+    good = [row for row in rows if "error" not in row and "skipped" not in row]
     for group in {row["group"] for row in good}:
         members = [row for row in good if row["group"] == group]
         same_model = [row for row in members if row["method"] == members[0]["method"] and not row["packed"]]
@@ -176,8 +180,9 @@ def speed_table(rows: list[dict[str, Any]]) -> list[str]:
         if row["group"] != last:
             last = row["group"]
             lines.append(f"| **{last}** |" + " |" * 7)
-        if "error" in row:
-            lines.append(f"| {row['name']} |" + " |" * 6 + f" {row['error'].splitlines()[0][:160]} |")
+        if "tokens_per_second" not in row:
+            why = row.get("error") or f"not measured: {row['skipped']}"
+            lines.append(f"| {row['name']} |" + " |" * 6 + f" {why.splitlines()[0][:160]} |")
             continue
         ours = next((one for one in rows if one["group"] == last and one["name"] == "tunewright"), None)
         times = ours["tokens_per_second"] / row["tokens_per_second"] if ours and "error" not in ours else None
@@ -209,7 +214,7 @@ def report(out: Path, told: dict[str, Any], became: dict[str, str]) -> str:
             errors = [line["error"] for line in smoke if line["name"].startswith(part) and line.get("ok")]
             if errors:
                 lines.append(f"- largest difference, {part}: {max(errors):.2%}")
-    for part in ("speed", "others"):
+    for part in TRAININGS:
         rows = read(out / f"{part}.jsonl")
         if rows:
             lines += ["", f"## {part.capitalize()}", "", *speed_table(rows)]
@@ -229,17 +234,17 @@ def report(out: Path, told: dict[str, Any], became: dict[str, str]) -> str:
 
 def holds(out: Path) -> bool:
     """Whether every smoke check holds and no measured row of ours is void or missing, of what lies in the folder."""
-    rows = [row for part in ("speed", "others") for row in read(out / f"{part}.jsonl")]
+    rows = [row for part in TRAININGS for row in read(out / f"{part}.jsonl")]
     judged(rows)
     ours = [row for row in rows if row["contender"] == "tunewright"]
     sound = all(line.get("ok") for line in read(out / "smoke.jsonl"))
-    return sound and not any(row.get("error") or row["void"] for row in ours)
+    return sound and not any(row.get("error") or row.get("void") for row in ours)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a rehearsal on a CPU")
-    parser.add_argument("--parts", default=",".join(part.name for part in PARTS), help="which of them, comma-separated")
+    parser.add_argument("--parts", default=",".join(part.name for part in USUAL), help="which of them, comma-separated")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for all parts together")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "gpu-check"))
     args = parser.parse_args()

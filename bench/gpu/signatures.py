@@ -6,6 +6,7 @@ Each is bound to the signature it will meet, or run where it runs without a GPU:
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,6 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels as loops on the CPU; read when one is defined
+
+LITTLE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+class Absent(Exception):
+    """A package that a lever needs and this environment has not."""
 
 
 def attention_kernel() -> None:
@@ -63,8 +80,7 @@ def fused_head() -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    model = Qwen2ForCausalLM(Qwen2Config(**shape, num_attention_heads=2, num_key_value_heads=1))
+    model = Qwen2ForCausalLM(Qwen2Config(**LITTLE))
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
     ids = torch.arange(12)[None]
     labels = ids.clone()
@@ -125,6 +141,102 @@ def compiled_layers() -> None:
     bind(torch.compiler.reset, 0)
 
 
+def flash_attention_3() -> None:
+    """trainer/model/attention.py: the switch, and what it looks for; the kernels themselves are another package's."""
+    from torch.nn import attention
+    from torch.nn.attention._fa3 import register_flash_attention_fa3
+
+    from tunewright.plan.kernel_rules import FLASH3
+
+    assert "FA3" in attention.list_flash_attention_impls()
+    assert inspect.signature(register_flash_attention_fa3).parameters["module_path"].default == FLASH3
+    assert attention.current_flash_attention_impl() is None
+    bind(attention.activate_flash_attention_impl, 1)
+    bind(attention.restore_flash_attention_impl, 0)
+    bind(torch.backends.cuda.enable_cudnn_sdp, 1)
+
+
+def fused_layers() -> None:
+    """trainer/model/fused_layers.py: Liger's kernels, interpreted on the CPU, give what plain layers give."""
+    from transformers import KernelConfig, PreTrainedModel
+
+    from tunewright.plan.kernel_rules import installed, liger_architectures
+
+    bind(KernelConfig, 1, "inherit_mapping")
+    bind(PreTrainedModel.set_use_kernels, 3)
+    if not installed("liger_kernel"):
+        raise Absent("liger-kernel")
+    assert {"llama", "mistral", "qwen2", "qwen3", "gemma2", "mixtral"} <= liger_architectures()
+    if not torch.cuda.is_available():
+        _interpret_all()
+    for kind in ("llama", "qwen3"):
+        _compare_with_liger(kind)
+
+
+def _interpret_all() -> None:
+    """Have Triton's interpreter (3.6 and 3.9) do what its compiler does: floats become tensors, rsqrt is computed."""
+    import liger_kernel.ops.rms_norm
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    given = interpreter._implicit_cvt
+
+    def convert(argument: Any) -> Any:
+        if not isinstance(argument, float):
+            return given(argument)
+        return tl.tensor(interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
+
+    interpreter._implicit_cvt = convert
+    liger_kernel.ops.rms_norm.rsqrt = lambda value: tl.math.rsqrt(value)
+
+
+def _compare_with_liger(kind: str) -> None:
+    """LoRA on flat rows, with and without recomputation: one forward and backward pass each way."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tunewright.config.compose import compose_config
+    from tunewright.config.schema import FusedLayers
+    from tunewright.trainer.data.batches import FlatCollator
+    from tunewright.trainer.methods import adapt
+    from tunewright.trainer.model import attention
+    from tunewright.trainer.model.fused_layers import fused_layers
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **LITTLE, head_dim=16)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register())
+    model = adapt(base, compose_config(["method=lora", "method.dropout=0"]).method)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    rows = [{"input_ids": ids, "labels": ids} for ids in (torch.arange(5).numpy(), torch.arange(9, 20).numpy())]
+    batch = FlatCollator(0)(rows)
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "scored", "targets")}
+    rotary = sys.modules[type(base).__module__].apply_rotary_pos_emb
+
+    def passes() -> list[torch.Tensor]:
+        model.zero_grad()
+        logits = model(**inputs, use_cache=False).logits[0, batch["scored"]]
+        loss = torch.nn.functional.cross_entropy(logits.float(), batch["targets"])
+        loss.backward()
+        return [loss.detach(), *(weight.grad.clone() for weight in model.parameters() if weight.grad is not None)]
+
+    expected = passes()
+    with fused_layers(model, FusedLayers.liger):
+        assert sys.modules[type(base).__module__].apply_rotary_pos_emb is not rotary
+        fused = {part._get_name() for part in model.modules() if part._get_name().startswith("Liger")}
+        assert len(fused) >= 2, fused  # norms and MLPs
+        found = passes()
+        base.gradient_checkpointing_enable()
+        model.train()
+        again = passes()
+    assert sys.modules[type(base).__module__].apply_rotary_pos_emb is rotary
+    assert len(expected) == len(found) == len(again) > 10
+    for one, mine, recomputed in zip(expected, found, again, strict=True):
+        torch.testing.assert_close(mine, one, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(recomputed, one, rtol=1e-4, atol=1e-5)
+
+
 def bind(function: Callable[..., Any], positional: int, keywords: str = "") -> None:
     """Raise TypeError where a function does not take so many positional and these keyword arguments."""
     try:
@@ -148,20 +260,25 @@ CHECKS = (
     quantised_layers,
     process_group,
     compiled_layers,
+    flash_attention_3,
+    fused_layers,
 )
 
 
 def main() -> int:
-    failed = 0
+    failed = absent = 0
     for check in CHECKS:
         where = (check.__doc__ or "").strip()
         try:
             check()
             print(f"ok    {check.__name__}: {where}")
+        except Absent as package:
+            absent += 1
+            print(f"-     {check.__name__}: {package} is not installed")
         except Exception as error:  # all of them are to be told at once
             failed += 1
             print(f"WRONG {check.__name__}: {where}\n      {type(error).__name__}: {str(error)[:400]}")
-    print(f"{len(CHECKS) - failed} of {len(CHECKS)} calls fit torch {torch.__version__}")
+    print(f"{len(CHECKS) - failed - absent} of {len(CHECKS)} calls fit torch {torch.__version__}")
     return 1 if failed else 0
 
 

@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,22 @@ def train_here(job: Job, lever: tuple[str, ...], said: Said) -> None:
     train(config, run, prepared, join(None, 10), Printer(said))
 
 
+@contextmanager
+def without(lever: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Take back for a cell what is no setting, and give the levers that are."""
+    if cells.BLOCKING not in lever:
+        yield lever
+        return
+    from tunewright.trainer import sft_trainer
+
+    ahead = sft_trainer.on_device
+    sft_trainer.on_device = lambda batch, device: batch  # the Trainer then copies it, when its turn comes
+    try:
+        yield tuple(one for one in lever if one != cells.BLOCKING)
+    finally:
+        sft_trainer.on_device = ahead
+
+
 def run_cell(cell: Cell, job: Job) -> tuple[Clock, str]:
     """Train, and return the clock and what was said beside the steps."""
     import loop_script
@@ -102,7 +120,8 @@ def run_cell(cell: Cell, job: Job) -> tuple[Clock, str]:
         return Clock(watched.marks, steps), ""
     if cell.contender == cells.OURS:
         said = Said(clock)
-        train_here(job, cell.lever, said)
+        with without(cell.lever) as lever:
+            train_here(job, lever, said)
         clock.steps = tunewright().steps(job, "")
         return clock, next((line for line in said.lines if line.startswith("Recomputing")), "")
     if cell.contender == cells.LOOP:
@@ -203,6 +222,10 @@ def main() -> int:
                 continue
             cell = cells.tiny(planned) if args.tiny else planned
             line: dict[str, Any] = {"number": number, **cell.as_json()}
+            reason = cells.cannot(cell, gpu=torch.cuda.is_available())
+            if reason:
+                print(json.dumps({**line, "skipped": reason}), file=out, flush=True)
+                continue
             print(json.dumps({**line, "begun": True}), file=out, flush=True)
             started = time.perf_counter()
             try:

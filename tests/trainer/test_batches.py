@@ -8,9 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, concatenate_datasets
 
 from tunewright.plan.batch_plan import BatchPlan
-from tunewright.trainer.data.batches import FlatCollator, MicroBatches, PaddedCollator, token_counts
+from tunewright.trainer.data.batches import (
+    EpochDataLoader,
+    FlatCollator,
+    MicroBatches,
+    PaddedCollator,
+    TokenRows,
+    on_device,
+    token_counts,
+)
 from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.loss import cross_entropy_sum
 from tunewright.trainer.model import attention
@@ -49,6 +58,49 @@ def test_an_empty_micro_batch_teaches_nothing(tiny: Any) -> None:
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in tiny.parameters())
+
+
+def test_rows_are_read_at_once_as_one_by_one() -> None:
+    made = rows_of(5, 2, 9, 1, 2, 7)
+    whole = Dataset.from_list([{name: values.tolist() for name, values in row.items()} for row in made])
+    rows = TokenRows(concatenate_datasets([whole, whole]).select([11, 0, 3, 8, 8]))
+    assert rows.lengths().tolist() == [7, 5, 1, 9, 9]
+    for numbers in ([4, 0, 2], [1, 1], [3]):
+        for row, number in zip(rows.__getitems__(numbers), numbers, strict=True):
+            expected = made[[11, 0, 3, 8, 8][number] % 6]
+            assert {name: values.tolist() for name, values in row.items()} == {
+                name: values.tolist() for name, values in expected.items()
+            }
+    assert rows.__getitems__([]) == []
+
+
+@pytest.mark.parametrize("pack_to", [None, 64])
+def test_each_rank_knows_how_many_tokens_its_step_scores(pack_to: int | None) -> None:
+    made = rows_of(*np.random.default_rng(0).integers(2, 30, 50).tolist())
+    whole = Dataset.from_list([{name: values.tolist() for name, values in row.items()} for row in made])
+    scored = np.array([int((row["labels"][1:] != IGNORED).sum()) for row in made])
+    plan = BatchPlan(global_batch=8, world_size=2, micro_batch=2, accumulation=2)
+    steps: list[list[Any]] = []
+    for rank in range(2):
+        rows = TokenRows(whole)
+        options: dict[str, Any] = {"shuffle": True, "seed": 3, "pack_to": pack_to, "scored": scored}
+        batches = MicroBatches(rows.lengths(), plan, rank, **options)
+        loader = EpochDataLoader(rows, batch_sampler=batches, collate_fn=FlatCollator(0))  # type: ignore
+        steps.append(list(loader))
+    assert len(steps[0]) == len(steps[1]) >= 4
+    for start in range(0, len(steps[0]), 2):
+        step = [batch for rank in steps for batch in rank[start : start + 2]]
+        assert {batch["step_scored"] for batch in step} == {sum(len(batch["targets"]) for batch in step)}
+
+
+def test_a_batch_goes_to_a_device_as_it_is() -> None:
+    batch = FlatCollator(0)(rows_of(5, 2))
+    there = on_device(batch, torch.device("meta"))
+    assert {name for name, value in there.items() if getattr(value, "is_meta", False)} == {
+        name for name, value in batch.items() if isinstance(value, torch.Tensor)
+    }
+    assert there["max_length_q"] == 5
+    assert on_device(batch, torch.device("cpu")) is batch
 
 
 @pytest.mark.parametrize("collator", [FlatCollator(0), PaddedCollator(0)])

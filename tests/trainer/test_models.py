@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import losses
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError
 from tunewright.trainer.methods import adapt, parameter_counts
-from tunewright.trainer.model import tiny
+from tunewright.trainer.model import load, tiny
 from tunewright.trainer.model.download import has_weights
 from tunewright.trainer.model.load import load_model, torch_dtype
 from tunewright.trainer.model.model_folder import find_model
@@ -154,3 +155,16 @@ def test_a_folder_without_weights_is_refused_unless_they_are_drawn(without_weigh
         find_model(config.model, config.data.cache_dir)
     config.model.random_weights = True
     assert find_model(config.model, config.data.cache_dir) == without_weights
+
+
+def test_a_base_is_read_straight_to_the_device_that_trains() -> None:
+    from transformers.integrations import HfDeepSpeedConfig
+
+    gpu, options = torch.device("cuda", 3), {"dtype": torch.bfloat16}
+    assert load._placed(gpu, options) == {"device_map": {"": gpu}}
+    assert load._placed(torch.device("cpu"), options) == load._placed(None, options) == {}
+    assert load._placed(gpu, {**options, "quantization_config": {}}) == {"device_map": {"": gpu}}
+    stage3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    assert load._placed(gpu, options) == {}  # transformers refuses it there
+    del stage3
+    assert load._placed(gpu, options) == {"device_map": {"": gpu}}

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import DictConfig
 
@@ -59,6 +60,18 @@ def test_a_cached_row_is_the_rendered_row(build: Any, tiny_model: Path) -> None:
     assert row["input_ids"] == examples[0].input_ids.tolist()
     assert row["labels"] == examples[0].labels.tolist()
     assert cache.open("eval") is None
+
+
+def test_the_scored_tokens_of_a_row_are_its_labels_but_for_the_first(build: Any) -> None:
+    """As the rows' table has them, and counted anew, as where a row has several examples."""
+    cache = build("data.train_on_prompt=true", "data.eval_size=0.2")
+    for split in ("train", "eval"):
+        labels = cache.open(split)["labels"]
+        expected = [sum(label != IGNORED for label in row[1:]) for row in labels]
+        assert cache.scored(split).tolist() == expected
+    counted = cache.train[0].scored()
+    cache.train[0].__dict__["part"] = replace(cache.train[0].part, rows=np.zeros(len(counted), np.int64))
+    assert cache.train[0].scored().tolist() == counted.tolist()
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])

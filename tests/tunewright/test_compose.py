@@ -18,6 +18,7 @@ from tunewright.config.method_schema import METHODS
 from tunewright.errors import ConfigError
 from tunewright.launch.cli import main, parser
 from tunewright.plan.devices import Devices
+from tunewright.plan.kernel_rules import check_fused, liger_architectures
 from tunewright.plan.rules import OPTIMIZERS, SCHEDULERS, check
 from tunewright.run_folder import redacted_yaml
 
@@ -155,6 +156,10 @@ def test_no_parser_takes_an_abbreviated_option(capsys: pytest.CaptureFixture[str
             ["nobody knows of a stream", "write true or false"],
         ),
         (["train.compile=true", "strategy=zero3"], CPU, ["`strategy=zero3`", "strategy=zero2", "leave train.compile"]),
+        (["train.fused_layers=liger"], CPU, ["`train.fused_layers=liger` is for a GPU", "leave it out"]),
+        (["train.fused_layers=liger"], EIGHT_GPUS, ["the package liger-kernel", "pip install 'tunewright[liger]'"]),
+        (["train.attention_kernel=flash3"], CPU, ["is for a GPU"]),
+        (["train.attention_kernel=flash3"], EIGHT_GPUS, ["flash-attn-3", "Write train.attention_kernel=torch"]),
         (["strategy=single", "cluster.num_processes=2"], CPU, ["one process", "strategy=ddp"]),
         (["strategy=ddp", "cluster.num_processes=9"], EIGHT_GPUS, ["8 GPUs are visible", "CUDA_VISIBLE_DEVICES"]),
         (["strategy=ddp", "train.global_batch_size=4"], EIGHT_GPUS, ["less than the 8 ranks", "Write 8 or more"]),
@@ -218,6 +223,22 @@ def test_compiling_needs_a_compiler_and_headers(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "Python.h").unlink()
     with pytest.raises(ConfigError, match="python3-dev"):
         check(config, Devices("cuda", 1, 8))
+
+
+def test_fused_layers_need_an_architecture_that_liger_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its table is read from the package, without importing it: that would take torch."""
+    package = tmp_path / "liger_kernel" / "transformers"
+    package.mkdir(parents=True)
+    (tmp_path / "liger_kernel" / "__init__.py").touch()
+    (package / "monkey_patch.py").write_text('TABLE = {\n    "llama": apply_liger_kernel_to_llama,\n}\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    liger_architectures.cache_clear()
+    config = compose_config(["train.fused_layers=liger", "strategy=ddp", "train.global_batch_size=16"])
+    check(config, EIGHT_GPUS)
+    check_fused(config, "llama")
+    with pytest.raises(ConfigError, match=r"no kernels for mamba, .* Those that it has: llama\. Leave"):
+        check_fused(config, "mamba")
+    liger_architectures.cache_clear()
 
 
 def test_schedulers_and_optimizers_are_names_of_transformers() -> None:

@@ -10,9 +10,9 @@ rows 3, 0, 7, ...  ->  input_ids      (1, T)   all tokens of the micro-batch, en
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow.compute as pc
@@ -25,28 +25,47 @@ from tunewright.trainer.data.packing import cut, pack
 from tunewright.trainer.data.render import IGNORED
 
 Batch = dict[str, Any]
+Row = dict[str, np.ndarray]  # "input_ids" and "labels", (length,) each
+T = TypeVar("T")
+
+
+class MicroBatch(list[T]):
+    """The numbers of a micro-batch's rows, or the rows, and how many tokens are scored in its step, on all ranks."""
+
+    def __init__(self, items: Iterable[T], step_scored: int | None = None) -> None:
+        super().__init__(items)
+        self.step_scored = step_scored
 
 
 class TokenRows:
-    """Rows of a token cache as {"input_ids": array (length,), "labels": array (length,)}."""
+    """Rows of a token cache."""
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset.with_format("numpy")
+        self.dataset = dataset.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def lengths(self) -> np.ndarray:
         """Return the tokens of each row (rows,)."""
-        batches = self.dataset.with_format("arrow").iter(batch_size=10_000)
+        batches = self.dataset.iter(batch_size=10_000)
         return np.concatenate([pc.list_value_length(batch["input_ids"]).to_numpy() for batch in batches])
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self.dataset[index]  # type: ignore[no-any-return]
+    def __getitems__(self, indices: list[int]) -> MicroBatch[Row]:
+        """Return rows in one read: 61 us a row of 100 tokens instead of 431, most of which is `datasets` itself."""
+        scored = getattr(indices, "step_scored", None)
+        if not indices:  # which is legal: it keeps the ranks in step at the end of an epoch
+            return MicroBatch([], scored)
+        table = self.dataset[indices]
+        columns = _arrays(table["input_ids"]), _arrays(table["labels"])
+        rows = [{"input_ids": ids, "labels": labels} for ids, labels in zip(*columns, strict=True)]
+        return MicroBatch(rows, scored)
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, np.ndarray]]:
-        # An empty micro-batch is legal: it keeps the ranks in step at the end of an epoch.
-        return [self.dataset[index] for index in indices]
+
+def _arrays(column: Any) -> list[np.ndarray]:
+    """Return the rows of an Arrow column of lists."""
+    ends = np.cumsum(pc.list_value_length(column).to_numpy())
+    return np.split(pc.list_flatten(column).to_numpy(), ends[:-1])
 
 
 class MicroBatches:
@@ -54,7 +73,8 @@ class MicroBatches:
 
     The rows of a step are the same for any number of ranks and any micro-batch size; who of them gets which depends on
     the `lengths` (rows,) of all rows, so that all have about the same work. With `pack_to`, rows share packs of so many
-    tokens, the same ones in every epoch. With `group_by_length`, the rows of a step are of like length.
+    tokens, the same ones in every epoch. With `group_by_length`, the rows of a step are of like length. `scored`
+    (rows,), the tokens of each row that carry a label, lets each rank know those of a step without asking the others.
     """
 
     def __init__(
@@ -67,8 +87,9 @@ class MicroBatches:
         seed: int,
         group_by_length: bool = False,
         pack_to: int | None = None,
+        scored: np.ndarray | None = None,
     ) -> None:
-        self.plan, self.rank = plan, rank
+        self.plan, self.rank, self.scored = plan, rank, scored
         self.shuffle, self.seed, self.epoch, self.group_by_length = shuffle, seed, 0, group_by_length
         self.packs = None if pack_to is None else pack(lengths, pack_to, seed)
         self.lengths = lengths if self.packs is None else np.array([lengths[rows].sum() for rows in self.packs])
@@ -79,7 +100,7 @@ class MicroBatches:
     def _steps(self) -> int:
         return self.plan.steps_per_epoch(len(self.lengths), int(self.lengths.sum()))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[MicroBatch[int]]:
         order = np.arange(len(self.lengths))
         if self.shuffle and self.group_by_length:
             order = self._grouped()
@@ -90,8 +111,9 @@ class MicroBatches:
         else:
             steps = np.split(order, np.arange(self.plan.global_batch, len(order), self.plan.global_batch))
         for step in steps:
+            scored = None if self.scored is None else int(self.scored[self._rows(step)].sum())
             for positions in self.plan.share(self.lengths[step].tolist(), self.rank):
-                yield self._rows(step[positions])
+                yield MicroBatch(self._rows(step[positions]), scored)
 
     def rows_of(self, step: int, number: int) -> list[int]:
         """Return the rows of this rank's micro-batch `number`, from 0, of the run's optimiser step `step`, from 1."""
@@ -138,7 +160,8 @@ class FlatCollator:
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
-    def __call__(self, rows: list[dict[str, np.ndarray]]) -> Batch:
+    def __call__(self, rows: list[Row]) -> Batch:
+        told = _told(rows)
         if not rows:
             rows = [_nothing(self.pad_token_id)]
         lengths = [len(row["input_ids"]) for row in rows]
@@ -158,6 +181,7 @@ class FlatCollator:
             "max_length_k": max(lengths),
             "scored": scored,
             "targets": labels[scored + 1],
+            **told,
         }
 
 
@@ -167,7 +191,8 @@ class PaddedCollator:
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
-    def __call__(self, rows: list[dict[str, np.ndarray]]) -> Batch:
+    def __call__(self, rows: list[Row]) -> Batch:
+        told = _told(rows)
         if not rows:
             rows = [_nothing(self.pad_token_id)]
         longest = max(len(row["input_ids"]) for row in rows)
@@ -176,6 +201,7 @@ class PaddedCollator:
             "input_ids": torch.full(shape, self.pad_token_id),
             "attention_mask": torch.zeros(shape, dtype=torch.long),
             "labels": torch.full(shape, IGNORED),
+            **told,
         }
         for index, row in enumerate(rows):
             length = len(row["input_ids"])
@@ -185,7 +211,13 @@ class PaddedCollator:
         return batch
 
 
-def _nothing(pad_token_id: int) -> dict[str, np.ndarray]:
+def _told(rows: list[Row]) -> Batch:
+    """Return what a `MicroBatch` knows of its step."""
+    scored = getattr(rows, "step_scored", None)
+    return {} if scored is None else {"step_scored": scored}
+
+
+def _nothing(pad_token_id: int) -> Row:
     """A row that teaches nothing and counts for nothing, for a rank that has no rows in a step.
 
     Two tokens, so that the model has a position to run on after labels are shifted by one.
@@ -201,3 +233,17 @@ def token_counts(batch: Batch) -> tuple[int, int]:
     real = int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
     scored = int((batch["labels"] != IGNORED).sum())
     return (real, scored) if scored else (0, 0)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch whose tensors are on their way to a GPU: from pinned memory, nothing waits for it.
+
+    The copies are queued before the work that needs them, and are small (24 bytes a token), so that a stream of their
+    own would win nothing.
+    """
+    if device.type == "cpu":
+        return batch
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from tunewright.config.schema import DataConfig
 from tunewright.trainer.data.outcome import Outcome, dropped_lines
 from tunewright.trainer.data.packing import pack
+from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.data.sampling import Part, held_out_rows, training_examples
 from tunewright.trainer.data.sources import Rows
 from tunewright.trees import digest, plain
@@ -55,6 +56,17 @@ class CachedDataset:
         column = _arrow(self.folder / "tokens.arrow").column("input_ids")
         return np.asarray(pyarrow.compute.list_value_length(column), np.int64)
 
+    def scored(self) -> np.ndarray:
+        """Return the tokens with a label of each example (examples,), all but its first, which nothing predicts.
+
+        They were counted for each row when the cache was made. Only where a row has more than one example are the
+        labels read once more.
+        """
+        if (np.diff(self.part.rows) > 0).all():
+            return self.table()["scored"].to_numpy()[self.part.rows]  # type: ignore[no-any-return]
+        chunks = _arrow(self.folder / "tokens.arrow").column("labels").chunks
+        return np.concatenate([np.zeros(0, np.int32), *map(_learnt, chunks)])
+
     def tokens(self) -> Any:
         """Open the same as a pyarrow table, without `datasets`."""
         return _arrow(self.folder / "tokens.arrow")
@@ -77,6 +89,17 @@ class CachedDataset:
         rows = [np.frombuffer(one.buffers()[1], np.int64)[one.offset : one.offset + len(one)] for one in chunks]
         row = np.concatenate([np.zeros(0, np.int64), *rows])
         return Part(self.name, row, self.outcome.read, self.rows.entry.num_samples)
+
+
+def _learnt(labels: Any) -> np.ndarray:
+    """Count the labels of each row of an Arrow array of lists, none of them empty, all but each row's first."""
+    import pyarrow.compute
+
+    lengths = pyarrow.compute.list_value_length(labels).to_numpy()
+    starts = np.cumsum(lengths) - lengths
+    learnt = labels.flatten().to_numpy() != IGNORED
+    learnt[starts] = False
+    return np.add.reduceat(learnt, starts, dtype=np.int32)  # type: ignore[no-any-return]
 
 
 def _arrow(path: Path) -> Any:
@@ -144,6 +167,11 @@ class TokenCache:
         """Return the tokens of each example of a split (examples,), in the order of `open`."""
         parts = [cached.lengths()[examples] for cached, examples in self.chosen(split)]
         return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def scored(self, split: str) -> np.ndarray:
+        """Return the tokens with a label of each example of a split (examples,), in the order of `open`."""
+        parts = [cached.scored()[examples] for cached, examples in self.chosen(split)]
+        return np.concatenate([np.zeros(0, np.int32), *parts])
 
     def counts(self, split: str) -> tuple[int, int, int]:
         """Return (examples, tokens, tokens with a label) of a split."""

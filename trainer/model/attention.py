@@ -15,7 +15,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from tunewright.config.schema import AttentionKernel
 from tunewright.errors import ConfigError
+from tunewright.plan.kernel_rules import FLASH3, installed
 from tunewright.trainer.model.cpu_varlen_attention import cpu_varlen_attention
 from tunewright.trainer.versions import flash_attention_runs_on, kernel_is_told_of_grouped_heads
 
@@ -123,7 +125,9 @@ def _varlen_kernel(
     """PyTorch's flash attention for ragged rows, on CUDA and ROCm. It wants (T, heads, head_dim)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    flat = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
+    # Kernels take rows that lie apart, as those of a fused projection do; only a head's own values must lie together.
+    flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    flat = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in flat]
     # A window of n tokens counts the token itself; the kernel counts those to its left. -1 is all of them.
     left = -1 if sliding_window is None else sliding_window - 1
     grouped = {"enable_gqa": query.size(1) != key.size(1)} if kernel_is_told_of_grouped_heads() else {}
@@ -138,6 +142,39 @@ def _varlen_kernel(
         **grouped,
     )
     return out[None]  # type: ignore[index, no-any-return]
+
+
+def choose_kernel(choice: AttentionKernel, device: torch.device, dropout: float) -> bool:
+    """Let flat rows run on FlashAttention 3, or on what PyTorch chooses; return whether it is the former.
+
+    Both are switches of the process, so they are set for each training. FlashAttention 3 drops no attention weights.
+
+    Raises:
+        ConfigError: FlashAttention 3 is asked for where it cannot run.
+    """
+    from torch.nn.attention import (
+        activate_flash_attention_impl,
+        current_flash_attention_impl,
+        restore_flash_attention_impl,
+    )
+
+    if device.type != "cuda":
+        return False
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    can = hopper and dropout == 0
+    if choice is AttentionKernel.flash3 and not can:
+        reason = f"the model drops attention weights ({dropout:g})" if hopper else "this GPU is not of that kind"
+        raise ConfigError(
+            f"`train.attention_kernel=flash3` runs on compute capability 9 (Hopper), without dropout in attention, and "
+            f"{reason}: write train.attention_kernel=torch."
+        )
+    flash3 = can and (choice is AttentionKernel.flash3 or (choice is AttentionKernel.auto and installed(FLASH3)))
+    torch.backends.cuda.enable_cudnn_sdp(not flash3)  # PyTorch prefers cuDNN's kernel where it has it (torch 2.15)
+    if flash3:
+        activate_flash_attention_impl("FA3")
+    elif current_flash_attention_impl() is not None:
+        restore_flash_attention_impl()
+    return flash3
 
 
 @torch.compiler.disable  # it reads the rows' lengths, for which a graph would have to be cut anyway

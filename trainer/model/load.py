@@ -36,7 +36,8 @@ def load_model(
     """Load weights in `dtype`, quantised where `method` is QLoRA.
 
     `attention` is what flat rows need; without it the model is for padded batches and generation.
-    Under ZeRO-3 the weights are partitioned while they load, provided that `TrainingArguments` exist already.
+    `device`, where it is a GPU, is what the weights are read to: they never exist as a whole in the host's memory.
+    Under ZeRO-3 they are partitioned while they load, provided that `TrainingArguments` exist already.
 
     Raises:
         StorageError: a weight is not finite.
@@ -50,13 +51,26 @@ def load_model(
         from tunewright.trainer.model.quantization import quantization_config
 
         options["quantization_config"] = quantization_config(method, dtype)
-        # Quantisation happens on the device that trains: each rank loads onto its own.
-        options["device_map"] = {"": device if device is not None else "cpu"}
     if model.random_weights:
-        return _draw(path, model, device, options)
+        return _draw(path, model, device, options | _placed(device, options))
+    options |= _placed(device, options)
     loaded = from_folder(AutoModelForCausalLM.from_pretrained, path, model, **options)
     check_weights(loaded, path, device)
     return loaded  # type: ignore[no-any-return]
+
+
+def _placed(device: torch.device | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the option that has each rank read weights straight to its own device.
+
+    On a CPU there is nothing to say, but that quantisation happens there. ZeRO-3 places weights itself.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if "quantization_config" in options:
+        return {"device_map": {"": device if device is not None else "cpu"}}
+    if device is None or device.type == "cpu" or is_deepspeed_zero3_enabled():
+        return {}
+    return {"device_map": {"": device}}
 
 
 def _draw(path: Path, model: ModelConfig, device: torch.device | None, options: dict[str, Any]) -> PreTrainedModel:

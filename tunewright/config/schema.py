@@ -45,6 +45,22 @@ class Launcher(Enum):
     deepspeed = "deepspeed"
 
 
+class FusedLayers(Enum):
+    """Whose kernels compute RMSNorm, rotary embeddings and SwiGLU, each in one pass over memory."""
+
+    none = "none"
+    liger = "liger"
+    kernels = "kernels"
+
+
+class AttentionKernel(Enum):
+    """Which kernel computes attention without padding on a GPU."""
+
+    auto = "auto"
+    torch = "torch"
+    flash3 = "flash3"
+
+
 def option(default: Any, help: str) -> Any:
     """A data-class field with its help text; lists get a fresh copy each time."""
     if isinstance(default, list):
@@ -198,6 +214,16 @@ class TrainConfig:
     early_stopping: Optional[int] = option(None, "stop after this many evaluations without a lower eval loss")
     padding_free: bool = option(True, "one flat row of tokens per batch; false pads, for comparison")
     compile: bool = option(False, "compile the layers with torch.compile: a longer start, faster steps")
+    fused_layers: FusedLayers = option(
+        FusedLayers.none,
+        "on a GPU, one kernel each for RMSNorm, rotary embeddings and SwiGLU: liger, of the package liger-kernel; "
+        "kernels, of the Hub (RMSNorm alone)",
+    )
+    attention_kernel: AttentionKernel = option(
+        AttentionKernel.auto,
+        "on a GPU: torch, what PyTorch chooses; flash3, FlashAttention 3; auto, the latter on Hopper where it is "
+        "installed",
+    )
     gradient_checkpointing: Union[bool, str] = option(
         False, "trade time for memory: recompute activations; auto: of as few layers as the memory of the device allows"
     )

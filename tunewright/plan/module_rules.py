@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from tunewright.errors import ConfigError, closest
 from tunewright.plan.architecture import Architecture
+from tunewright.plan.kernel_rules import check_fused
 from tunewright.safetensors_header import shapes
 from tunewright.text import listed
 
@@ -32,8 +33,8 @@ def check_modules(config: DictConfig, architecture: Architecture) -> None:
     """Compare the names in the method's settings with the modules that exist.
 
     Raises:
-        ConfigError: a name that means nothing or too much, with the names that exist and the likely meant ones; or rows
-            longer than the model has positions.
+        ConfigError: a name that means nothing or too much, with the names that exist and the likely meant ones; rows
+            longer than the model has positions; or `train.fused_layers` for an architecture that it cannot do.
     """
     method = config.method
     if method.name in ("lora", "qlora"):
@@ -44,6 +45,7 @@ def check_modules(config: DictConfig, architecture: Architecture) -> None:
         _check_ia3(method, architecture)
     elif method.name == "freeze":
         _check_freeze(method, architecture)
+    check_fused(config, architecture.model_type)
     if config.train.gradient_checkpointing and not architecture.recomputes:
         raise ConfigError(
             f"`train.gradient_checkpointing` is {config.train.gradient_checkpointing}, which transformers cannot do "

@@ -23,6 +23,7 @@ from tunewright.plan.batch_plan import BatchPlan, batch_plan
 from tunewright.plan.data_rules import check_data, check_flat_rows, check_held_out
 from tunewright.plan.deepspeed_rules import check_deepspeed
 from tunewright.plan.devices import Devices
+from tunewright.plan.kernel_rules import check_kernels
 from tunewright.plan.method_rules import check_method
 from tunewright.plan.support import PARTITIONED, combination_of, known_strategy, support_of
 from tunewright.plugins import chosen
@@ -66,6 +67,7 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
     check_method(config)
     _check_checkpointing(config)
     _check_compile(config, devices)
+    check_kernels(config, devices)
     _check_names(config)
     check_held_out(config)
     _check_model(config)
