@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from trl import SFTConfig
 
 from tunewright.config.schema import Launcher
+from tunewright.plan.accumulation import sums_in_float32
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.run_folder import RunDir
 from tunewright.trainer.deepspeed_settings import for_trainer
@@ -32,6 +33,8 @@ def sft_config(
     `universal` says that DeepSpeed is to read a universal checkpoint.
     """
     train, deepspeed = config.train, deepspeed_settings(config, universal=universal)
+    if deepspeed is not None and dtype is torch.bfloat16 and plan.accumulation > 1 and sums_in_float32(config):
+        deepspeed.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"
     args = SFTConfig(
         output_dir=str(run.checkpoints),
         per_device_train_batch_size=plan.micro_batch,
@@ -64,6 +67,7 @@ def sft_config(
         deepspeed=deepspeed,
         accelerator_config={"use_configured_state": True},
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # no training changes any
         average_tokens_across_devices=True,
         remove_unused_columns=False,
         # Base and adapters are in the computation's format already; see `master_weights.py` for what keeps precision.

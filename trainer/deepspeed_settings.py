@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+# Gradients that go to the other ranks at once. DeepSpeed reserves two buffers of so many, 80 MB in bfloat16.
+LARGEST_BUCKET = 20_000_000
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -28,3 +30,14 @@ def for_trainer(settings: dict[str, Any], *, universal: bool = False) -> dict[st
     if zero.get("stage") == 3:  # without it DeepSpeed gives nobody the whole weights, and no result is saved
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return settings
+
+
+def fill_bucket_size(settings: dict[str, Any], trained: int) -> None:
+    """Put a number in place of "auto" for `reduce_bucket_size` at stage 1 and 2, where so many weights are trained.
+
+    transformers would put the hidden size squared there: little for a small model, more than an adapter has for a
+    large one.
+    """
+    zero = settings["zero_optimization"]
+    if zero["stage"] < 3 and zero.get("reduce_bucket_size") == "auto":
+        zero["reduce_bucket_size"] = min(trained, LARGEST_BUCKET)

@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
+from tunewright.plan.accumulation import sums_in_float32
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.trainer.agreement import Agreement
 from tunewright.trainer.checkpointing import Checkpoints
@@ -36,9 +37,11 @@ from tunewright.trainer.data.batches import (
 from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.data.stream import StreamedMicroBatches, TokenStream
 from tunewright.trainer.data.token_cache import TokenCache
+from tunewright.trainer.deepspeed_settings import fill_bucket_size
 from tunewright.trainer.finiteness import Finiteness
 from tunewright.trainer.loss import Loss, cross_entropy_sum, custom_loss_sum
-from tunewright.trainer.master_weights import attach_master_weights
+from tunewright.trainer.master_weights import MasterWeights, SumInFloat32, attach_master_weights
+from tunewright.trainer.methods import parameter_counts
 from tunewright.trainer.methods.prompt_learning import (
     learns_prompt,
     load_prompt_encoder,
@@ -69,6 +72,7 @@ class TunewrightTrainer(SFTTrainer):
     optimizer: Any
     checkpoints: Checkpoints  # set before the training begins
     checkpoint_root: Path | None = None  # where the folder of the checkpoint is that is being written
+    masters: MasterWeights | None = None  # None with DeepSpeed, which keeps its own float32 copies
 
     def __init__(
         self,
@@ -90,7 +94,12 @@ class TunewrightTrainer(SFTTrainer):
         self.loraplus_ratio = config.method.get("loraplus_ratio")
         self.group_by_length = config.train.group_by_length
         self.pack_to = config.data.cutoff_len if config.data.packing else None
+        if plan.accumulation > 1 and not self.is_deepspeed_enabled and sums_in_float32(config):
+            self.add_callback(SumInFloat32(self))
+        self.accelerator.ddp_handler.gradient_as_bucket_view = True  # transformers has no argument for it
         cast_trained(self.model, dtype)
+        if self.is_deepspeed_enabled:
+            fill_bucket_size(self.args.hf_deepspeed_config.config, parameter_counts(self.model)[0])
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.linear_cross_entropy = loss is None and self.args.device.type == "cpu" and add_linear_cross_entropy(base)
         alpha = config.train.neftune_alpha
@@ -168,10 +177,26 @@ class TunewrightTrainer(SFTTrainer):
         self.finiteness.add_loss(loss.detach())
         return loss
 
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        norm = super()._get_grad_norm(*args, **kwargs)
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return super()._clip_grad_norm(self._stepped(model))
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(self._stepped(model), grad_norm)
         self.finiteness.see_norm(norm)
         return norm
+
+    def _stepped(self, model: Any) -> Any:
+        """Return what the optimiser steps, with its gradients, in place of the model."""
+        if self.masters is None:
+            return model
+        self.masters.take_gradients()
+        return self.stepped
+
+    def summed_in(self) -> torch.dtype:
+        """Return the format in which the gradients of a step's micro-batches are added up."""
+        if self.masters is None:
+            return self.model_wrapped.get_data_types()[1]  # type: ignore[no-any-return]
+        return torch.float32 if self.masters.summing else self.dtype
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
         self.meter.start_step()  # fetching batches is part of a step
@@ -244,8 +269,9 @@ class TunewrightTrainer(SFTTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         name_parameters(optimizer, self.model)
         self.rates = rates_of(optimizer)
-        if not self.is_deepspeed_enabled:  # DeepSpeed keeps its own float32 copies
-            attach_master_weights(optimizer)
+        if not self.is_deepspeed_enabled:
+            self.masters = attach_master_weights(optimizer)
+            self.stepped = torch.nn.ParameterList(p for group in optimizer.param_groups for p in group["params"])
         return optimizer
 
     def _loraplus(self, ratio: float) -> torch.optim.Optimizer:

@@ -18,6 +18,7 @@ from tunewright.ranks import launched, machine, machines, world_size
 from tunewright.run_folder import RunDir
 from tunewright.trainer.console import Output
 from tunewright.trainer.process_group import all_gather, limit_waiting
+from tunewright.trainer.results import name_of
 
 
 class VerifyStrategy(TrainerCallback):
@@ -56,6 +57,7 @@ def distributed_facts(trainer: Any) -> dict[str, Any]:
         "zero_stage": int(wrapped.zero_optimization_stage()) if hasattr(wrapped, "zero_optimization_stage") else None,
         "parameters_held_by_rank_0": sum(getattr(p, "ds_tensor", p).numel() for p in parameters),
         "parameters_partitioned": sum(1 for p in parameters if hasattr(p, "ds_id")),
+        "gradients_summed_in": name_of(trainer.summed_in()),
         "hosts": _hosts(),
         "process_ids": [int(row[0]) for row in all_gather([os.getpid()], accelerator.device)],
     }

@@ -198,11 +198,12 @@ def after_loading(engine: Any, checkpoint: Path) -> None:
     """Mend what DeepSpeed reads wrongly of a universal checkpoint, and have it read its own ones from here on."""
     folder = checkpoint / (checkpoint / TAG).read_text(encoding="utf-8")
     optimizer = engine.optimizer.optimizer
-    for state in optimizer.state.values():
-        state["step"] = state["step"].clone()
     saved = torch.load(folder / "zero" / "optimizer_state.pt")["param_groups"]
     for group, before in zip(optimizer.param_groups, saved, strict=True):
         group.update({key: value for key, value in before.items() if key != "params"})
+    fused = optimizer.param_groups[0].get("fused")
+    for weight, state in optimizer.state.items():  # PyTorch's fused AdamW has the step beside the weight
+        state["step"] = state["step"].to(weight.device if fused else "cpu", copy=True)
     engine._config.load_universal_checkpoint = False
 
 

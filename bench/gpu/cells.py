@@ -52,7 +52,7 @@ MORE_LEVERS = (
     (BLOCKING,),
 )
 # What an optimiser and the format of gradients cost shows where all weights are trained.
-FULL_LEVERS: tuple[tuple[str, ...], ...] = ()
+FULL_LEVERS = (("train.optimizer=adamw_torch",), ("train.grad_accum_dtype=bfloat16",))
 # Levers that need a package, by the module that tells it, and those that a CPU has not.
 MODULES = {
     "train.fused_layers=liger": "liger_kernel",

@@ -43,7 +43,7 @@ METHODS = {
     "pissa": ["method.init=pissa"],
     "qlora": ["method=qlora"],
     "freeze": ["method=freeze", "method.layers=1"],
-    "full-bfloat16": ["method=full", "model.dtype=bfloat16"],
+    "full-bfloat16": ["method=full", "model.dtype=bfloat16", "train.micro_batch_size=2"],
     "ia3": ["method=ia3"],
     "prompt_tuning": ["method=prompt_tuning"],
     "p_tuning": ["method=p_tuning"],
@@ -102,7 +102,9 @@ def test_resumed_ranks_continue_from_their_float32_masters_and_from_nothing_that
 ) -> None:
     """DeepSpeed by itself unpickles whatever lies there."""
     overrides = [*quick(small_model), f"strategy={strategy}", "model.dtype=bfloat16", "data.eval_names=[]"]
+    overrides += ["train.micro_batch_size=1"]
     run = train(f"masters-{strategy}", *overrides)
+    assert manifest(run)["distributed"]["gradients_summed_in"] == "float32"
     expected, saved = losses(run), results(run)
 
     def interrupted() -> None:

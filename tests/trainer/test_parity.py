@@ -107,6 +107,7 @@ def test_zero_in_bfloat16_follows_one_process_in_bfloat16(train: Callable[..., P
     run = train("zero2-bfloat16", "strategy=zero2", "model.dtype=bfloat16", "train.learning_rate=3e-3", *same)
     one = train("single-bfloat16", "strategy=single", "model.dtype=bfloat16", "train.learning_rate=3e-3", *same)
     assert manifest(run)["dtype"] == "bfloat16"
+    assert {manifest(each)["distributed"]["gradients_summed_in"] for each in (run, one)} == {"float32"}
     assert losses(run) == pytest.approx(losses(one), rel=0.01)
 
 

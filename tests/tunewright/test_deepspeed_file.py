@@ -21,7 +21,7 @@ from tunewright.plan.devices import Devices
 from tunewright.plan.rules import check
 from tunewright.plan.substitutes import substitute
 from tunewright.plan.support import STRATEGIES
-from tunewright.trainer.deepspeed_settings import for_trainer
+from tunewright.trainer.deepspeed_settings import fill_bucket_size, for_trainer
 
 CPU, GPU = Devices("cpu", 0, 2), Devices("cuda", 2, 8)
 ZERO2: dict[str, Any] = {"zero_optimization": {"stage": 2}}
@@ -192,7 +192,7 @@ def test_of_every_key_it_is_said_what_becomes_of_it(write: Callable[..., Path]) 
     config = checked(file)
     text = account(read(file), config, unknown_keys(read(file)))
     assert f"{file}: ZeRO stage 2, strategy zero2. Used: zero_optimization, wall_clock_breakdown." in text
-    assert "optimizer by train.optimizer=adamw_torch, train.learning_rate=0.0002" in text
+    assert "optimizer by train.optimizer=adamw_torch_fused, train.learning_rate=0.0002" in text
     assert "scheduler by train.scheduler=cosine, train.warmup_ratio=0.03" in text
     assert "fp16 by model.dtype=auto" in text
     assert "gradient_clipping by train.max_grad_norm=1.0" in text
@@ -252,6 +252,20 @@ def test_the_trainer_gets_what_was_said() -> None:
         "stage3_gather_16bit_weights_on_model_save": True,
     }
     assert own["bf16"] == {"check_grad_overflow": True}
+
+
+def test_buckets_are_no_larger_than_what_is_trained() -> None:
+    def size(trained: int, **zero: Any) -> Any:
+        settings = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", **zero}}
+        fill_bucket_size(settings, trained)
+        return settings["zero_optimization"]["reduce_bucket_size"]
+
+    assert size(5000) == 5000
+    assert size(8_000_000_000) == 20_000_000
+    assert size(5000, reduce_bucket_size=7) == 7
+    assert size(5000, stage=3) == "auto"
+    for stage in (1, 2):  # the shipped ones leave it to this
+        assert read(DEEPSPEED_DIR / f"zero{stage}.json").get("zero_optimization.reduce_bucket_size") == "auto"
 
 
 def test_under_accelerate_a_file_is_judged_by_what_it_says_and_not_by_its_name(

@@ -191,7 +191,12 @@ class TrainConfig:
     micro_batch_size: int = option(
         4, "at most this many rows at once on a device: a memory bound, not a hyper-parameter"
     )
-    optimizer: str = option("adamw_torch", "transformers' optimiser names")
+    optimizer: str = option("adamw_torch_fused", "transformers' optimiser names")
+    grad_accum_dtype: Dtype = option(
+        Dtype.auto,
+        "format in which gradients of bfloat16 weights are summed over a step's micro-batches; auto: float32, except "
+        "under strategy=zero1 and zero2_offload",
+    )
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 turns it off")
     seed: int = option(42, "seed of row order, splits, adapters and dropout")

@@ -19,6 +19,7 @@ from tunewright.config.ranges import check_ranges
 from tunewright.config.schema import STRATEGIES, Launcher, Source
 from tunewright.errors import ConfigError, did_you_mean
 from tunewright.mirror import mirror_of
+from tunewright.plan.accumulation import check_accumulation
 from tunewright.plan.batch_plan import BatchPlan, batch_plan
 from tunewright.plan.data_rules import check_data, check_flat_rows, check_held_out
 from tunewright.plan.deepspeed_rules import check_deepspeed
@@ -37,7 +38,7 @@ SCHEDULERS = (
 )  # fmt: skip
 POLYNOMIAL_END = 1e-7  # where transformers' polynomial schedule ends
 OPTIMIZERS = (
-    "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "adamw_bnb_8bit",
+    "adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "adamw_bnb_8bit",
     "ademamix", "ademamix_8bit", "lion_32bit", "lion_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
     "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit",
 )  # fmt: skip
@@ -74,6 +75,7 @@ def check(config: DictConfig, devices: Devices) -> BatchPlan:
     check_data(config)
     check_flat_rows(config)
     mirror_of(config)
+    check_accumulation(config)
     plan = batch_plan(config.train, ranks, cutoff_len=config.data.cutoff_len, packing=config.data.packing)
     if config.strategy.launcher is Launcher.deepspeed:
         check_deepspeed(config, plan, devices.gpu)

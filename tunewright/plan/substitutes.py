@@ -22,7 +22,7 @@ from tunewright.plan.support import combination_of, support_of
 
 # Paged optimisers need the unified memory of a GPU; what comes closest without.
 UNPAGED = {
-    "paged_adamw_32bit": "adamw_torch",
+    "paged_adamw_32bit": "adamw_torch_fused",
     "paged_adamw_8bit": "adamw_8bit",
     "paged_ademamix_32bit": "ademamix",
     "paged_ademamix_8bit": "ademamix_8bit",
