@@ -147,9 +147,17 @@ def matmul_parameters(shape: dict[str, Any], method: str, rank: int = RANK) -> t
 
 
 def credited_flops(shape: dict[str, Any], method: str, tokens: int, scored: int, rank: int = RANK) -> float:
-    """4 FLOPs for a frozen weight, 6 for a trained one; the head on scored positions; recomputation is not credited."""
+    """As `trainer/flops.py`: 4 for a frozen weight, 6 for a trained one, the head on scored positions.
+
+    Under LoRA nothing trained lies before what the first layer multiplies its input by, which needs no gradient there.
+    """
     frozen, trained, head = matmul_parameters(shape, method, rank)
-    return float((4 * frozen + 6 * trained) * tokens + (6 if method == "full" else 4) * head * scored)
+    body = 4 * frozen + 6 * trained
+    if method in ("lora", "qlora"):
+        hidden = shape["hidden_size"]
+        kv = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+        body -= 2 * hidden * (hidden + 2 * kv + 3 * rank)
+    return float(body * tokens + (6 if method == "full" else 4) * head * scored)
 
 
 def write_rows(folder: Path, model: Path, kind: str, steps: int, seed: int, batch: int) -> Workload:

@@ -52,7 +52,7 @@ def test_tensorboard_holds_the_curves_and_the_hyperparameters(demo: tuple[Path, 
     events = EventAccumulator(str(demo[0] / way / "tensorboard"))
     events.Reload()
     scalars = events.Tags()["scalars"]
-    for figure in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes"):
+    for figure in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "flops_per_second", "peak_memory_bytes"):
         assert f"train/{figure}" in scalars
     logged = [line["loss"] for line in read_metrics(demo[0] / way) if "loss" in line]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged)

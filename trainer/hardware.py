@@ -32,23 +32,41 @@ def _processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return the device's peak in FLOP/s: of a GPU from TRL's table, of a CPU rank measured on a large matmul.
+def listed_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return a GPU's peak in FLOP/s from TRL's table; None for one that it does not have."""
+    from trl.trainer.utils import get_peak_flops
 
-    None for a GPU that the table does not have.
+    return get_peak_flops(torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."))
+
+
+def product_rates(device: torch.device, dtype: torch.dtype, seconds: float) -> tuple[list[float], list[float]]:
+    """Return the rates in FLOP/s of products of two square matrices, small ones and large ones.
+
+    No training step can beat the best of them.
+
+    Args:
+        seconds: how long to go on; each size is tried twice at least.
     """
-    if device.type == "cuda":
-        from trl.trainer.utils import get_peak_flops
+    small, large = (4096, 8192) if device.type == "cuda" else (1024, 2048)
+    return _rates(device, dtype, small, seconds / 2), _rates(device, dtype, large, seconds / 2)
 
-        return get_peak_flops(torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."))
-    size = 1024
-    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
+
+def _rates(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> list[float]:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    rates: list[float] = []
+    begun = time.perf_counter()
+    while len(rates) < 2 or time.perf_counter() - begun < seconds:
+        started = time.perf_counter()
         a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        drain(device)
+        rates.append(2 * size**3 / (time.perf_counter() - started))
+    return rates
+
+
+def drain(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU does it at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from tunewright.metrics import final_train_loss, mean_train_loss, read_metrics
 from tunewright.run_folder import RunDir
 from tunewright.trainer.data.token_cache import TokenCache, as_json
 from tunewright.trainer.hardware import describe_hardware
+from tunewright.trainer.peak import certain
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "trl", "datasets", "bitsandbytes", "hydra-core")
 
@@ -42,16 +43,25 @@ def describe_training(
 
 
 def describe_result(
-    run: RunDir, trainer: Any, seconds: float, memory: float, warnings: Sequence[str]
+    run: RunDir,
+    trainer: Any,
+    seconds: float,
+    memory: float,
+    peak: dict[str, float | None],
+    warnings: Sequence[str],
 ) -> dict[str, Any]:
-    """Return what a finished training comes to: its losses, how long it took, and the most `memory` of any rank."""
+    """Return what a finished training comes to: its losses, how long it took, and the most `memory` of any rank.
+
+    `peak` is what its devices can compute (`Peak.at_end`).
+    """
     lines = read_metrics(run.metrics)
     evals = [line["eval_loss"] for line in lines if "eval_loss" in line]
     kept = trainer.state.best_metric if trainer.args.load_best_model_at_end else evals[-1] if evals else None
     trained = [line for line in lines if "step_seconds" in line]
     step_seconds = sum(line["step_seconds"] for line in trained)
     tokens = sum(line["step_tokens"] for line in trained)
-    mfu = [line["mfu"] * line["step_seconds"] for line in trained if "mfu" in line]
+    flops = sum(line["flops_per_second"] * line["step_seconds"] for line in trained)
+    best = certain(peak)
     return {
         "status": "done",
         "warnings": list(warnings),
@@ -61,7 +71,9 @@ def describe_result(
         "step_seconds": step_seconds,
         "tokens_seen": int(tokens),
         "tokens_per_second": tokens / step_seconds if step_seconds else None,
-        "mfu": sum(mfu) / step_seconds if mfu and step_seconds else None,
+        "flops_per_second": flops / step_seconds if step_seconds else None,
+        "peak_flops_per_second": peak,
+        "mfu": flops / step_seconds / best if best and step_seconds else None,
         "peak_memory_bytes": int(max([memory, *(line["peak_memory_bytes"] for line in trained)])),
         "final": {
             "train_loss": final_train_loss(lines),

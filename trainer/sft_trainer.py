@@ -3,7 +3,7 @@
 1. Batches: the same rows per optimiser step for any number of ranks (`batches.MicroBatches`), without padding.
 2. Loss (`loss.py`): the head runs on the positions that carry a label. The sum over scored tokens is divided by the
    scored tokens of the global batch, so that the figure is the same for any split into ranks and micro-batches.
-3. Log: real tokens per second, MFU and peak memory beside the loss, in TensorBoard and in metrics.jsonl.
+3. Log: real tokens per second, FLOP/s, MFU and peak memory beside the loss, in TensorBoard and in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from tunewright.trainer.data.batches import (
     PaddedCollator,
     TokenRows,
     on_device,
-    token_counts,
 )
 from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.data.stream import StreamedMicroBatches, TokenStream
@@ -49,6 +48,7 @@ from tunewright.trainer.methods.prompt_learning import (
     save_prompt_encoder,
 )
 from tunewright.trainer.model.linear_cross_entropy import add_linear_cross_entropy
+from tunewright.trainer.model.model_folder import cache_folder
 from tunewright.trainer.model.neftune import EmbeddingNoise
 from tunewright.trainer.process_group import all_gather
 from tunewright.trainer.rates import put_back, rates_of
@@ -105,7 +105,8 @@ class TunewrightTrainer(SFTTrainer):
         alpha = config.train.neftune_alpha
         self.neftune = EmbeddingNoise(self.model, alpha) if alpha else None
         self.after_eval_batch: Callable[[], None] = lambda: None
-        self.meter = Meter(self.model, self.args.device, dtype)
+        cache_dir = cache_folder(config.data.cache_dir)
+        self.meter = Meter(self.model, self.args.device, dtype, cache_dir, compiled=config.train.compile)
         self.add_callback(self.meter)
         self.add_callback(RemoveConversion())
         self.finiteness = Finiteness(self, config, cache)
@@ -172,7 +173,8 @@ class TunewrightTrainer(SFTTrainer):
     # Loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        with self.meter.watching():
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.meter.add_loss(loss.detach())
         self.finiteness.add_loss(loss.detach())
         return loss
@@ -199,10 +201,9 @@ class TunewrightTrainer(SFTTrainer):
         return torch.float32 if self.masters.summing else self.dtype
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], Any]:
-        self.meter.start_step()  # fetching batches is part of a step
+        self.meter.fetch()
         batches, num_items = super().get_batch_samples(*args, **kwargs)
-        for batch in batches:
-            self.meter.add_tokens(*token_counts(batch))
+        self.meter.add_batches(batches)
         return [on_device(batch, self.args.device) for batch in batches], num_items
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
@@ -341,14 +342,16 @@ class TunewrightTrainer(SFTTrainer):
         # A checkpoint continues the log up to its step, and evaluation may be what ends the training: nothing that was
         # trained may be missing in the log then, whatever `logging_steps` is.
         control = self.control
-        if control.should_save or control.should_evaluate or control.should_training_stop:
+        pauses = control.should_save or control.should_evaluate
+        if pauses or control.should_training_stop:
             control.should_log = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if pauses:
+            self.meter.start()
 
     def floating_point_ops(self, inputs: Batch) -> float:
-        """Return the FLOPs of a batch. transformers walks through all parameters for it, in every step."""
-        tokens = inputs["input_ids"].numel()
-        return self.meter.matmuls.flops(tokens, inputs["targets"].numel() if "targets" in inputs else tokens)
+        """Return the FLOPs of the batch that was just trained on. transformers walks through all parameters for it."""
+        return self.meter.trained()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

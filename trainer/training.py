@@ -151,8 +151,9 @@ def train(
         warnings = watch.warnings()
         save_result(trainer, config.method, run, room)
         memory = max(row[0] for row in all_gather([peak_memory(device)], device))
+        peak = trainer.meter.peak.at_end()
         if state.is_main_process:
-            result = describe_result(run, trainer, metrics.wall_seconds(), memory, warnings)
+            result = describe_result(run, trainer, metrics.wall_seconds(), memory, peak, warnings)
             write_hyperparameters(run, result["final"])
             run.update_manifest(**result)
     output.say(". ".join([f"Saved to {run.final}", *(f"Warning: {text}" for text in warnings)]))
@@ -238,7 +239,7 @@ def _chosen(config: DictConfig, run: RunDir, trainer: TunewrightTrainer, output:
     if attention.choose_kernel(config.train.attention_kernel, trainer.args.device, dropout):
         output.say("Attention runs on FlashAttention 3.")
     if config.train.compile:
-        output.say(f"Compiling the {compile_layers(trainer.model)} layers during the first step.")
+        output.say(f"Compiling the {compile_layers(trainer.model)} layers behind the first micro-batch.")
     if trainer.is_world_process_zero():
         chosen.append(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
     if config.train.gradient_checkpointing == "auto":

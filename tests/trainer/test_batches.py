@@ -23,7 +23,6 @@ from tunewright.trainer.data.batches import (
 from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.loss import cross_entropy_sum
 from tunewright.trainer.model import attention
-from tunewright.trainer.throughput import matmul_parameters
 
 
 def rows_of(*lengths: int, vocabulary: int = 4000) -> list[dict[str, np.ndarray]]:
@@ -179,16 +178,6 @@ def test_the_fused_head_of_a_gpu_gives_the_same_loss(tiny: Any) -> None:
     add_fused_lm_head(tiny)
     inputs = {key: value for key, value in batch.items() if key not in ("scored", "targets")}
     assert -tiny(**inputs, fused_lm_head=True).log_probs.sum().item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_matmul_weights_are_counted_by_hand(tiny: Any) -> None:
-    """Per layer q and o 256x256, k and v 256x(2 of 4 heads of 64), and three of the feed-forward; the head once."""
-    config = tiny.config
-    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    layer = 2 * width * width + 2 * width * width // 2 + 3 * width * inner
-    counted = matmul_parameters(tiny)
-    assert (counted.body_trained, counted.head_trained) == (layers * layer, config.vocab_size * width)
-    assert counted.flops(tokens=10, scored=3) == 6 * (10 * layers * layer + 3 * config.vocab_size * width)
 
 
 @pytest.mark.parametrize(
