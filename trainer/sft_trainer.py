@@ -38,7 +38,7 @@ from tunewright.trainer.data.stream import StreamedMicroBatches, TokenStream
 from tunewright.trainer.data.token_cache import TokenCache
 from tunewright.trainer.deepspeed_settings import fill_bucket_size
 from tunewright.trainer.finiteness import Finiteness
-from tunewright.trainer.loss import Loss, cross_entropy_sum, custom_loss_sum
+from tunewright.trainer.loss import OWN, Loss, Sums, choose_head, loss_sums
 from tunewright.trainer.master_weights import MasterWeights, SumInFloat32, attach_master_weights
 from tunewright.trainer.methods import parameter_counts
 from tunewright.trainer.methods.prompt_learning import (
@@ -47,9 +47,9 @@ from tunewright.trainer.methods.prompt_learning import (
     prompt_for_saving,
     save_prompt_encoder,
 )
-from tunewright.trainer.model.linear_cross_entropy import add_linear_cross_entropy
 from tunewright.trainer.model.model_folder import cache_folder
 from tunewright.trainer.model.neftune import EmbeddingNoise
+from tunewright.trainer.model.router_loss import RouterLoss, own_coefficient
 from tunewright.trainer.process_group import all_gather
 from tunewright.trainer.rates import put_back, rates_of
 from tunewright.trainer.throughput import Meter
@@ -87,7 +87,11 @@ class TunewrightTrainer(SFTTrainer):
     ) -> None:
         pad_token_id = kwargs["processing_class"].pad_token_id
         collator = FlatCollator(pad_token_id) if config.train.padding_free else PaddedCollator(pad_token_id)
+        text = kwargs["model"].config.get_text_config()
+        router_logits = getattr(text, "output_router_logits", None)
         super().__init__(*args, data_collator=collator, **kwargs)
+        if router_logits is not None:  # TRL (1.16) turns them on in the configuration, which is saved with the result
+            text.output_router_logits = router_logits
         self.plan, self.stream, self.dtype, self.loss, self.cache = plan, stream, dtype, loss, cache
         # The loss below is divided by `num_items_in_batch` whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
@@ -101,7 +105,11 @@ class TunewrightTrainer(SFTTrainer):
         if self.is_deepspeed_enabled:
             fill_bucket_size(self.args.hf_deepspeed_config.config, parameter_counts(self.model)[0])
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        self.linear_cross_entropy = loss is None and self.args.device.type == "cpu" and add_linear_cross_entropy(base)
+        on_gpu, padded = self.args.device.type == "cuda", not config.train.padding_free
+        self.head = OWN if loss else choose_head(base, config.train.cross_entropy, gpu=on_gpu, padded=padded)
+        wanted, own = config.train.router_aux_loss, own_coefficient(base)
+        coefficient = (own if wanted is None else wanted) if own is not None else 0.0
+        self.router_loss = RouterLoss(coefficient) if coefficient else None
         alpha = config.train.neftune_alpha
         self.neftune = EmbeddingNoise(self.model, alpha) if alpha else None
         self.after_eval_batch: Callable[[], None] = lambda: None
@@ -216,22 +224,19 @@ class TunewrightTrainer(SFTTrainer):
     ) -> torch.Tensor:
         if self.neftune is not None:
             self.neftune.see(inputs)
-        if self._is_left_to_trl(inputs):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        total = self._loss_sum(model, inputs)
+        sums = self._loss_sums(model, inputs, router=self.router_loss is not None)
+        scored = (inputs["labels"][:, 1:] != IGNORED).sum()
         if num_items_in_batch is None:
-            return total / (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+            return sums.loss / scored.clamp(min=1)
         # Ranks average their gradients, `num_items_in_batch` counts the tokens of all of them.
-        return total * self.accelerator.num_processes / num_items_in_batch
+        share = self.accelerator.num_processes / num_items_in_batch
+        loss = sums.loss * share
+        if self.router_loss is None or sums.router is None:
+            return loss
+        return self.router_loss.add(loss, sums.router, scored * share)
 
-    def _is_left_to_trl(self, batch: Batch) -> bool:
-        """Whether a padded batch's loss is TRL's: on a GPU, and for heads that ours does not take."""
-        return "scored" not in batch and not self.linear_cross_entropy and self.loss is None
-
-    def _loss_sum(self, model: Any, batch: Batch) -> torch.Tensor:
-        if self.loss is not None:
-            return custom_loss_sum(model, batch, self.loss)
-        return cross_entropy_sum(model, batch, linear_cross_entropy=self.linear_cross_entropy)
+    def _loss_sums(self, model: Any, batch: Batch, *, router: bool = False) -> Sums:
+        return loss_sums(model, batch, self.head, loss=self.loss, router=router)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:  # type: ignore[type-arg]
         """Return {"eval_loss"}: the mean over every scored token, the same for any number of ranks.
@@ -245,10 +250,7 @@ class TunewrightTrainer(SFTTrainer):
             for number, batch in enumerate(self.get_eval_dataloader(eval_dataset)):
                 tokens += int((batch["labels"][..., 1:] != IGNORED).sum())
                 batch = on_device(batch, self.args.device)
-                if self._is_left_to_trl(batch):
-                    loss = float(super().compute_loss(model, batch, num_items_in_batch=1)) / self.args.world_size
-                else:
-                    loss = float(self._loss_sum(model, batch))
+                loss = float(self._loss_sums(model, batch).loss)
                 total += loss
                 odd += [] if math.isfinite(loss) else [number]
                 self.after_eval_batch()
@@ -356,6 +358,8 @@ class TunewrightTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self.meter.take())
+            if self.router_loss is not None:
+                logs["router_aux_loss"] = self.router_loss.take(len(self.meter.step_losses), self.args.device)
             if not all(map(math.isfinite, (logs["loss"], logs.get("grad_norm", 0.0)))):
                 self.finiteness.stop()
         super().log(logs, start_time)

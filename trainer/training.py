@@ -122,7 +122,8 @@ def train(
     with _writing(run, room):
         chosen = _chosen(config, run, trainer, output)
         if state.is_main_process:
-            run.update_manifest(**describe_training(config, prepared.cache, (trainable, total), device, dtype))
+            described = describe_training(config, prepared.cache, (trainable, total), device, dtype)
+            run.update_manifest(**described, cross_entropy=trainer.head)
     ours = [room, metrics, progress, checkpoints, watch, verify, first, grace, *chosen]
     mirror = mirror_of(config) if state.is_main_process else None
     mirroring = checkpoints.mirroring = MirrorCheckpoints(mirror, run, config.train, output) if mirror else None

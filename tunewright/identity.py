@@ -52,6 +52,7 @@ ADJUSTABLE = {
     "train.compile",
     "train.fused_layers",
     "train.attention_kernel",
+    "train.cross_entropy",
     "train.callbacks",
 }
 # What the model is called, where `inputs` has the digest of its files; written down.

@@ -46,6 +46,7 @@ TRAININGS: dict[str, list[str]] = {
     "full": ["method=full", "model.dtype=bfloat16"],
     "full, padded": ["method=full", "model.dtype=bfloat16", "train.padding_free=false"],
     "LoRA, fused layers": ["method=lora", "model.dtype=bfloat16", "train.fused_layers=liger"],
+    "full, TRL's head": ["method=full", "model.dtype=bfloat16", "train.cross_entropy=trl"],
     "prompt tuning": ["method=prompt_tuning", "model.dtype=bfloat16"],
     "packing": ["method=lora", "model.dtype=bfloat16", "data.packing=true", "train.global_batch_size=2"],
 }

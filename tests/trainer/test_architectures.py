@@ -22,7 +22,7 @@ from tunewright.errors import ConfigError
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.trainer.data.batches import FlatCollator, PaddedCollator
 from tunewright.trainer.data.render import IGNORED
-from tunewright.trainer.loss import cross_entropy_sum
+from tunewright.trainer.loss import loss_sums
 from tunewright.trainer.methods import adapt
 from tunewright.trainer.model import attention
 from tunewright.trainer.model.padding_free import padded_implementation, padding_free_problem
@@ -148,7 +148,7 @@ def test_flat_rows_are_padded_rows_and_rows_alone(name: str) -> None:
     flat, padded = model_of(name, attention.register()), padded_model(name)
     assert flat.config.get_text_config()._attn_implementation == attention.NAME
     assert padding_free_problem(flat.config, type(flat)) is None
-    loss, expected = cross_entropy_sum(flat, FlatCollator(0)(rows)), padded_loss_sum(padded, rows)
+    loss, expected = loss_sums(flat, FlatCollator(0)(rows)).loss, padded_loss_sum(padded, rows)
     alone = sum(loss_alone(padded, row) for row in rows)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(loss, alone, rtol=1e-5, atol=1e-4)
@@ -176,7 +176,7 @@ def test_dropout_of_attention_is_for_training_only() -> None:
     for layer in model.transformer.h:
         layer.attn.attn_dropout.p = 0.5
     batch = FlatCollator(0)(rows_of(*LENGTHS))
-    plain, dropped = (cross_entropy_sum(model.train(mode), batch).item() for mode in (False, True))
+    plain, dropped = (loss_sums(model.train(mode), batch).loss.item() for mode in (False, True))
     assert plain != pytest.approx(dropped, rel=1e-3)
     assert plain == pytest.approx(padded_loss_sum(padded_model("gpt2").eval(), rows_of(*LENGTHS)).item(), rel=1e-5)
 
@@ -185,7 +185,7 @@ def test_what_a_layer_asks_for_ends_training_rather_than_being_left_out() -> Non
     """Were the architecture not judged first: Gemma 2's own arguments reach the attention and are refused there."""
     model = model_of("gemma2", attention.register())
     with pytest.raises(ConfigError, match=r"softcap.*train\.padding_free=false"):
-        cross_entropy_sum(model, FlatCollator(0)(rows_of(*LENGTHS)))
+        loss_sums(model, FlatCollator(0)(rows_of(*LENGTHS)))
 
 
 # Training, with the trainer that runs use

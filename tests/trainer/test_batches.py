@@ -21,7 +21,7 @@ from tunewright.trainer.data.batches import (
     token_counts,
 )
 from tunewright.trainer.data.render import IGNORED
-from tunewright.trainer.loss import cross_entropy_sum
+from tunewright.trainer.loss import loss_sums
 from tunewright.trainer.model import attention
 
 
@@ -53,7 +53,7 @@ def test_the_first_token_of_a_row_is_never_a_target() -> None:
 
 def test_an_empty_micro_batch_teaches_nothing(tiny: Any) -> None:
     batch = FlatCollator(0)([])
-    loss = cross_entropy_sum(tiny, batch)
+    loss = loss_sums(tiny, batch).loss
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in tiny.parameters())
@@ -151,7 +151,7 @@ def test_the_loss_of_a_flat_batch_is_the_sum_over_its_rows_alone(tiny: Any, tiny
         ids, labels = torch.tensor(row["input_ids"])[None], torch.tensor(row["labels"])[None]
         count = int((labels[:, 1:] != IGNORED).sum())
         alone += reference(input_ids=ids, labels=labels).loss.item() * count
-    assert cross_entropy_sum(tiny, FlatCollator(0)(rows)).item() == pytest.approx(alone, rel=1e-5)
+    assert loss_sums(tiny, FlatCollator(0)(rows)).loss.item() == pytest.approx(alone, rel=1e-5)
     padded = PaddedCollator(0)(rows)
     count = int((padded["labels"][:, 1:] != IGNORED).sum())
     assert reference(**padded).loss.item() * count == pytest.approx(alone, rel=1e-5)
@@ -161,23 +161,12 @@ def test_gradients_of_a_flat_batch_are_those_of_a_padded_one(tiny: Any, tiny_mod
     from transformers import AutoModelForCausalLM
 
     rows = rows_of(3, 40, 11)
-    cross_entropy_sum(tiny, FlatCollator(0)(rows)).backward()
+    loss_sums(tiny, FlatCollator(0)(rows)).loss.backward()
     reference = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager")
     padded = PaddedCollator(0)(rows)
     (reference(**padded).loss * (padded["labels"][:, 1:] != IGNORED).sum()).backward()
     for (name, mine), theirs in zip(tiny.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
-
-
-def test_the_fused_head_of_a_gpu_gives_the_same_loss(tiny: Any) -> None:
-    """TRL's head, which a GPU uses, beside the model's own on the scored positions, which a CPU uses."""
-    from trl.trainer.utils import add_fused_lm_head
-
-    batch = FlatCollator(0)(rows_of(3, 40, 11))
-    expected = cross_entropy_sum(tiny, batch).item()
-    add_fused_lm_head(tiny)
-    inputs = {key: value for key, value in batch.items() if key not in ("scored", "targets")}
-    assert -tiny(**inputs, fused_lm_head=True).log_probs.sum().item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tunewright.config.compose import compose_config
 from tunewright.trainer.checkpointing import share
 from tunewright.trainer.data.batches import FlatCollator
 from tunewright.trainer.data.render import IGNORED
-from tunewright.trainer.loss import cross_entropy_sum
+from tunewright.trainer.loss import loss_sums
 from tunewright.trainer.master_weights import attach_master_weights
 from tunewright.trainer.methods import adapt
 from tunewright.trainer.methods.lora import peft_config
@@ -189,7 +189,7 @@ def curve(model: Any, *, masters: bool, steps: int = 200) -> np.ndarray:
     found = []
     for step in range(steps):
         batch = FlatCollator(0)([rows[(4 * step + index) % 16] for index in range(4)])
-        loss = cross_entropy_sum(model, batch) / batch["targets"].numel()
+        loss = loss_sums(model, batch).loss / batch["targets"].numel()
         loss.backward()
         optimizer.step()
         for parameter in trained:

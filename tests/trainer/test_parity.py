@@ -6,8 +6,12 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from trl import SFTTrainer
 
 from tests.conftest import losses, manifest
 
@@ -87,9 +91,45 @@ def test_accumulation_is_one_batch_in_parts(
 def test_padding_free_training_is_padded_training(
     train_here: Callable[..., Path], uneven_rows: list[str], uneven_losses: list[float]
 ) -> None:
-    """The padded side is TRL's own loss over transformers' own attention."""
-    padded = train_here("padded", *uneven_rows, *SAME_RUN, "train.micro_batch_size=4", "train.padding_free=false")
+    """The padded side is TRL's head over transformers' own attention, which has nothing of ours."""
+    theirs = ["train.padding_free=false", "train.cross_entropy=trl"]
+    padded = train_here("padded", *uneven_rows, *SAME_RUN, "train.micro_batch_size=4", *theirs)
+    assert manifest(padded)["cross_entropy"] == "trl"
     assert losses(padded) == pytest.approx(uneven_losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_and_its_gradients_are_those_of_trl_and_of_a_plain_cross_entropy(
+    method: str, train_here: Callable[..., Path], trainers: list[Any], uneven_rows: list[str]
+) -> None:
+    """TRL's own `compute_loss`, run on the same batch of the same model, and the cross-entropy of its logits."""
+    one_step = ["train.max_steps=1", "train.padding_free=false", "train.micro_batch_size=4", "model.dtype=float32"]
+    train_here(f"against-trl-{method}", *uneven_rows, *METHODS[method], *one_step)
+    trainer = trainers[0]
+    model, batch = trainer.model.train(), next(iter(trainer.get_train_dataloader()))
+    batch.pop("step_scored")
+    assert trainer.head == "tunewright"
+    labels = batch["labels"][:, 1:]
+    count = (labels != -100).sum()
+
+    def plain() -> torch.Tensor:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+    def with_gradients(compute: Callable[[], torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        loss = compute()
+        loss.backward()
+        trained = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+        return loss.item(), trained
+
+    mine = with_gradients(lambda: trainer.compute_loss(model, dict(batch), num_items_in_batch=count))
+    theirs = with_gradients(lambda: SFTTrainer.compute_loss(trainer, model, dict(batch), num_items_in_batch=count))
+    for loss, gradients in (theirs, with_gradients(plain)):
+        assert mine[0] == pytest.approx(loss, rel=1e-5)
+        assert mine[1].keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert (mine[1][name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
 def test_bfloat16_with_float32_masters_follows_float32(train_here: Callable[..., Path]) -> None:

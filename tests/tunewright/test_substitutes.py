@@ -20,9 +20,11 @@ from tunewright.plan.substitutes import UNPAGED, adapter_folder, substitute
 
 CPU, GPU = Devices("cpu", 0, 2), Devices("cuda", 1, 8)
 BLOOM = "BloomForCausalLM has ALiBi"
-PLAIN = Architecture("llama", {}, {}, "lm_head", "embed_tokens", 512, "model.layers", 2, False, None, None, None, True)
+PLAIN = Architecture(
+    "llama", {}, {}, "lm_head", "embed_tokens", 512, "model.layers", 2, False, None, None, None, True, ["trl"], None
+)
 ALIBI = Architecture(
-    "bloom", {}, {}, "lm_head", "word_embeddings", 512, "transformer.h", 2, True, BLOOM, None, None, True
+    "bloom", {}, {}, "lm_head", "word_embeddings", 512, "transformer.h", 2, True, BLOOM, None, None, True, ["trl"], None
 )
 
 

@@ -22,7 +22,7 @@ from tunewright.trees import digest
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FORMAT = 7  # of the kept files
+FORMAT = 8  # of the kept files
 
 
 def find_architecture(config: DictConfig) -> Architecture | None:
@@ -113,7 +113,9 @@ def describe(model: PreTrainedModel, *, ia3: bool = True) -> Architecture:
     from transformers.pytorch_utils import Conv1D
 
     from tunewright.trainer.model.layers import decoder_layers
+    from tunewright.trainer.model.linear_cross_entropy import fitting
     from tunewright.trainer.model.padding_free import padding_free_problem
+    from tunewright.trainer.model.router_loss import own_coefficient
 
     def kind(module: nn.Module) -> str:
         if isinstance(module, (nn.Linear, Conv1D)):
@@ -142,6 +144,8 @@ def describe(model: PreTrainedModel, *, ia3: bool = True) -> Architecture:
         positions=min(learnt) if learnt and _learns_positions(model.config) else None,
         ia3=_ia3_modules(model_type) if ia3 else None,
         recomputes=bool(model.supports_gradient_checkpointing),
+        heads=fitting(model),
+        router_loss=own_coefficient(model),
     )
 
 

@@ -59,6 +59,7 @@ RANGES: dict[str, Range] = {
     "train.grace_seconds": POSITIVE,
     "train.neftune_alpha": MODERATE_POSITIVE,
     "train.early_stopping": POSITIVE,
+    "train.router_aux_loss": Range(0, 1e30, hint="; 0 turns it off"),
     "data.max_samples": POSITIVE,
     "data.eval_size": Range(0, hint=": a share below 1 or a number of rows"),
     "data.max_dropped": SHARE,

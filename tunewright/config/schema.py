@@ -37,6 +37,16 @@ class Resume(Enum):
     must = "must"
 
 
+class CrossEntropy(Enum):
+    """What computes the head and the cross-entropy of a model."""
+
+    auto = "auto"
+    tunewright = "tunewright"
+    trl = "trl"
+    cut = "cut"
+    cut_exact = "cut_exact"
+
+
 class Launcher(Enum):
     """How ranks are started and kept in step."""
 
@@ -231,6 +241,15 @@ class TrainConfig:
     )
     gradient_checkpointing: Union[bool, str] = option(
         False, "trade time for memory: recompute activations; auto: of as few layers as the memory of the device allows"
+    )
+    cross_entropy: CrossEntropy = option(
+        CrossEntropy.auto,
+        "what computes head and loss: tunewright, trl (makes logits again in the backward pass), cut or cut_exact (the "
+        "package cut-cross-entropy, on a GPU); auto: tunewright, where the model's head allows it",
+    )
+    router_aux_loss: Optional[float] = option(
+        None,
+        "of a mixture of experts: weight of the loss that keeps experts equally busy; null: the model's own; 0: off",
     )
     loss: Optional[str] = option(
         None, "a plug-in's loss instead of the mean cross-entropy of the tokens that are learnt"

@@ -30,6 +30,8 @@ class Architecture:
     positions: int | None  # entries of a learnt position table: no row can be longer
     ia3: list[list[str]] | None  # (target_modules, feedforward_modules) that PEFT knows for it
     recomputes: bool  # whether it can give its activations up and compute them again
+    heads: list[str]  # the values of train.cross_entropy that give its loss
+    router_loss: float | None  # the weight that its configuration gives the router's loss; None: no mixture of experts
 
     @classmethod
     def read(cls, path: Path) -> Architecture | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from tunewright.config.schema import AttentionKernel, FusedLayers
+from tunewright.config.schema import AttentionKernel, CrossEntropy, Dtype, FusedLayers
 from tunewright.errors import ConfigError
 from tunewright.plan.devices import Devices
 from tunewright.text import listed
@@ -32,6 +32,7 @@ def check_kernels(config: DictConfig, devices: Devices) -> None:
     """Raises:
     ConfigError: a kernel is asked for that is not installed or not for this device.
     """
+    _check_cross_entropy(config, devices)
     fused, attention = config.train.fused_layers, config.train.attention_kernel
     if fused is not FusedLayers.none:
         module, how = PACKAGES[fused]
@@ -53,6 +54,30 @@ def check_kernels(config: DictConfig, devices: Devices) -> None:
                 "`train.attention_kernel=flash3` is for rows without padding: leave train.padding_free=false out, or "
                 "write train.attention_kernel=torch."
             )
+
+
+def _check_cross_entropy(config: DictConfig, devices: Devices) -> None:
+    """Only auto gives way to a loss of a plug-in's; cut-cross-entropy is Triton kernels for half precision."""
+    wanted = config.train.cross_entropy
+    setting = f"train.cross_entropy={wanted.value}"
+    if wanted is not CrossEntropy.auto and config.train.loss is not None:
+        raise ConfigError(
+            f"`{setting}` does not go with `train.loss={config.train.loss}`, which takes the place of the "
+            f"cross-entropy: leave one of them out."
+        )
+    if wanted not in (CrossEntropy.cut, CrossEntropy.cut_exact):
+        return
+    _on_gpu(setting, "write train.cross_entropy=auto", devices)
+    if config.model.dtype is Dtype.float32:
+        raise ConfigError(
+            f"`{setting}` has gradients in half precision only, and `model.dtype` is float32: write "
+            f"train.cross_entropy=auto, or model.dtype=bfloat16."
+        )
+    if not installed("cut_cross_entropy"):
+        raise ConfigError(
+            f"`{setting}` needs the package cut-cross-entropy, which is not installed: pip install 'tunewright[cut]', "
+            f"or write train.cross_entropy=auto."
+        )
 
 
 def _on_gpu(setting: str, instead: str, devices: Devices) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from tunewright.config.schema import CrossEntropy
 from tunewright.errors import ConfigError, closest
 from tunewright.plan.architecture import Architecture
 from tunewright.plan.kernel_rules import check_fused
+from tunewright.plan.support import PARTITIONED, known_strategy
 from tunewright.safetensors_header import shapes
 from tunewright.text import listed
 
@@ -51,11 +53,41 @@ def check_modules(config: DictConfig, architecture: Architecture) -> None:
             f"`train.gradient_checkpointing` is {config.train.gradient_checkpointing}, which transformers cannot do "
             f"for {architecture.model_type}: leave it out."
         )
+    wanted = config.train.cross_entropy
+    if wanted is not CrossEntropy.auto and wanted.value not in architecture.heads:
+        raise ConfigError(does_not_fit(wanted.value, architecture.heads))
+    _check_router(config, architecture)
     if architecture.positions is not None and config.data.cutoff_len > architecture.positions:
         raise ConfigError(
             f"`data.cutoff_len` is {config.data.cutoff_len}, but {config.model.name} has learnt "
             f"{architecture.positions} positions. Write {architecture.positions} or less."
         )
+
+
+def _check_router(config: DictConfig, architecture: Architecture) -> None:
+    wanted, own = config.train.router_aux_loss, architecture.router_loss
+    if wanted and own is None:
+        raise ConfigError(
+            f"`train.router_aux_loss` is {wanted:g}, and {architecture.model_type} is no mixture of experts that tells "
+            f"what its router does: leave it out."
+        )
+    adapts = config.method.name not in ("full", "freeze")
+    recomputes = config.train.gradient_checkpointing and known_strategy(config) in PARTITIONED
+    if (own if wanted is None else wanted) and adapts and recomputes:
+        raise ConfigError(
+            f"`train.gradient_checkpointing` with adapters under `strategy={config.strategy.name}` recomputes layers "
+            f"in a way (PyTorch's re-entrant one, TRL 1.16) in which the router's loss has no gradient. Turn it off, "
+            f"or write train.router_aux_loss=0."
+        )
+
+
+def does_not_fit(wanted: str, heads: list[str]) -> str:
+    """Return why `train.cross_entropy` cannot be what is wanted, for a model that `heads` are for."""
+    others = f" or {' or '.join(heads)}" if heads else ""
+    return (
+        f"`train.cross_entropy` is {wanted}, which multiplies by the head's weight and nothing else, and this model "
+        f"does more to its logits or has an adapted head: write auto{others}."
+    )
 
 
 def _check_lora(method: Any, architecture: Architecture) -> None:
