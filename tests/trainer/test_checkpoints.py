@@ -106,6 +106,10 @@ def test_resumed_ranks_continue_from_their_float32_masters_and_from_nothing_that
     run = train(f"masters-{strategy}", *overrides)
     assert manifest(run)["distributed"]["gradients_summed_in"] == "float32"
     expected, saved = losses(run), results(run)
+    engines = list((run / "checkpoints").glob("*/global_step*/mp_rank_00_model_states.pt"))
+    assert bool(engines) == (strategy == "zero2")
+    for states in engines:  # DeepSpeed's own copy, of the adapter alone
+        assert all("lora_" in name for name in torch.load(states, weights_only=False)["module"])
 
     def interrupted() -> None:
         for folder in (run / "final", run / "checkpoints" / f"checkpoint-{STEPS}"):
