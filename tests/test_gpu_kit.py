@@ -56,9 +56,9 @@ def test_every_lever_is_a_setting_that_exists() -> None:
 
 def test_a_lever_whose_package_is_not_there_is_told_and_is_no_failure(tmp_path: Path) -> None:
     cell = next(cell for cell in cells.MORE if cell.lever == ("train.attention_kernel=flash3",))
-    assert cells.cannot(cell, gpu=False) == "needs a GPU"
-    assert cells.cannot(cell, gpu=True) == "flash_attn_interface is not installed"
-    skipped = {"number": 1, **cell.as_json(), "skipped": cells.cannot(cell, gpu=True)}
+    assert cells.cannot(cell.lever, gpu=False) == "needs a GPU"
+    assert cells.cannot(cell.lever, gpu=True) == "flash_attn_interface is not installed"
+    skipped = {"number": 1, **cell.as_json(), "skipped": cells.cannot(cell.lever, gpu=True)}
     write(tmp_path / "levers.jsonl", [row(0, "tunewright", [11.8, 11.5]), skipped])
     text = check.report(tmp_path, {}, {})
     assert "| tunewright, train.attention_kernel=flash3 | | | | | | | not measured: flash_attn_interface is not" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,11 +43,14 @@ SHORT = {"rows": "short", "batch": 64, "micro": 16}
 LEVERS = (
     ("train.fused_layers=liger",),
     ("train.compile=true",),
+    ("train.cross_entropy=trl",),
     ("train.fused_layers=liger", "train.compile=true"),
 )
 MORE_LEVERS = (
     ("train.attention_kernel=flash3",),
     ("train.fused_layers=kernels",),
+    ("train.cross_entropy=cut_exact",),
+    ("train.cross_entropy=cut",),
     ("train.gradient_checkpointing=auto",),
     ("train.gradient_checkpointing=true",),
     (BLOCKING,),
@@ -57,18 +61,20 @@ FULL_LEVERS = (("train.optimizer=adamw_torch",), ("train.grad_accum_dtype=bfloat
 MODULES = {
     "train.fused_layers=liger": "liger_kernel",
     "train.fused_layers=kernels": "kernels",
+    "train.cross_entropy=cut": "cut_cross_entropy",
+    "train.cross_entropy=cut_exact": "cut_cross_entropy",
     "train.attention_kernel=flash3": "flash_attn_interface",
 }
 GPU_ONLY = (*MODULES, BLOCKING)
 
 
-def cannot(cell: Cell, *, gpu: bool) -> str | None:
-    """Return why this machine has nothing to measure for a cell."""
-    for lever in cell.lever:
-        if lever in GPU_ONLY and not gpu:
+def cannot(lever: Sequence[str], *, gpu: bool) -> str | None:
+    """Return why this machine has nothing to measure with these overrides."""
+    for one in lever:
+        if one in GPU_ONLY and not gpu:
             return "needs a GPU"
-        if lever in MODULES and importlib.util.find_spec(MODULES[lever]) is None:
-            return f"{MODULES[lever]} is not installed"
+        if one in MODULES and importlib.util.find_spec(MODULES[one]) is None:
+            return f"{MODULES[one]} is not installed"
     return None
 
 

@@ -46,6 +46,7 @@ TRAININGS: dict[str, list[str]] = {
     "full": ["method=full", "model.dtype=bfloat16"],
     "full, padded": ["method=full", "model.dtype=bfloat16", "train.padding_free=false"],
     "LoRA, fused layers": ["method=lora", "model.dtype=bfloat16", "train.fused_layers=liger"],
+    "LoRA, cut cross-entropy": ["method=lora", "model.dtype=bfloat16", "train.cross_entropy=cut_exact"],
     "full, TRL's head": ["method=full", "model.dtype=bfloat16", "train.cross_entropy=trl"],
     "prompt tuning": ["method=prompt_tuning", "model.dtype=bfloat16"],
     "packing": ["method=lora", "model.dtype=bfloat16", "data.packing=true", "train.global_batch_size=2"],
@@ -120,9 +121,8 @@ def training(overrides: list[str], device: torch.device, scratch: Path) -> dict[
     dtype = next(item.partition("=")[2] for item in overrides if item.startswith("model.dtype"))
     folder = Path(tempfile.mkdtemp(dir=scratch))
     model = _model(scratch)
-    here = overrides if device.type == "cuda" else [item for item in overrides if item not in cells.GPU_ONLY]
     plain = [item for item in overrides if not item.startswith(OF_KERNELS)]
-    mine = losses(here, device, model, folder)
+    mine = losses(overrides, device, model, folder)
     other = losses(plain, torch.device("cpu"), model, folder)
     apart = max(abs(a / b - 1) for a, b in zip(mine, other, strict=True))
     return {"losses": mine, "losses_cpu": other, "error": apart, "ok": apart <= LOSS_TOLERANCE[dtype]}
@@ -173,7 +173,11 @@ def checks(device: torch.device, scratch: Path) -> dict[str, Callable[[], dict[s
         f"{', window' if window else ''}": kernel_check(dtype, size, heads, window)
         for dtype, size, heads, window in grid
     }
-    named |= {f"training {name}": training_check(overrides) for name, overrides in TRAININGS.items()}
+    named |= {
+        f"training {name}": training_check(overrides)
+        for name, overrides in TRAININGS.items()
+        if cells.cannot(overrides, gpu=device.type == "cuda") is None
+    }
     return {**named, "tunewright train": lambda: front_door(scratch)}
 
 

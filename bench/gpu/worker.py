@@ -222,7 +222,7 @@ def main() -> int:
                 continue
             cell = cells.tiny(planned) if args.tiny else planned
             line: dict[str, Any] = {"number": number, **cell.as_json()}
-            reason = cells.cannot(cell, gpu=torch.cuda.is_available())
+            reason = cells.cannot(cell.lever, gpu=torch.cuda.is_available())
             if reason:
                 print(json.dumps({**line, "skipped": reason}), file=out, flush=True)
                 continue
