@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tunewright import __version__
 from tunewright.datagen.cli import add_parser as add_datagen
 from tunewright.errors import Preempted, StorageError, TunewrightError, did_you_mean
+from tunewright.importing import uncollected
 from tunewright.launch.data.cli import add_parser as add_data
 from tunewright.redaction import redact, typed_secrets
 from tunewright.space import refused
@@ -260,20 +261,23 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from tunewright.deliver.evaluate import evaluate_runs
+    with uncollected():
+        from tunewright.deliver.evaluate import evaluate_runs
 
     evaluate_runs(args.runs, args.examples, _say, trusted=args.trust)
     return 0
 
 
 def _chat(args: argparse.Namespace) -> int:
-    from tunewright.deliver.chat import chat
+    with uncollected():
+        from tunewright.deliver.chat import chat
 
     return chat(args.tuned, args.prompt, args.system, args.max_new_tokens, trusted=args.trust)
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from tunewright.deliver.merge import merge_run
+    with uncollected():
+        from tunewright.deliver.merge import merge_run
 
     merge_run(
         args.tuned,

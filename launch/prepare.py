@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 
 from omegaconf import DictConfig
 
 from tunewright.config.compose import load_config
 from tunewright.errors import TunewrightError
+from tunewright.importing import uncollected
 from tunewright.launch.children import ask, report
 from tunewright.launch.data.measure import make_report
 from tunewright.launch.data.report_text import report_text
@@ -72,6 +74,8 @@ def main() -> int:
     for library in ("DATASETS", "TRANSFORMERS"):  # our own lines tell how far it is
         os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each of our threads tokenises on a core of its own
+    with uncollected():
+        import_module("transformers.models.auto.tokenization_auto")  # and torch with it
     try:
         config = load_config(sys.stdin)
         prepare_and_report(config, lambda line: tell(redact(line)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import gc
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from omegaconf import DictConfig
 
 from tunewright.errors import PeerError
+from tunewright.importing import uncollected
 from tunewright.ranks import leave
 from tunewright.run_folder import RunDir
 from tunewright.trainer.console import Console, end_rank, reported_errors
@@ -44,14 +44,12 @@ def train_rank(
     pulse = Pulse(config.train.timeout_minutes, partial(_end, run.logs, console))
     with reported_errors(run.logs, console, pulse):
         found = prepared()
-        gc.disable()  # it would look through a million imported objects again and again, for two seconds, in vain
-        state = state or join(config.strategy.launcher.name, config.train.timeout_minutes, console.say)
-        pulse.attach()
-        from tunewright.trainer.callbacks import CountSteps
-        from tunewright.trainer.training import train
+        with uncollected():
+            state = state or join(config.strategy.launcher.name, config.train.timeout_minutes, console.say)
+            pulse.attach()
+            from tunewright.trainer.callbacks import CountSteps
+            from tunewright.trainer.training import train
 
-        gc.freeze()
-        gc.enable()
         with told_shortage(config):
             train(config, run, found, state, console, checkpoint, callbacks=[CountSteps(pulse)], stopping=stopping)
         pulse.stop()
