@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import current_flash_attention_impl
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
+from tunewright.config.schema import AttentionKernel
 from tunewright.errors import ConfigError
+from tunewright.plan.kernel_rules import FLASH3
 from tunewright.trainer.model import attention
-from tunewright.trainer.model.attention import varlen_attention
+from tunewright.trainer.model.attention import choose_kernel, varlen_attention
 from tunewright.trainer.model.padding_free import padded_implementation, padding_free_problem
 
 LENGTHS = [5, 1, 33, 12]
@@ -87,6 +92,37 @@ def test_each_row_sees_itself_only_in_the_kernel_of_a_gpu(window: int | None) ->
     compare("cuda", torch.bfloat16, 2e-2, window)
 
 
+def test_flash_attention_3_is_taken_on_hopper_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package is a stand-in with its two operators; the switch is PyTorch's own, which needs no GPU."""
+    gpu, auto, chosen = torch.device("cuda"), AttentionKernel.auto, current_flash_attention_impl
+    capability = [9, 0]
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: tuple(capability))
+    assert not choose_kernel(auto, gpu, 0.0)
+    code = "import torch\nlibrary = torch.library.Library('flash_attn_3', 'DEF')\n"
+    code += "for name in ('fwd', 'bwd'):\n    library.define(f'{name}(Tensor value) -> Tensor')\n"
+    (tmp_path / f"{FLASH3}.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        assert choose_kernel(auto, gpu, 0.0)
+        assert (chosen(), torch.backends.cuda.cudnn_sdp_enabled()) == ("FA3", False)  # cuDNN's would be preferred
+        assert not choose_kernel(AttentionKernel.torch, gpu, 0.0)
+        assert (chosen(), torch.backends.cuda.cudnn_sdp_enabled()) == (None, True)
+        assert choose_kernel(AttentionKernel.flash3, gpu, 0.0)
+        assert not choose_kernel(auto, gpu, 0.1)
+        with pytest.raises(ConfigError, match=r"the model drops attention weights \(0.1\): write"):
+            choose_kernel(AttentionKernel.flash3, gpu, 0.1)
+        capability[0] = 8
+        assert not choose_kernel(auto, gpu, 0.0)
+        with pytest.raises(ConfigError, match="this GPU is not of that kind"):
+            choose_kernel(AttentionKernel.flash3, gpu, 0.0)
+        assert not choose_kernel(auto, torch.device("cpu"), 0.0)
+    finally:
+        choose_kernel(AttentionKernel.torch, gpu, 0.0)
+        sys.modules.pop(FLASH3, None)
+
+
 @pytest.mark.parametrize(("kv_heads", "window"), [(4, None), (2, None), (2, WINDOW)])
 def test_the_kernel_of_a_gpu_takes_what_it_is_called_with(kv_heads: int, window: int | None) -> None:
     """Its arguments differ between versions of PyTorch. On tensors of the meta device it runs without a GPU."""
@@ -96,6 +132,16 @@ def test_the_kernel_of_a_gpu_takes_what_it_is_called_with(kv_heads: int, window:
     assert out.shape == (1, sum(LENGTHS), 4, 64)
     out.sum().backward()
     assert [tensor.grad.shape for tensor in inputs] == [tensor.shape for tensor in inputs]
+
+
+def test_heads_of_one_projection_go_to_the_kernel_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda *args, **_: given.extend(args[:3]) or args[0])
+    together = torch.randn(1, sum(LENGTHS), 8, 64)  # as Phi's qkv_proj makes them
+    parts = [part.transpose(1, 2) for part in together.split((4, 2, 2), dim=2)]
+    attention._varlen_kernel(*parts, torch.empty(2, dtype=torch.int32), max(LENGTHS), None, None)
+    assert [tensor.untyped_storage().data_ptr() for tensor in given] == [together.untyped_storage().data_ptr()] * 3
+    assert [tensor.shape for tensor in given] == [(sum(LENGTHS), heads, 64) for heads in (4, 2, 2)]
 
 
 @pytest.mark.parametrize(
