@@ -21,7 +21,7 @@ from tunewright.trainer.process_group import all_gather
 from tunewright.trees import digest
 
 AGREE = 0.85  # of two measurements the lower one is at least this share of the higher one
-SECONDS = 0.2  # that a measurement takes
+SECONDS = 0.1  # that a measurement takes, or a large product where that takes longer
 
 
 class Peak:

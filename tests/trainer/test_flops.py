@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     JetMoeConfig,
+    LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
@@ -140,6 +141,27 @@ def test_a_token_meets_its_own_experts_alone() -> None:
     assert counter.flops.token == 6 * 4 * layer
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert counter.flops.of(tokens=10, scored=3) == 6 * (10 * 4 * layer + 3 * 64 * 256)
+
+
+def test_large_models_need_what_arithmetic_says() -> None:
+    """On the meta device, so that nothing is computed: Mixtral 8x7B with LoRA, and two of Llama 3.1 8B's 32 layers."""
+    ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(MixtralConfig(), experts_implementation="batched_mm")
+        shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+        llama: Any = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_key_value_heads=8, vocab_size=128256))
+        mixtral = lora(model, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    freeze.build(llama, SimpleNamespace(layers=2, modules=[], extra_modules=[]), None)
+    counters = FlopCounter(mixtral), FlopCounter(llama)
+    for counter in counters:
+        with counter.watching():
+            counter.model(input_ids=ids)
+    experts, frozen = (counter.flops for counter in counters)
+    assert experts is not None
+    assert experts.of(1, 1) == pytest.approx(51e9, rel=0.01)  # of the 188e9 that all of its experts would take
+    assert frozen is not None
+    assert frozen.token == 2 * 30 * layer + 6 * 2 * layer  # 4 for each of the 30 would be 1.8 times as much
 
 
 class CountProducts(TrainerCallback):
