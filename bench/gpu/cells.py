@@ -44,9 +44,9 @@ LEVERS = (
     ("train.fused_layers=liger",),
     ("train.compile=true",),
     ("train.cross_entropy=trl",),
-    ("train.fused_layers=liger", "train.compile=true"),
 )
 MORE_LEVERS = (
+    ("train.fused_layers=liger", "train.compile=true"),
     ("train.attention_kernel=flash3",),
     ("train.fused_layers=kernels",),
     ("train.cross_entropy=cut_exact",),
