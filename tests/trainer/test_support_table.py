@@ -167,6 +167,8 @@ def _check_trained(chosen: Combination, result: dict[str, Any]) -> None:
         1 if chosen.strategy == "single" else len(set(result["facts"]["process_ids"]))
     )
     assert (result["facts"]["parameters_partitioned"] > 0) == (stage == 3)
+    assert set(result["fused"]) == {True}
+    assert result["ddp"] == ([True, False] if chosen.strategy == "ddp" else [None, None])
     by_hand = sum(_numel(result["sizes"][name]) for name in result["trained"])
     assert result["parameters"]["trainable"] == by_hand
     if chosen.bits == 16:  # a tensor of a quantised base has two weights in a byte, see test_methods

@@ -61,7 +61,7 @@ def train_one(config: DictConfig, state: Any) -> dict[str, Any]:
 
     tunewright.trainer.training.adapt = adapt_and_look
     try:
-        tunewright.trainer.training.train(config, run, prepared, state, Printer(lambda line: None))
+        trainer = tunewright.trainer.training.train(config, run, prepared, state, Printer(lambda line: None))
     finally:
         tunewright.trainer.training.adapt = adapt
     after = {name: whole(parameter) for name, parameter in seen["model"].named_parameters()}
@@ -75,6 +75,8 @@ def train_one(config: DictConfig, state: Any) -> dict[str, Any]:
         "disturbed": sorted(moved - trained),
         "names_kept": sorted(after) == sorted(before),
         "facts": manifest["distributed"],
+        "fused": [group["fused"] for group in trainer.optimizer.param_groups],
+        "ddp": [getattr(trainer.model_wrapped, key, None) for key in ("gradient_as_bucket_view", "broadcast_buffers")],
         "padding_free": bool(config.train.padding_free),
         "parameters": manifest["parameters"],
         "sizes": {name: list(tensor.shape) for name, tensor in before.items()},
