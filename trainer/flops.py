@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from peft import PeftType
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -48,7 +49,8 @@ class Flops:
 class _Call:
     """A module's calls in one forward pass."""
 
-    rows: int = 0  # positions that it was given, each a token or a token's share of an expert
+    experts: int  # whose weights it holds side by side; 1 for other modules
+    rows: int = 0  # positions that it was given: tokens, or pairs of a token and one of its experts
     after_trained: bool = False  # its input depends on something that is trained
 
 
@@ -81,12 +83,13 @@ class FlopCounter:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         head = base.get_output_embeddings()
         in_head = set(head.modules())
+        adapted = {module.get_param() for module in model.modules() if isinstance(module, ParamWrapper)}
         body = prompt = 0.0
         for name, module in model.named_modules():
             call = seen.call_for(name)
             if call is None or module in in_head or isinstance(module, NO_PRODUCTS):
                 continue
-            cost = _cost(module, call)
+            cost = _cost(module, call, adapted)
             if name.startswith("prompt_encoder."):
                 prompt += cost / max(virtual, 1)
             else:
@@ -104,6 +107,8 @@ class _ForwardPass:
         self._calls: dict[nn.Module, _Call] = {}
         self._entered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # had anything trained been called by then?
         self._trained = self._running = False
+        # Known before the call: PEFT's adapters of weights put others in their place while it lasts.
+        self._experts = {module: count for module in self._modules.values() if (count := _experts(module)) > 1}
         self._training = {module for module in self._modules.values() if any(p.requires_grad for p in _own(module))}
         self._hooks = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -141,14 +146,14 @@ class _ForwardPass:
         for one in floats:
             self._entered.setdefault(one, self._trained)
         if floats:  # an embedding's input is none: it is looked up
-            entry, call = floats[0], self._calls.setdefault(module, _Call())
-            call.rows += self._rows_of(entry, given) if _holds_experts(module) else _rows(entry)
+            entry, call = floats[0], self._calls.setdefault(module, _Call(self._experts.get(module, 1)))
+            call.rows += self._pairs(entry, given) if call.experts > 1 else _rows(entry)
             # Recomputing layers have inputs need gradients that the method does not need, or tell of none at all.
             call.after_trained |= self._entered[entry] and (entry.requires_grad or not torch.is_grad_enabled())
         self._trained |= module in self._training
 
-    def _rows_of(self, entry: torch.Tensor, given: list[torch.Tensor]) -> int:
-        """Return how many pairs of a token and one of its experts there are in a call of experts.
+    def _pairs(self, entry: torch.Tensor, given: list[torch.Tensor]) -> int:
+        """Return how many pairs of a token and one of its experts there are in a call.
 
         Most are told the choice as (tokens, experts a token). Others get the tokens once for each expert: of those that
         are chosen (JetMoe), or of all (Llama 4).
@@ -159,15 +164,15 @@ class _ForwardPass:
         return min(_rows(entry), self.positions * self._experts_per_token) if self._experts_per_token else _rows(entry)
 
 
-def _cost(module: nn.Module, call: _Call) -> float:
-    """Return the FLOPs of a module's own weights in its calls, each of which meets the outcome of those before it."""
-    cost, after_trained, experts = 0.0, call.after_trained, _holds_experts(module)
+def _cost(module: nn.Module, call: _Call, adapted: set[nn.Parameter]) -> float:
+    """Return the FLOPs of a module's own weights in a call, each of which meets the outcome of those before it."""
+    cost = 0.0
     for weight in module.parameters(recurse=False):
         shape = _shape(weight)
         if len(shape) >= 2:
-            size = math.prod(shape[1:] if experts and len(shape) == 3 else shape)
-            cost += call.rows * size * (2 + 2 * after_trained + 2 * weight.requires_grad)
-        after_trained |= weight.requires_grad
+            size = math.prod(shape) / call.experts
+            cost += call.rows * size * (2 + 2 * call.after_trained + 2 * weight.requires_grad)
+        call.after_trained |= weight.requires_grad or weight in adapted
     return cost
 
 
@@ -191,9 +196,12 @@ def _own(module: nn.Module) -> Iterator[nn.Parameter]:
                     yield from layer.parameters(recurse=False)
 
 
-def _holds_experts(module: nn.Module) -> bool:
-    """Tell whether a module's weights are those of several experts side by side, as (experts, in, out)."""
-    return any(len(_shape(weight)) == 3 for weight in module.parameters(recurse=False))
+def _experts(module: nn.Module) -> int:
+    """Return of how many experts a module holds the weights, as (experts, in, out), or the adapters of such weights."""
+    if isinstance(module, ParamWrapper):
+        return module.num_experts
+    shapes = (_shape(weight) for weight in module.parameters(recurse=False))
+    return next((shape[0] for shape in shapes if len(shape) == 3), 1)
 
 
 def _rows(tensor: torch.Tensor) -> int:

@@ -143,6 +143,21 @@ def test_a_token_meets_its_own_experts_alone() -> None:
     assert counter.flops.of(tokens=10, scored=3) == 6 * (10 * 4 * layer + 3 * 64 * 256)
 
 
+def test_adapters_of_experts_are_met_by_their_own_tokens() -> None:
+    """PEFT adds those of fused weights up over all experts in every pass, which is not what a token needs."""
+    options = {"r": 4, "target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"], **TASK}
+    model = get_peft_model(build(EXPERTS["mixtral"]), LoraConfig(**options))
+    counter = FlopCounter(model)
+    with counter.watching():
+        model(input_ids=torch.zeros(1, 3, dtype=torch.long))
+    frozen = 2 * 3 * 64 * 160 + 64 * 8 + 2 * 64 * 64 + 2 * 64 * 32
+    adapters = 2 * 4 * ((64 + 320) + (160 + 64))
+    # In the first layer nothing trained lies before attention, the router and the experts' first product.
+    first = 2 * frozen + 2 * (2 * 64 * 160) + 6 * adapters
+    assert counter.flops is not None
+    assert counter.flops.token == pytest.approx(first + 3 * (4 * frozen + 6 * adapters), rel=5e-3)
+
+
 def test_large_models_need_what_arithmetic_says() -> None:
     """On the meta device, so that nothing is computed: Mixtral 8x7B with LoRA, and two of Llama 3.1 8B's 32 layers."""
     ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
