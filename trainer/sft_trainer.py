@@ -47,6 +47,7 @@ from tunewright.trainer.methods.prompt_learning import (
     prompt_for_saving,
     save_prompt_encoder,
 )
+from tunewright.trainer.model.cpu_norms import fuse_norms
 from tunewright.trainer.model.model_folder import cache_folder
 from tunewright.trainer.model.neftune import EmbeddingNoise
 from tunewright.trainer.model.router_loss import RouterLoss, own_coefficient
@@ -110,6 +111,8 @@ class TunewrightTrainer(SFTTrainer):
         wanted, own = config.train.router_aux_loss, own_coefficient(base)
         coefficient = (own if wanted is None else wanted) if own is not None else 0.0
         self.router_loss = RouterLoss(coefficient) if coefficient else None
+        if not on_gpu:
+            fuse_norms(base)
         alpha = config.train.neftune_alpha
         self.neftune = EmbeddingNoise(self.model, alpha) if alpha else None
         self.after_eval_batch: Callable[[], None] = lambda: None

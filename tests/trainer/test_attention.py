@@ -82,7 +82,9 @@ def test_scores_in_the_hundreds_keep_their_fraction() -> None:
     key = torch.tensor([16.0, 15.9375], dtype=torch.bfloat16).view(1, 1, 2, 1)  # scores 512 and 510
     value = torch.tensor([0.0, 1.0], dtype=torch.bfloat16).view(1, 1, 2, 1)
     bounds = torch.tensor([0, 2], dtype=torch.int32)
+    before = torch.backends.mkldnn.matmul.fp32_precision
     out = varlen_attention(torch.nn.Module(), query, key, value, None, scaling=1.0, cu_seq_lens_q=bounds)[0]
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
     assert out[0, 1, 0, 0].item() == pytest.approx(torch.tensor(-2.0).sigmoid().item(), rel=0.01)
 
 
