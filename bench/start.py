@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -45,7 +46,10 @@ def seconds(argv: list[str], wanted: int) -> float:
 
 
 def start(strategy: str, cache: Path, out: Path, name: str) -> dict[str, float]:
-    """Train two steps and return the seconds of each phase, and their sum, up to the end of the first step."""
+    """Train two steps and return the seconds of each phase, and their sum, up to the end of the first step.
+
+    `cpu` is of the whole command, all its processes: less than the others does it depend on what else runs.
+    """
     run = out / name
     argv = [
         *TUNEWRIGHT,
@@ -58,7 +62,7 @@ def start(strategy: str, cache: Path, out: Path, name: str) -> dict[str, float]:
     argv += ["train.max_steps=2", "train.logging_steps=1", "model.dtype=bfloat16"]
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     log_seen: list[float] = []
-    started = time.perf_counter()
+    used, started = children_seconds(), time.perf_counter()
     process = subprocess.Popen(
         argv, cwd=BENCH.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -83,7 +87,13 @@ def start(strategy: str, cache: Path, out: Path, name: str) -> dict[str, float]:
         raise RuntimeError(f"{argv} exited with {process.returncode}:\n{''.join(lines)[-3000:]}")
     ends = [marks["launch"], log_seen[0], marks["built"], marks["step"]]
     parts = [end - begin for begin, end in zip([0.0, *ends], ends, strict=False)]
-    return {**dict(zip(PHASES, parts, strict=True)), "total": marks["step"]}
+    return {**dict(zip(PHASES, parts, strict=True)), "total": marks["step"], "cpu": children_seconds() - used}
+
+
+def children_seconds() -> float:
+    """Return seconds of CPU that processes have taken which this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def imports(module: str) -> dict[str, float]:
@@ -114,7 +124,8 @@ def main() -> None:
         times = [seconds(argv, code) for _ in range(args.repeats)]
         report["commands"][name] = times
         print(f"| `tunewright {name}` | {statistics.median(times):.2f} s | {min(times):.2f} to {max(times):.2f} s |")
-    print(f"\n| to the first optimiser step | total | {' | '.join(PHASES)} |\n|---|---:|{'---:|' * len(PHASES)}")
+    columns = ["to the first optimiser step", "total", *PHASES, "CPU to the end"]
+    print(f"\n| {' | '.join(columns)} |\n|---{'|---:' * (len(columns) - 1)}|")
     report["starts"] = {}
     for strategy in args.strategies.split(","):
         first, second = [], []
@@ -128,7 +139,7 @@ def main() -> None:
                 second.append(start(strategy, cache, Path(scratch), "second"))
         for name, times in ((f"{strategy}, first start", first), (f"{strategy}, second start", second)):
             report["starts"][name] = times
-            medians = [statistics.median(one[phase] for one in times) for phase in ("total", *PHASES)]
+            medians = [statistics.median(one[phase] for one in times) for phase in ("total", *PHASES, "cpu")]
             print(f"| {name} | {' | '.join(f'{value:.1f} s' for value in medians)} |", flush=True)
     report["imports"] = {
         module: imports(module) for module in ("tunewright.launch.train", "tunewright.trainer.training")
