@@ -45,7 +45,7 @@ def choose_head(model: Any, wanted: CrossEntropy, *, gpu: bool, padded: bool) ->
     """
     fits = fitting(model)
     if wanted is CrossEntropy.auto:
-        # On a CPU TRL's scores every position of a flat row, and of a padded one, where the model's own would, too.
+        # On a CPU TRL's scores every position. So does a model's own forward pass of padded rows, and keeps the logits.
         usable = [name for name in ("tunewright", *(["trl"] if gpu or padded else [])) if name in fits]
         chosen = usable[0] if usable else OWN
     elif wanted.value in fits:

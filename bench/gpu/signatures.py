@@ -76,7 +76,7 @@ def peak_of_the_device() -> None:
 
 
 def fused_head() -> None:
-    """trainer/loss.py: TRL's head and cross-entropy in one, which the GPU path calls; here on the CPU."""
+    """trainer/loss.py: TRL's head and cross-entropy in one, which `train.cross_entropy=trl` calls; here on the CPU."""
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
     from trl import SFTConfig, SFTTrainer
