@@ -97,6 +97,19 @@ def fused_head() -> None:
     torch.testing.assert_close(-outputs.log_probs.sum(), expected, rtol=1e-4, atol=1e-4)
 
 
+def cut_cross_entropy() -> None:
+    """trainer/model/linear_cross_entropy.py: the head of that package, both ways, short of its kernels."""
+    from tunewright.plan.kernel_rules import installed
+
+    if not installed("cut_cross_entropy"):
+        raise Absent("cut-cross-entropy")
+    from tunewright.trainer.model.linear_cross_entropy import cut_cross_entropy
+
+    for exact in (True, False):
+        (compute,) = (cell.cell_contents for cell in cut_cross_entropy(exact).__closure__ or ())
+        bind(compute.func, 3, " ".join(compute.keywords))
+
+
 def _tokenizer() -> Any:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -264,6 +277,7 @@ CHECKS = (
     memory_of_the_device,
     peak_of_the_device,
     fused_head,
+    cut_cross_entropy,
     quantised_layers,
     process_group,
     compiled_layers,
