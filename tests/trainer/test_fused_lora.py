@@ -48,16 +48,6 @@ def test_the_fused_sum_is_pefts(settings: dict[str, Any], small_model: Path) -> 
         torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_a_base_that_is_trained_too_keeps_its_gradients(small_model: Path) -> None:
-    plain = adapted(small_model).requires_grad_()
-    fused = copy.deepcopy(plain)
-    fuse(fused)
-    expected, gradients = outcome(plain)[1], outcome(fused)[1]
-    assert any("base_layer" in name for name in expected)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.gpu
 def test_the_fused_sum_is_pefts_on_a_gpu(small_model: Path) -> None:
     plain = adapted(small_model).cuda()

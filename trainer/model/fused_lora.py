@@ -1,8 +1,7 @@
 """LoRA's two small products in one autograd node, added to the base layer's output in place.
 
 PEFT computes `base(x) + lora_B(lora_A(x)) * scaling` as four operations, each with its own pass over the whole output,
-forward and backward, and its own rounding. Here the sum is part of a matrix product, which accumulates in float32. So
-is that of the two gradients of the input, where the base layer is a plain one whose weights are frozen and whole.
+forward and backward, and its own rounding. Here the sum is part of a matrix product, which accumulates in float32.
 
 PEFT lets a "variant" (DoRA is one) take over that sum; this is such a variant. Weights, names and what is saved stay
 PEFT's own.
@@ -22,9 +21,7 @@ class FusedSum(LoraVariant):  # type: ignore[misc]
     @staticmethod
     def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        dropped, scaling = module.lora_dropout[active_adapter](x), module.scaling[active_adapter]
-        weight = _weight_below(module.get_base_layer()) if dropped is x else None
-        x = dropped
+        x, scaling = module.lora_dropout[active_adapter](x), module.scaling[active_adapter]
         if result.dtype != a.weight.dtype:  # quantised layers may compute in another format than the adapters
             return result + b(a(x)).to(result.dtype) * scaling
         if torch.compiler.is_compiling():  # in-place nodes come out wrong there: pytorch issue 184113, torch 2.13
@@ -32,52 +29,32 @@ class FusedSum(LoraVariant):  # type: ignore[misc]
             return summed.view_as(result)
         if result._base is not None and type(module.get_base_layer()) is not torch.nn.Linear:
             result = result.clone()  # a view that bitsandbytes' 8-bit layer made, which must not be written to
-        if weight is not None:
-            result = result.detach()  # the base layer's gradient is part of ours
-        return _FusedSum.apply(result, x, a.weight, b.weight, scaling, weight)  # type: ignore[no-any-return]
-
-
-def _weight_below(base: torch.nn.Module) -> torch.Tensor | None:
-    """Return the weight by which the gradient of a base layer can be worked out here: not split by ZeRO-3, frozen."""
-    if type(base) is not torch.nn.Linear or hasattr(base.weight, "ds_id"):
-        return None
-    return None if any(parameter.requires_grad for parameter in base.parameters()) else base.weight
+        return _FusedSum.apply(result, x, a.weight, b.weight, scaling)  # type: ignore[no-any-return]
 
 
 class _FusedSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        result: torch.Tensor,
-        x: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
-        weight: torch.Tensor | None,
+        ctx: Any, result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Return result (..., out) + scaling * x (..., in) @ a.T (in, r) @ b.T (r, out), in the memory of `result`.
-
-        With `weight` (out, in), `result` is x @ weight.T (and a bias) without a gradient of its own.
-        """
+        """Return result (..., out) + scaling * x (..., in) @ a.T (in, r) @ b.T (r, out), in the memory of `result`."""
         flat = x.flatten(0, -2)
         inner = flat @ a.t()  # (tokens, r)
         result.view(-1, result.size(-1)).addmm_(inner, b.t(), alpha=scaling)
         ctx.mark_dirty(result)
-        ctx.save_for_backward(flat, inner, a, b, weight)
+        ctx.save_for_backward(flat, inner, a, b)
         ctx.scaling = scaling
         return result
 
     @staticmethod
     def backward(ctx: Any, d_result: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x, inner, a, b, weight = ctx.saved_tensors
-        d_flat, d_x = d_result.flatten(0, -2), None
+        x, inner, a, b = ctx.saved_tensors
+        d_flat = d_result.flatten(0, -2)
         d_inner = (d_flat @ b).mul_(ctx.scaling)
-        if ctx.needs_input_grad[1]:
-            d_x = d_inner @ a if weight is None else (d_flat @ weight).addmm_(d_inner, a)
-            d_x = d_x.view(*d_result.shape[:-1], -1)
+        d_x = (d_inner @ a).view(*d_result.shape[:-1], -1) if ctx.needs_input_grad[1] else None
         # The product with few rows is the faster of the two ways to write it.
         d_b = (inner.t() @ d_flat).t().mul_(ctx.scaling)
-        return d_result if weight is None else None, d_x, d_inner.t() @ x, d_b, None, None
+        return d_result, d_x, d_inner.t() @ x, d_b, None
 
 
 def fuse(model: torch.nn.Module) -> int:
