@@ -23,6 +23,7 @@ from typing import Any
 from contenders import environment, tunewright
 from judge import speed
 from measure import CORES, machine, watch
+from train import DISTURBED
 from workload import MODELS, build_model, write_rows
 
 from tunewright.trainer.model.tiny import tiny_folder
@@ -71,6 +72,8 @@ def measure(model: str, strategy: str, policy: str, others: int, folder: Path) -
     contender = tunewright()
     with beside(others):
         watched = watch(contender.argv(job), out, environment(job) | POLICIES[policy], contender.is_step)
+    if not others and watched.others_cpu_s > DISTURBED * watched.wall_s * CORES:
+        sys.exit("Other processes took more than a tenth of the machine: wait until it is quiet.")
     reported = contender.steps(job, watched.log)
     if watched.exit_code or len(reported) != steps:
         sys.exit(watched.log[-2500:])

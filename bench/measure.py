@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import threading
 import time
@@ -49,16 +50,21 @@ def watch(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            start_new_session=True,  # so that ranks end with what started them
         )
         memory = Memory(process.pid)
-        timer = threading.Timer(timeout, process.kill)
+        timer = threading.Timer(timeout, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
         lines = []
         assert process.stdout
-        for line in process.stdout:
-            if is_mark(line):
-                marks.append(time.perf_counter() - started)
-            lines.append(line)
+        try:
+            for line in process.stdout:
+                if is_mark(line):
+                    marks.append(time.perf_counter() - started)
+                lines.append(line)
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         _, status, used = os.wait4(process.pid, 0)
         wall = time.perf_counter() - started
         timer.cancel()

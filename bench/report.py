@@ -29,6 +29,7 @@ OTHERS = {
     "LLaMA-Factory, defaults": ("LLaMA-Factory, defaults",),
     "LLaMA-Factory, best": ("LLaMA-Factory, no checkpointing", "LLaMA-Factory, packing"),
 }
+SHOWN = "lora, short rows, single"
 IN_README = {
     "tunewright": "tunewright",
     "LLaMA-Factory, defaults": "LLaMA-Factory {llamafactory}, defaults",
@@ -176,8 +177,8 @@ def notes(cell: Json) -> list[str]:
 
 
 def readme_table(result: Json) -> str:
-    """The cell that the README shows: LoRA on short rows, on one device."""
-    cell = next(one for one in result["cells"] if name_of(one) == "lora, short rows, single")
+    """The cell that the README shows."""
+    cell = next(one for one in result["cells"] if name_of(one) == SHOWN)
     rows = {row["name"]: row["tokens_per_second"]["median"] for row in cell["contenders"] if _counts(row)}
     numbers = {name: number for found in result["versions"].values() for name, number in found.items()}
     numbers["trl"] = result["versions"]["tunewright, TRL, Trainer"]["trl"]
@@ -197,8 +198,12 @@ def between(page: Path, text: str) -> str:
 
 
 def write_docs(result: Json, page: Path = PAGE, readme: Path = README, *, anyway: bool = False) -> bool:
-    """Write the result into both pages, unless something disturbed it; return whether they are written."""
-    if marked(result) and not anyway:
+    """Write the result into both pages, unless something disturbed it; return whether they are written.
+
+    The README shows one cell: nothing is written where it was not measured or tunewright's row there is void.
+    """
+    shown = [row for cell in result["cells"] if name_of(cell) == SHOWN for row in cell["contenders"]]
+    if not any(row["name"] == "tunewright" and _counts(row) for row in shown) or (marked(result) and not anyway):
         return False
     for path, text in ((page, section(result)), (readme, readme_table(result))):
         path.write_text(between(path, text), encoding="utf-8")

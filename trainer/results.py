@@ -60,8 +60,10 @@ def describe_result(
     trained = [line for line in lines if "step_seconds" in line]
     step_seconds = sum(line["step_seconds"] for line in trained)
     tokens = sum(line["step_tokens"] for line in trained)
-    flops = sum(line["flops_per_second"] * line["step_seconds"] for line in trained)
-    best = certain(peak)
+    counted = [line for line in trained if "flops_per_second" in line]  # lines of older versions have none
+    counted_seconds = sum(line["step_seconds"] for line in counted)
+    flops = sum(line["flops_per_second"] * line["step_seconds"] for line in counted)
+    rate, best = flops / counted_seconds if counted_seconds else None, certain(peak)
     return {
         "status": "done",
         "warnings": list(warnings),
@@ -71,9 +73,9 @@ def describe_result(
         "step_seconds": step_seconds,
         "tokens_seen": int(tokens),
         "tokens_per_second": tokens / step_seconds if step_seconds else None,
-        "flops_per_second": flops / step_seconds if step_seconds else None,
+        "flops_per_second": rate,
         "peak_flops_per_second": peak,
-        "mfu": flops / step_seconds / best if best and step_seconds else None,
+        "mfu": rate / best if rate and best else None,
         "peak_memory_bytes": int(max([memory, *(line["peak_memory_bytes"] for line in trained)])),
         "final": {
             "train_loss": final_train_loss(lines),

@@ -369,11 +369,12 @@ class TunewrightTrainer(SFTTrainer):
 
 
 def cast_trained(model: Any, dtype: torch.dtype) -> None:
-    """Turn the trained parameters to `dtype`.
+    """Turn the trained parameters to `dtype`, each in memory of its own, row by row.
 
     TRL turns the adapters of a quantised base to bfloat16, also where everything else computes in float32, and PEFT
     those that it reads to float32, also where everything else computes in bfloat16.
     """
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
+        if parameter.requires_grad and (parameter.dtype != dtype or not parameter.is_contiguous()):
+            # Fused AdamW on a CPU, and what DDP sends, know no strides (torch 2.15).
+            parameter.data = parameter.data.to(dtype).contiguous()

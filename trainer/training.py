@@ -236,7 +236,7 @@ def _build(
 def _chosen(config: DictConfig, run: RunDir, trainer: TunewrightTrainer, output: Output) -> list[TrainerCallback]:
     """Return the callbacks that settings ask for; choose attention's kernel, and have layers compiled, as they do."""
     chosen: list[TrainerCallback] = []
-    dropout = getattr(trainer.model.config, "attention_dropout", 0.0) or 0.0
+    dropout = attention.dropout_of(trainer.model.config)
     if attention.choose_kernel(config.train.attention_kernel, trainer.args.device, dropout):
         output.say("Attention runs on FlashAttention 3.")
     if config.train.compile:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from omegaconf import DictConfig
 
+from tunewright.errors import ConfigError
 from tunewright.plan.devices import Devices
 from tunewright.ranks import without_ranks
 
@@ -28,8 +29,20 @@ def waiting() -> dict[str, str]:
 
 
 def exported(environment: Mapping[str, str]) -> str | None:
-    """Return the user's own OMP_NUM_THREADS; inside another launch it is that launch's."""
-    return without_ranks(environment).get(COUNT) or None
+    """Return the user's own OMP_NUM_THREADS; inside another launch it is that launch's.
+
+    Raises:
+        ConfigError: it is no number, nor a list of them, whose first one is for threads that are not nested.
+    """
+    found = without_ranks(environment).get(COUNT)
+    if not found:
+        return None
+    first = found.partition(",")[0].strip()
+    if not first.isdecimal() or int(first) < 1:
+        raise ConfigError(
+            f"OMP_NUM_THREADS is {found!r} in the environment: export a whole number from 1, or unset it."
+        )
+    return first
 
 
 def of_each_rank(config: DictConfig, ranks: int, devices: Devices) -> str:

@@ -85,6 +85,7 @@ def test_a_terminal_that_is_gone_stops_with_a_checkpoint(tmp_path: Path) -> None
     command = [sys.executable, "-m", "tunewright.launch.cli", "train", f"output_root={tmp_path}", "name=gone", *MANY]
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
         os.chdir(REPOSITORY)
         os.execv(sys.executable, command)
     shown, deadline = b"", time.monotonic() + 240

@@ -18,7 +18,7 @@ from tunewright.config.schema import AttentionKernel
 from tunewright.errors import ConfigError
 from tunewright.plan.kernel_rules import FLASH3
 from tunewright.trainer.model import attention
-from tunewright.trainer.model.attention import choose_kernel, varlen_attention
+from tunewright.trainer.model.attention import choose_kernel, dropout_of, varlen_attention
 from tunewright.trainer.model.padding_free import padded_implementation, padding_free_problem
 
 LENGTHS = [5, 1, 33, 12]
@@ -102,6 +102,8 @@ def test_flash_attention_3_is_taken_on_hopper_where_it_is_installed(
     capability = [9, 0]
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: tuple(capability))
     assert not choose_kernel(auto, gpu, 0.0)
+    assert dropout_of(transformers.GPT2Config()) == 0.1
+    assert dropout_of(transformers.LlamaConfig()) == 0
     code = "import torch\nlibrary = torch.library.Library('flash_attn_3', 'DEF')\n"
     code += "for name in ('fwd', 'bwd'):\n    library.define(f'{name}(Tensor value) -> Tensor')\n"
     (tmp_path / f"{FLASH3}.py").write_text(code)

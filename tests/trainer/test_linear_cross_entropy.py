@@ -225,6 +225,15 @@ SHAPE: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size
 SHAPE |= {"num_attention_heads": 2, "pad_token_id": 0}
 
 
+def test_a_state_in_float32_meets_a_head_in_bfloat16() -> None:
+    config = transformers.MambaConfig(**SHAPE)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    batch = PaddedCollator(0)([{"input_ids": np.arange(5, 14), "labels": np.arange(5, 14)}])
+    plain = loss_sums(model, batch).loss
+    assert choose_head(model, CrossEntropy.auto, gpu=False, padded=True) == "tunewright"
+    torch.testing.assert_close(loss_sums(model, batch, "tunewright").loss, plain, rtol=0.01, atol=0)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "heads"),
     [
@@ -233,6 +242,8 @@ SHAPE |= {"num_attention_heads": 2, "pad_token_id": 0}
         ("Gemma2", {"final_logit_softcapping": 1.0, "num_key_value_heads": 1, "head_dim": 8}, ["trl"]),
         ("Cohere2", {"logit_scale": 0.25}, ["trl"]),
         ("RecurrentGemma", {"lru_width": 16, "logits_soft_cap": 1.0}, []),
+        ("xLSTM", {"num_heads": 2, "output_logit_soft_cap": 1.0}, []),
+        ("GraniteMoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 4.0}, []),
         ("Bert", {"is_decoder": True}, []),
         ("ModernBertDecoder", {}, []),
     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tunewright.config.compose import compose_config
+from tunewright.errors import ConfigError
 from tunewright.launch.cli import main
 from tunewright.launch.command import build_command
 from tunewright.plan.devices import Devices
@@ -40,6 +41,7 @@ def environment(*overrides: str, devices: Devices = CPU) -> dict[str, str]:
         ({COUNT: "8"}, ["strategy=ddp"], {COUNT: "8", **SPINNING}, "OMP_NUM_THREADS=8 threads, as exported; its share"),
         ({COUNT: "5"}, ["cluster.threads_per_process=3"], {COUNT: "3", **SPINNING}, "=3 counts, not the exported"),
         ({COUNT: ""}, [], {COUNT: "8", **SPINNING}, None),
+        ({COUNT: "8,2"}, [], {COUNT: "8", **SPINNING}, None),  # OpenMP's list, whose second is for nested threads
         # torchrun's and accelerate's own, in a rank of theirs
         ({COUNT: "1", "LOCAL_RANK": "0"}, [], {COUNT: "8", **SPINNING}, None),
         ({"OMP_WAIT_POLICY": "active"}, [], {COUNT: "8"}, None),
@@ -80,3 +82,9 @@ def test_a_dry_run_shows_what_decides(
     assert "cluster.threads_per_process=2 counts, not the exported OMP_NUM_THREADS=6." in shown
     assert f" {COUNT}=2 " in shown
     assert f" GOMP_SPINCOUNT={SPIN} " in shown
+
+
+def test_an_exported_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COUNT, "many")
+    with pytest.raises(ConfigError, match="OMP_NUM_THREADS is 'many' in the environment: export a whole number"):
+        environment()

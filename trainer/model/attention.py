@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
 from tunewright.config.schema import AttentionKernel
 from tunewright.errors import ConfigError
@@ -25,6 +25,9 @@ NAME = "tunewright_varlen"
 
 # Tensors that models hand to every attention function and that do not change the scores.
 HARMLESS_TENSORS = {"cu_seq_lens_q", "cu_seq_lens_k", "position_ids", "cache_position"}
+
+# What configurations call the share of attention weights that is dropped.
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 # The largest head of PyTorch's flash attention, and what the size of a head must be a multiple of.
 KERNEL_HEAD_DIM, KERNEL_HEAD_STEP = 256, 8
@@ -142,6 +145,11 @@ def _varlen_kernel(
         **grouped,
     )
     return out[None]  # type: ignore[index, no-any-return]
+
+
+def dropout_of(config: PreTrainedConfig) -> float:
+    """Return the share of attention weights that a model drops while it trains."""
+    return max(getattr(config.get_text_config(), name, None) or 0.0 for name in DROPOUTS)
 
 
 def choose_kernel(choice: AttentionKernel, device: torch.device, dropout: float) -> bool:

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from transformers.utils import ModelOutput
 
 from tunewright.trainer.data.render import IGNORED
-from tunewright.trainer.model.router_loss import router_loss
+from tunewright.trainer.model.router_loss import own_coefficient, router_loss
 
 HeadLoss = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", torch.Tensor], torch.Tensor]
 """`loss(hidden (S, width), weight (vocabulary, width), bias or None, targets (S,))`: the sum over S positions."""
@@ -33,9 +33,10 @@ CHUNK = {"cpu": 2**22, "gpu": 2**27}
 CHUNK_TRAINED = {"cpu": 2**22, "gpu": 2**28}
 
 # What models do to logits after their head, by the names in their configurations, as far as TRL's head does it too,
-# and what it does not know.
-CAP, UNKNOWN_CAP = "final_logit_softcapping", "logits_soft_cap"
-FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+CAP, FACTORS = "final_logit_softcapping", ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+# and what it does not know: caps, a part of the vocabulary, and a factor before the head.
+UNKNOWN = ("logits_soft_cap", "output_logit_soft_cap", "unpadded_vocab_size")
+UNKNOWN_FACTOR = "logits_mup_width_multiplier"
 
 
 @dataclass
@@ -55,14 +56,18 @@ def fitting(model: Any) -> list[str]:
     head, text = _head(model), model.config.get_text_config()
     # Nothing beside the layers and the head, such as BERT's transformation between them.
     parts = {id(part) for part in model.children()} == {id(model.base_model), id(model.get_output_embeddings())}
-    if type(head) is not torch.nn.Linear or not parts or getattr(text, UNKNOWN_CAP, None) is not None:
+    unknown = any(getattr(text, name, None) is not None for name in UNKNOWN) or _scales(text, UNKNOWN_FACTOR)
+    if type(head) is not torch.nn.Linear or not parts or unknown:
         return []
-    changed = getattr(text, CAP, None) is not None or any(
-        getattr(text, name, None) not in (None, 1) for name in FACTORS
-    )
-    if changed:
-        return ["trl"]
-    return ["tunewright", "trl", *(["cut", "cut_exact"] if head.bias is None else [])]
+    # TRL (1.16) counts a mixture's experts under this name, which GraniteMoe has not.
+    trl = ["trl"] if own_coefficient(model) is None or hasattr(text, "num_experts") else []
+    if getattr(text, CAP, None) is not None or any(_scales(text, name) for name in FACTORS):
+        return trl
+    return ["tunewright", *trl, *(["cut", "cut_exact"] if head.bias is None else [])]
+
+
+def _scales(text: Any, name: str) -> bool:
+    return getattr(text, name, None) not in (None, 1)
 
 
 def add_linear_cross_entropy(model: Any, loss: HeadLoss | None = None) -> None:
@@ -92,7 +97,10 @@ def add_linear_cross_entropy(model: Any, loss: HeadLoss | None = None) -> None:
         return LossSumOutput(total, router_loss(self, output, kwargs))
 
     def head_forward(self: Any, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        return plain_head(hidden) if targets is None else compute(hidden, self.weight, self.bias, targets)
+        if targets is None:
+            return plain_head(hidden)
+        # Mamba's last state, for one, is float32 in a bfloat16 model, which casts it itself.
+        return compute(hidden.to(self.weight.dtype), self.weight, self.bias, targets)
 
     model.forward = types.MethodType(forward, model)
     head.forward = types.MethodType(head_forward, head)

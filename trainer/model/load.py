@@ -64,13 +64,16 @@ def _placed(device: torch.device | None, options: dict[str, Any]) -> dict[str, A
 
     On a CPU there is nothing to say, but that quantisation happens there. ZeRO-3 places weights itself.
     """
+    import torch
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if "quantization_config" in options:
         return {"device_map": {"": device if device is not None else "cpu"}}
     if device is None or device.type == "cpu" or is_deepspeed_zero3_enabled():
         return {}
-    return {"device_map": {"": device}}
+    # transformers compares it with the device of the arguments, which has its number.
+    numbered = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+    return {"device_map": {"": numbered}}
 
 
 def _draw(path: Path, model: ModelConfig, device: torch.device | None, options: dict[str, Any]) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from tunewright.trees import digest
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FORMAT = 8  # of the kept files
+FORMAT = 9  # of the kept files
 
 
 def find_architecture(config: DictConfig) -> Architecture | None:

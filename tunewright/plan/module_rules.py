@@ -71,14 +71,18 @@ def _check_router(config: DictConfig, architecture: Architecture) -> None:
             f"`train.router_aux_loss` is {wanted:g}, and {architecture.model_type} is no mixture of experts that tells "
             f"what its router does: leave it out."
         )
-    adapts = config.method.name not in ("full", "freeze")
-    recomputes = config.train.gradient_checkpointing and known_strategy(config) in PARTITIONED
-    if (own if wanted is None else wanted) and adapts and recomputes:
+    if wanted and not router_learns(config):
         raise ConfigError(
             f"`train.gradient_checkpointing` with adapters under `strategy={config.strategy.name}` recomputes layers "
             f"in a way (PyTorch's re-entrant one, TRL 1.16) in which the router's loss has no gradient. Turn it off, "
             f"or write train.router_aux_loss=0."
         )
+
+
+def router_learns(config: DictConfig) -> bool:
+    """Tell whether the router's loss has a gradient: not where adapters recompute layers under ZeRO-3 (TRL 1.16)."""
+    adapts = config.method.name not in ("full", "freeze")
+    return not (adapts and config.train.gradient_checkpointing and known_strategy(config) in PARTITIONED)
 
 
 def does_not_fit(wanted: str, heads: list[str]) -> str:

@@ -18,6 +18,7 @@ from tunewright.errors import ConfigError
 from tunewright.plan.architecture import Architecture
 from tunewright.plan.data_rules import counted_in_tokens
 from tunewright.plan.devices import Devices
+from tunewright.plan.module_rules import router_learns
 from tunewright.plan.support import combination_of, support_of
 
 # Paged optimisers need the unified memory of a GPU; what comes closest without.
@@ -44,6 +45,7 @@ def substitute(config: DictConfig, architecture: Architecture, devices: Devices)
         _optimizer(config, devices),
         _checkpoints(config),
         _adapter(config),
+        _router(config, architecture),
     ]
     return [text for text in told if text]
 
@@ -71,6 +73,16 @@ def _optimizer(config: DictConfig, devices: Devices) -> str | None:
     config.train.optimizer = UNPAGED[wanted]
     where = "under optimiser offload the states are in host memory already" if offloaded else "there is no GPU here"
     return f"Optimiser {UNPAGED[wanted]} for {wanted}: paging is between GPU and host memory, and {where}."
+
+
+def _router(config: DictConfig, architecture: Architecture) -> str | None:
+    if config.train.router_aux_loss is not None or not architecture.router_loss or router_learns(config):
+        return None
+    config.train.router_aux_loss = 0.0
+    return (
+        f"The router's loss is off: with train.gradient_checkpointing, adapters under strategy={config.strategy.name} "
+        f"recompute layers in a way in which it has no gradient."
+    )
 
 
 def _checkpoints(config: DictConfig) -> str | None:
