@@ -36,12 +36,12 @@ def train(rank: int | None, *, float32: bool) -> tuple[torch.Tensor, torch.Tenso
         mine = step.flatten(0, 1) if rank is None else step[rank]
         for number, row in enumerate(mine):
             last = number == len(mine) - 1
-            with nullcontext() if rank is None or last else model.no_sync():  # type: ignore[operator]
+            with nullcontext() if rank is None or last else model.no_sync():
                 loss = model(row).square().mean() / MICRO_BATCHES
                 (loss / RANKS if rank is None else loss).backward()
         masters.take_gradients()
         if first is None:
-            first = torch.cat([master.grad.flatten() for _, master in masters.pairs])  # type: ignore[union-attr]
+            first = torch.cat([master.grad.flatten() for _, master in masters.pairs])
         optimizer.step()
     assert first is not None
     assert all(parameter.grad is None for parameter, _ in masters.pairs)

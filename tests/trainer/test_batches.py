@@ -84,7 +84,7 @@ def test_each_rank_knows_how_many_tokens_its_step_scores(pack_to: int | None) ->
         rows = TokenRows(whole)
         options: dict[str, Any] = {"shuffle": True, "seed": 3, "pack_to": pack_to, "scored": scored}
         batches = MicroBatches(rows.lengths(), plan, rank, **options)
-        loader = EpochDataLoader(rows, batch_sampler=batches, collate_fn=FlatCollator(0))  # type: ignore
+        loader = EpochDataLoader(rows, batch_sampler=batches, collate_fn=FlatCollator(0))
         steps.append(list(loader))
     assert len(steps[0]) == len(steps[1]) >= 4
     for start in range(0, len(steps[0]), 2):

@@ -20,7 +20,7 @@ def outcome(norm: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
     given = hidden.clone().requires_grad_()
     out = norm(given)
     out.square().sum().backward()
-    return [out.detach(), given.grad, norm.weight.grad]  # type: ignore[list-item]
+    return [out.detach(), given.grad, norm.weight.grad]
 
 
 @pytest.mark.parametrize("block", [1, 64 * 5, 2**17])
@@ -56,7 +56,7 @@ def test_in_half_precision_its_gradients_are_nearer_to_the_truth() -> None:
 )
 def test_a_norm_of_another_kind_stays_as_it_is(kind: type[torch.nn.Module], count: int) -> None:
     """Gemma's multiplies by one plus the weight, OLMo's rounds after it."""
-    norm = kind(64).to(torch.bfloat16)  # type: ignore[call-arg]
+    norm = kind(64).to(torch.bfloat16)
     before = copy.deepcopy(norm.state_dict())
     assert fuse_norms(norm) == count
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
