@@ -19,7 +19,7 @@ from tests.conftest import REPOSITORY, losses, manifest, write_checkpoint
 from tests.running import SOON, Started, assert_gone
 from tunewright.launch.supervise import stopped
 from tunewright.run_folder import RunDir
-from tunewright.stop_signals import SAME_REQUEST_SECONDS
+from tunewright.stop_signals import RANK_STOP_SIGNALS, SAME_REQUEST_SECONDS
 
 STEPS = ["train.logging_steps=1", "train.max_steps=12", "data.eval_names=[]", "cluster.threads_per_process=1"]
 MANY = [*STEPS, "train.max_steps=2000"]  # it is stopped, whatever happens
@@ -85,7 +85,8 @@ def test_a_terminal_that_is_gone_stops_with_a_checkpoint(tmp_path: Path) -> None
     command = [sys.executable, "-m", "tunewright.launch.cli", "train", f"output_root={tmp_path}", "name=gone", *MANY]
     child, terminal = pty.fork()
     if child == 0:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
+        for one in RANK_STOP_SIGNALS:  # some are ignored under nohup, and after tests that call the command here
+            signal.signal(one, signal.SIG_DFL)
         os.chdir(REPOSITORY)
         os.execv(sys.executable, command)
     shown, deadline = b"", time.monotonic() + 240
