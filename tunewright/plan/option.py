@@ -1,0 +1,48 @@
+"""One way to run a configuration, with what it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tunewright.plan.memory import Memory
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a way to run is expected to be."""
+
+    steps: int | None  # of the run; None for a stream without an end, or rows that nobody has counted
+    tokens_per_step: float
+    flops_per_step: float  # of all ranks
+    compute_seconds: float  # a step, of one rank
+    communication_seconds: float  # a step, of which part hides behind computation
+    seconds: float  # a step
+    reason: str  # where rate and share come from
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.seconds
+
+    @property
+    def hours(self) -> float | None:
+        return None if self.steps is None else self.steps * self.seconds / 3600
+
+
+@dataclass(frozen=True)
+class Option:
+    """A method, strategy, recomputation and micro-batch, and what becomes of them on a machine."""
+
+    method: str
+    strategy: str
+    ranks: int
+    micro_batch: int
+    recompute: bool
+    refusal: str | None  # why it cannot run at all
+    memory: Memory | None
+    room: int  # bytes that a rank can have
+    pace: Pace | None
+    configured: bool = False  # as the configuration says
+
+    @property
+    def fits(self) -> bool:
+        return self.refusal is None and self.memory is not None and self.memory.needed <= self.room
