@@ -16,7 +16,7 @@ from tunewright.importing import uncollected
 from tunewright.ranks import leave
 from tunewright.run_folder import RunDir
 from tunewright.trainer.console import Console, end_rank, reported_errors
-from tunewright.trainer.memory import told_shortage
+from tunewright.trainer.shortage import told_shortage
 from tunewright.trainer.prepared import Prepared
 from tunewright.trainer.process_group import join
 from tunewright.trainer.pulse import Pulse

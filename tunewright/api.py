@@ -122,7 +122,7 @@ def train(
 
     def start(job: Job, prepared: Prepared) -> int:
         from tunewright.trainer.console import Printer
-        from tunewright.trainer.memory import told_shortage
+        from tunewright.trainer.shortage import told_shortage
         from tunewright.trainer.training import train as train_here
 
         run, output = job.claimed.run, Printer() if say is print else Printer(say)

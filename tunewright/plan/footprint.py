@@ -50,6 +50,8 @@ class Weights:
     layers: list[int]  # of each decoder layer, trained and frozen
     outside: int  # embedding, head, norms: what is in no layer
     small: int  # in tensors that ZeRO-3 leaves whole on each rank (`stage3_param_persistence_threshold`)
+    hidden: int  # the model's width, by which transformers fills in DeepSpeed's "auto"
+    shapes: list[tuple[list[int], int]]  # of trained tensors, each with how many there are: optimisers keep it by tensor
 
 
 @dataclass(frozen=True)
@@ -72,4 +74,5 @@ class Footprint:
             Pass(**{**one, "batch": Batch(**one["batch"]), "moments": [Moment(**moment) for moment in one["moments"]]})
             for one in told["passes"]
         ]
-        return cls(told["device"], Weights(**told["weights"]), passes)
+        weights = {**told["weights"], "shapes": [(shape, count) for shape, count in told["weights"]["shapes"]]}
+        return cls(told["device"], Weights(**weights), passes)
