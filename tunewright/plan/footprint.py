@@ -18,6 +18,7 @@ class Batch:
     length: int  # tokens of each row
     padded: bool
     recompute: bool  # all layers, or none
+    scored: int | None = None  # positions of all rows that carry a label; None: all that can
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Moment:
 
     activations: int  # bytes: kept for the backward pass, and what lives for a moment only
     gradients: int  # how many trained weights have their gradient by then
+    head: int = 0  # of the activations: bytes of the head and the loss
+    scratch: int = 0  # of the activations: bytes of weights out of 4 or 8 bits
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,6 @@ class Pass:
 
     batch: Batch
     moments: list[Moment]  # those that are the largest for some number of bytes that a gradient takes
-    head: int  # bytes that the head and the loss hold at most, of the activations
-    scratch: int  # bytes that weights out of 4 bits take at most, of the activations
     flops: float  # of active weights, differentiated where they are: `tunewright.trainer.flops`
 
 
@@ -51,7 +52,7 @@ class Weights:
     outside: int  # embedding, head, norms: what is in no layer
     small: int  # in tensors that ZeRO-3 leaves whole on each rank (`stage3_param_persistence_threshold`)
     hidden: int  # the model's width, by which transformers fills in DeepSpeed's "auto"
-    shapes: list[tuple[list[int], int]]  # of trained tensors, each with how many there are: optimisers keep it by tensor
+    shapes: list[tuple[list[int], int]]  # of trained tensors, each with how many there are, for optimisers
 
 
 @dataclass(frozen=True)
