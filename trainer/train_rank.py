@@ -16,10 +16,10 @@ from tunewright.importing import uncollected
 from tunewright.ranks import leave
 from tunewright.run_folder import RunDir
 from tunewright.trainer.console import Console, end_rank, reported_errors
-from tunewright.trainer.shortage import told_shortage
 from tunewright.trainer.prepared import Prepared
 from tunewright.trainer.process_group import join
 from tunewright.trainer.pulse import Pulse
+from tunewright.trainer.shortage import told_shortage
 from tunewright.trainer.stopping import Stopping
 
 if TYPE_CHECKING:
