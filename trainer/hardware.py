@@ -6,16 +6,17 @@ import os
 import platform
 import resource
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from tunewright.plan.machine import processor
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
     """Return what the manifest says about the device of the first rank."""
     return {
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads_per_rank": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -23,13 +24,6 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def listed_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
