@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-# Gradients that go to the other ranks at once. DeepSpeed reserves two buffers of so many, 80 MB in bfloat16.
-LARGEST_BUCKET = 20_000_000
+from tunewright.plan.zero_memory import LARGEST_BUCKET
+
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 

@@ -1,29 +1,68 @@
-"""How many bytes one rank needs on its device, by part."""
+"""How many bytes one rank needs on its device: the fullest moment of a step, from the second one on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import replace
+
+from omegaconf import DictConfig
+
+from tunewright.config.schema import Launcher
+from tunewright.plan import zero_memory
+from tunewright.plan.batch_plan import BatchPlan
+from tunewright.plan.footprint import Footprint, Pass
+from tunewright.plan.held import Job, Memory
+from tunewright.plan.machine import Machine
+from tunewright.plan.optimizer_memory import paged, states, while_stepping
+
+MIB = 2**20
+# The device's own, before the first tensor: CUDA's context with PyTorch's kernels and cuBLAS's workspace; of a CPU rank
+# the interpreter and libraries.
+CONTEXT = {"cuda": 600 * MIB, "rocm": 700 * MIB, "cpu": 650 * MIB}
+SLACK = 0.05  # of what comes and goes, that PyTorch's allocator on a GPU cannot use: it keeps blocks of several sizes
+DDP_BUCKET = 25 * MIB  # of gradients that DDP sends at once (PyTorch's `bucket_cap_mb`)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank at its fullest moment; `host` is beside the device, and part of the same memory on a CPU."""
+def memory_of(config: DictConfig, footprint: Footprint, found: Pass, plan: BatchPlan, machine: Machine) -> Memory:
+    """Return what a rank needs at its fullest moment, once the optimiser has its states: from the second step on.
 
-    weights: int  # of the base, in their formats; a rank's share under ZeRO-3
-    trained: int  # adapters, or the weights themselves
-    masters: int  # float32 copies of trained weights
-    optimizer: int
-    gradients: int
-    activations: int  # without head and scratch
-    head: int
-    scratch: int  # weights out of 4 bits for a moment
-    gathered: int  # whole weights of ZeRO-3
-    buckets: int  # of communication
-    slack: int  # the allocator's gaps
-    context: int  # the device's own: libraries, kernels
-    host: int = 0
+    Args:
+        found: the largest micro-batch, one of `footprint.passes`.
+        plan: of the same micro-batch size.
+    """
+    job = Job(config, footprint, found, plan.world_size, plan.accumulation > 1, machine.kind != "cpu")
+    launcher = config.strategy.launcher
+    if launcher is Launcher.deepspeed:
+        held = zero_memory.moments(job)
+    else:
+        held = _replicated(job, ddp=launcher is Launcher.ddp and job.ranks > 1)
+    fullest = max(held, key=lambda memory: memory.needed)
+    passing = fullest.activations + fullest.head + fullest.scratch + fullest.gathered + fullest.gradients
+    return replace(fullest, slack=int(SLACK * passing) if job.gpu else 0, context=CONTEXT[machine.kind])
 
-    @property
-    def needed(self) -> int:
-        """On the device."""
-        return sum(getattr(self, item.name) for item in fields(self) if item.name != "host")
+
+def _replicated(job: Job, *, ddp: bool) -> Iterator[Memory]:
+    """One device, or DDP: every rank has all of it. See `trainer/master_weights.py`."""
+    shapes, name = job.footprint.weights.shapes, job.config.train.optimizer
+    on_host = paged(name, shapes) if job.gpu else 0
+    always = replace(
+        job.at_rest(),
+        masters=4 * job.trained if job.half else 0,
+        optimizer=states(name, shapes) - on_host,
+        buckets=job.itemsize * job.trained if ddp else 0,  # DDP's gradients are views of its buckets
+        host=on_host,
+    )
+    if job.sums:
+        # The masters hold the sums of the micro-batches before. DDP's last micro-batch turns a bucket to float32.
+        wide = min(DDP_BUCKET, job.itemsize * job.trained) * 4 // job.itemsize if ddp else 0
+        yield from job.passing(replace(always, gradients=4 * job.trained + wide))
+    elif job.accumulates:
+        # In the weights' `.grad`, from where DDP's last micro-batch moves them to its buckets.
+        yield from job.passing(replace(always, gradients=job.itemsize * job.trained))
+    else:
+        yield from job.passing(always, bytes_of_gradient=0 if ddp else job.itemsize)
+    stepping = while_stepping(name, shapes, gpu=job.gpu)
+    if job.half:
+        handed_over = 0 if ddp or job.sums else job.itemsize * job.trained  # until the masters have them
+        yield replace(always, gradients=4 * job.trained + handed_over)
+    yield replace(always, gradients=0 if ddp and not job.half else 4 * job.trained, scratch=stepping)

@@ -1,0 +1,88 @@
+"""What one rank holds in memory at one moment, by part, and what the arithmetic of every strategy starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from omegaconf import DictConfig
+
+from tunewright.plan.accumulation import sums_in_float32
+from tunewright.plan.footprint import Footprint, Pass
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its fullest moment.
+
+    `host` is beside the device. On a CPU that is the same memory, and everything is in the other parts.
+    """
+
+    weights: int = 0  # of the base, in their formats; a rank's share under ZeRO-3
+    trained: int = 0  # adapters, or the weights themselves
+    masters: int = 0  # float32 copies of trained weights
+    optimizer: int = 0
+    gradients: int = 0
+    activations: int = 0  # without head and scratch
+    head: int = 0
+    scratch: int = 0  # weights out of 4 bits, or what an optimiser's step needs, for a moment
+    gathered: int = 0  # whole weights of ZeRO-3
+    buckets: int = 0  # of communication
+    slack: int = 0  # the allocator's gaps
+    context: int = 0  # the device's own: libraries, kernels
+    host: int = 0
+
+    @property
+    def needed(self) -> int:
+        """On the device."""
+        return sum(getattr(self, item.name) for item in fields(self) if item.name != "host")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration on a kind of device, with the largest micro-batch that it can have."""
+
+    config: DictConfig
+    footprint: Footprint
+    found: Pass
+    ranks: int
+    accumulates: bool  # several micro-batches a step
+    gpu: bool
+
+    @property
+    def trained(self) -> int:
+        return self.footprint.weights.trained
+
+    @property
+    def itemsize(self) -> int:
+        return self.footprint.weights.itemsize
+
+    @property
+    def half(self) -> bool:
+        return self.itemsize == 2
+
+    @property
+    def sums(self) -> bool:
+        """Whether gradients of several micro-batches are added up in float32 beside half-precision weights."""
+        return self.half and self.accumulates and sums_in_float32(self.config)
+
+    def at_rest(self) -> Memory:
+        """What is there before any strategy: weights in their formats."""
+        weights = self.footprint.weights
+        return Memory(weights=weights.frozen_bytes, trained=self.itemsize * weights.trained)
+
+    def passing(self, always: Memory, *, bytes_of_gradient: int = 0) -> Iterator[Memory]:
+        """Yield what is held at the fullest moments of a forward and backward pass.
+
+        Args:
+            always: what is there all the time.
+            bytes_of_gradient: what a weight's gradient takes from when it is there to the end of the pass.
+        """
+        for moment in self.found.moments:
+            yield replace(
+                always,
+                activations=moment.activations - moment.head - moment.scratch,
+                head=moment.head,
+                scratch=moment.scratch,
+                gradients=always.gradients + bytes_of_gradient * moment.gradients,
+            )
