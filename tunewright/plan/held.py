@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -71,12 +72,18 @@ class Job:
         weights = self.footprint.weights
         return Memory(weights=weights.frozen_bytes, trained=self.itemsize * weights.trained)
 
-    def passing(self, always: Memory, *, bytes_of_gradient: int = 0) -> Iterator[Memory]:
+    @property
+    def largest(self) -> int:
+        """Weights of the largest trained tensor."""
+        return max((math.prod(shape) for shape, _ in self.footprint.weights.shapes), default=0)
+
+    def passing(self, always: Memory, *, bytes_of_gradient: int = 0, most: int | None = None) -> Iterator[Memory]:
         """Yield what is held at the fullest moments of a forward and backward pass.
 
         Args:
             always: what is there all the time.
             bytes_of_gradient: what a weight's gradient takes from when it is there to the end of the pass.
+            most: weights whose gradients exist at once, where they are taken away before the end.
         """
         for moment in self.found.moments:
             yield replace(
@@ -84,5 +91,6 @@ class Job:
                 activations=moment.activations - moment.head - moment.scratch,
                 head=moment.head,
                 scratch=moment.scratch,
-                gradients=always.gradients + bytes_of_gradient * moment.gradients,
+                gradients=always.gradients
+                + bytes_of_gradient * min(moment.gradients, self.trained if most is None else most),
             )

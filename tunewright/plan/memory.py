@@ -16,9 +16,11 @@ from tunewright.plan.machine import Machine
 from tunewright.plan.optimizer_memory import paged, states, while_stepping
 
 MIB = 2**20
-# The device's own, before the first tensor: CUDA's context with PyTorch's kernels and cuBLAS's workspace; of a CPU rank
-# the interpreter and libraries.
+# The device's own, before the first tensor: CUDA's context with PyTorch's kernels (426 MiB on an RTX 6000 Ada with
+# PyTorch 2.10, unsloth-zoo pull request 1053) and cuBLAS's workspace; of a CPU rank the interpreter and libraries.
 CONTEXT = {"cuda": 600 * MIB, "rocm": 700 * MIB, "cpu": 650 * MIB}
+# Buffers of NCCL's channels: 1.06 GB with the context, on each of eight H100 (NVIDIA/nccl issue 1685).
+COMMUNICATOR = 400 * MIB
 SLACK = 0.05  # of what comes and goes, that PyTorch's allocator on a GPU cannot use: it keeps blocks of several sizes
 DDP_BUCKET = 25 * MIB  # of gradients that DDP sends at once (PyTorch's `bucket_cap_mb`)
 
@@ -38,7 +40,8 @@ def memory_of(config: DictConfig, footprint: Footprint, found: Pass, plan: Batch
         held = _replicated(job, ddp=launcher is Launcher.ddp and job.ranks > 1)
     fullest = max(held, key=lambda memory: memory.needed)
     passing = fullest.activations + fullest.head + fullest.scratch + fullest.gathered + fullest.gradients
-    return replace(fullest, slack=int(SLACK * passing) if job.gpu else 0, context=CONTEXT[machine.kind])
+    context = CONTEXT[machine.kind] + (COMMUNICATOR if job.gpu and job.ranks > 1 else 0)
+    return replace(fullest, slack=int(SLACK * passing) if job.gpu else 0, context=context)
 
 
 def _replicated(job: Job, *, ddp: bool) -> Iterator[Memory]:

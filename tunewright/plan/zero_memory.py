@@ -17,6 +17,7 @@ from tunewright.plan.optimizer_memory import paged, states, while_stepping
 
 # Gradients that go to the other ranks at once. DeepSpeed reserves two buffers of so many, 80 MB in bfloat16.
 LARGEST_BUCKET = 20_000_000
+NORM = 8  # bytes of a number whose square goes into the gradient's norm (`get_norm_dtype`)
 # DeepSpeed's own numbers, where a file says none.
 USUAL = {
     "reduce_bucket_size": 500_000_000,
@@ -67,6 +68,11 @@ class Settings:
         return math.ceil(self.job.trained / self.job.ranks)
 
     @property
+    def waiting(self) -> int:
+        """Weights of a gradient that no bucket holds: it waits where it is for the next one."""
+        return self.job.largest if self.job.largest > self.number("reduce_bucket_size") else 0
+
+    @property
     def flat(self) -> list[tuple[list[int], int]]:
         """The shape of what the optimiser steps."""
         return [([self.part], 1)]
@@ -74,72 +80,79 @@ class Settings:
 
 def _stage_1_and_2(job: Job, zero: Settings) -> Iterator[Memory]:
     size, part, name = job.itemsize, zero.part, job.config.train.optimizer
-    offload = zero.offloads("optimizer")
-    bucket = zero.number("reduce_bucket_size")
-    sent = min(bucket, job.trained)
+    bucket, waiting = zero.number("reduce_bucket_size"), zero.waiting
     # Two buffers while gradients come (`ipg_buckets`), and one bucket flattened for the others (`allreduce_bucket`).
-    buffers = (1 + zero.says("overlap_comm", False)) * bucket * size + sent * size
-    on_host = paged(name, zero.flat) if job.gpu else 0
+    sent = max(min(bucket, job.trained), waiting)
+    buffers = size * ((1 + zero.says("overlap_comm", False)) * bucket + sent)
     kept = {"masters": 4 * part, "optimizer": states(name, zero.flat)}
-    if offload:
-        largest = max((math.prod(shape) for shape, _ in job.footprint.weights.shapes), default=0)
+    rest = job.at_rest()
+    if zero.offloads("optimizer"):
         # The masters' `.grad` lasts; so do what goes back to the device, and a buffer for a gradient on both sides.
-        lasting = 4 * part + size * (part + largest) + (size * part if job.accumulates else 0)
-        placed, rest = _placed(job, {**kept, "gradients": lasting}), job.at_rest()
-        always = replace(placed, weights=rest.weights, trained=rest.trained, buckets=size * largest)
-        yield from job.passing(replace(always, buckets=always.buckets + buffers))
-        stepping = while_stepping(name, zero.flat, gpu=False)
-        yield replace(always, host=always.host + stepping) if job.gpu else replace(always, scratch=stepping)
+        lasting = 4 * part + size * (part + job.largest) + (size * part if job.accumulates else 0)
+        placed = _placed(job, {**kept, "gradients": lasting})
+        always = replace(placed, weights=rest.weights, trained=rest.trained, buckets=size * job.largest)
+        fuller = replace(always, buckets=always.buckets + buffers)
+        yield from job.passing(fuller, bytes_of_gradient=size, most=waiting)
+        yield _stepping_on_host(job, zero, always)
         return
-    always = replace(job.at_rest(), **kept, host=on_host)
-    always = replace(always, optimizer=always.optimizer - on_host)
+    on_host = paged(name, zero.flat) if job.gpu else 0
+    always = replace(rest, masters=4 * part, optimizer=kept["optimizer"] - on_host, host=on_host)
     stepping = while_stepping(name, zero.flat, gpu=job.gpu)
+    norm = NORM * min(job.largest, part)
     if job.sums:  # `_build_compact_grad_partition_buffer`, which the step takes as it is
         always = replace(always, gradients=4 * part)
-        yield from job.passing(replace(always, buckets=buffers))
-        yield replace(always, scratch=stepping)
+        yield from job.passing(replace(always, buckets=buffers), bytes_of_gradient=size, most=waiting)
+        yield replace(always, scratch=max(stepping, norm))
         return
     # `grads_in_partition`, and of the micro-batches before `all_grad_tensors`; stage 1 keeps those of all weights.
     before = (size * job.trained if zero.stage == 1 else size * part) if job.accumulates else 0
-    yield from job.passing(replace(always, buckets=buffers, gradients=size * part + before))
-    # Flattened, and then turned to float32.
-    yield replace(always, gradients=size * part * 2 + (4 * part if job.half else 0))
-    yield replace(always, gradients=size * part + 4 * part, scratch=stepping)
+    fuller = replace(always, buckets=buffers, gradients=size * part + before)
+    yield from job.passing(fuller, bytes_of_gradient=size, most=waiting)
+    yield replace(always, gradients=size * part, scratch=norm)
+    yield replace(always, gradients=2 * size * part + (4 * part if job.half else 0))  # flattened, then float32
+    yield replace(always, gradients=4 * part, scratch=stepping)
 
 
 def _stage_3(job: Job, zero: Settings) -> Iterator[Memory]:
     weights, size, part, name = job.footprint.weights, job.itemsize, zero.part, job.config.train.optimizer
-    bucket = zero.number("reduce_bucket_size")
+    bucket, waiting, offload = zero.number("reduce_bucket_size"), zero.waiting, zero.offloads("optimizer")
     summed = 4 if job.sums else size
-    share = math.ceil(weights.frozen_bytes / job.ranks)
-    # Small tensors stay whole on the device, beside each rank's part of them; those trained are all of an adapter.
-    small = size * weights.small
     copies = min(zero.number("zero_hpz_partition_size"), job.ranks)
     secondary = size * (weights.trained + weights.frozen) // copies if copies > 1 else 0  # ZeRO++: a whole in each node
-    masters = 4 * part if job.half or zero.offloads("optimizer") else 0  # of float32 weights they are the weights
-    kept = {"masters": masters, "optimizer": states(name, zero.flat), "gradients": summed * part}
-    if zero.offloads("optimizer"):
-        kept["gradients"] += 4 * part  # the masters' `.grad` lasts
+    kept = {
+        "masters": 4 * part if job.half or offload else 0,  # float32 weights are their own
+        "optimizer": states(name, zero.flat),
+        "gradients": (summed + (4 if offload else 0)) * part,  # offloaded masters' `.grad` lasts
+    }
+    base = {"weights": math.ceil(weights.frozen_bytes / job.ranks) + secondary, "trained": size * part}
+    if offload:
         always = _placed(job, kept)
     else:
         on_host = paged(name, zero.flat) if job.gpu else 0
         always = Memory(**{**kept, "optimizer": kept["optimizer"] - on_host}, host=on_host)
-    base = {"weights": share + secondary, "trained": size * part}
     if zero.offloads("param") and job.gpu:
         always = replace(always, host=always.host + sum(base.values()))
     else:
         always = replace(always, **base)
-    always = replace(always, weights=always.weights + small, buckets=always.buckets + size * bucket)
-    sent = size * min(bucket, weights.trained)  # `reduce_scatter_coalesced` puts a bucket together once more
-    yield from job.passing(replace(always, gathered=size * gathered(job, zero), buckets=always.buckets + sent))
-    on_gpu = job.gpu and not zero.offloads("optimizer")
-    stepping = while_stepping(name, zero.flat, gpu=on_gpu)
-    if zero.offloads("optimizer"):
-        yield replace(always, host=always.host + stepping) if job.gpu else replace(always, scratch=stepping)
+    # Small tensors stay whole on the device, beside each rank's part of them.
+    always = replace(always, weights=always.weights + size * weights.small, buckets=size * bucket)
+    # `reduce_scatter_coalesced` puts a bucket together once more.
+    sent = size * max(min(bucket, weights.trained), waiting)
+    fuller = replace(always, gathered=size * gathered(job, zero), buckets=always.buckets + sent)
+    yield from job.passing(fuller, bytes_of_gradient=size, most=waiting)
+    if offload:
+        yield _stepping_on_host(job, zero, always)
         return
-    flattened = always.gradients + summed * part  # `_prepare_fp32_grad_for_sub_group`
-    yield replace(always, gradients=flattened + (4 * part if summed == 2 else 0))
+    yield replace(always, scratch=NORM * math.ceil(job.largest / job.ranks))
+    # `_prepare_fp32_grad_for_sub_group`: flattened, and then float32.
+    yield replace(always, gradients=always.gradients + summed * part + (4 * part if summed == 2 else 0))
+    stepping = while_stepping(name, zero.flat, gpu=job.gpu)
     yield replace(always, gradients=always.gradients + 4 * part, scratch=stepping)
+
+
+def _stepping_on_host(job: Job, zero: Settings, always: Memory) -> Memory:
+    stepping = while_stepping(job.config.train.optimizer, zero.flat, gpu=False)
+    return replace(always, host=always.host + stepping) if job.gpu else replace(always, scratch=stepping)
 
 
 def gathered(job: Job, zero: Settings) -> int:
@@ -160,7 +173,7 @@ def gathered(job: Job, zero: Settings) -> int:
         kept += layer
         distance += times * layer
     fetched = zero.number("stage3_prefetch_bucket_size")
-    whole = weights.trained + weights.frozen
+    whole = weights.trained + weights.frozen - weights.small
     return min(max(kept, max(weights.layers, default=0), head) + 2 * fetched, whole)
 
 
