@@ -115,6 +115,12 @@ def find_device(name: str) -> Device | None:
     return next((device for device in DEVICES if words <= _words(device.name)), None)
 
 
+def called(name: str) -> str:
+    """Return the table's name for a device, or the driver's own where the table has none."""
+    found = find_device(name)
+    return found.name if found else name
+
+
 def known_device(name: str) -> Device:
     """Return the device that a person calls so.
 

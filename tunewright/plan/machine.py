@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from tunewright.config.schema import Dtype
 from tunewright.errors import ConfigError
-from tunewright.plan.device_table import GB, GIB, PCIE, Device, find_device, known_device
+from tunewright.plan.device_table import GB, GIB, PCIE, Device, called, find_device, known_device
 from tunewright.plan.devices import Devices
 from tunewright.plan.rules import world_size
 
@@ -165,7 +165,7 @@ def _gpus(devices: Devices) -> Machine:
     listed = find_device(name)
     return Machine(
         kind=devices.kind,
-        name=listed.name if listed else name,
+        name=called(name),
         count=devices.count,
         memory=memory,
         rate=listed.rate if listed else None,

@@ -18,6 +18,7 @@ class Pace:
     communication_seconds: float  # a step, of which part hides behind computation
     seconds: float  # a step
     reason: str  # where rate and share come from
+    price: float | None = None  # of all devices for an hour
 
     @property
     def tokens_per_second(self) -> float:
@@ -26,6 +27,11 @@ class Pace:
     @property
     def hours(self) -> float | None:
         return None if self.steps is None else self.steps * self.seconds / 3600
+
+    @property
+    def cost(self) -> float | None:
+        """What the run costs, in the currency of the price."""
+        return None if self.hours is None or self.price is None else self.hours * self.price
 
 
 @dataclass(frozen=True)
