@@ -46,6 +46,7 @@ class Machine:
     here: bool  # this machine: what was measured on it counts
     bandwidth: float | None = None  # bytes/s of a rank's own memory
     host_link: float | None = None  # bytes/s between a rank's device and the host's memory; None: it is the same
+    host_memory: float | None = None  # bytes that a host has free beside its GPUs, where that is known
 
     @property
     def hosts(self) -> int:
@@ -175,6 +176,7 @@ def _gpus(devices: Devices) -> Machine:
         here=True,
         bandwidth=listed.bandwidth if listed else None,
         host_link=listed.host_link if listed else PCIE[4][0],
+        host_memory=free_memory(),
     )
 
 

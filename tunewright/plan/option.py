@@ -47,8 +47,21 @@ class Option:
     memory: Memory | None
     room: int  # bytes that a rank can have
     pace: Pace | None
-    configured: bool = False  # as the configuration says
+    host_room: float | None = None  # the same of host memory, beside GPUs where that is known
+    configured: bool = False  # as the configuration says, or leaves open
 
     @property
     def fits(self) -> bool:
-        return self.refusal is None and self.memory is not None and self.memory.needed <= self.room
+        return self.refusal is None and self.share <= 1
+
+    @property
+    def share(self) -> float:
+        """Of the memory that a rank can have, on its device or beside it, 1 and less where it fits."""
+        if self.memory is None or not self.room:
+            return float("inf")
+        return max(self.memory.needed / self.room, self.memory.host / self.host_room if self.host_room else 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.pace.seconds if self.pace else float("inf")

@@ -1,0 +1,140 @@
+"""What each way to run a configuration needs on a machine, and which one is taken.
+
+The fastest that fits is taken, of those that the settings leave open; where several are as fast, the simplest. Other
+ways, another method among them, are worked out to be shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import product
+
+from omegaconf import DictConfig
+
+from tunewright.config.schema import STRATEGIES
+from tunewright.plan.architecture import Architecture
+from tunewright.plan.batch_plan import batch_plan
+from tunewright.plan.devices import Devices
+from tunewright.plan.footprint import Footprint
+from tunewright.plan.machine import Machine
+from tunewright.plan.memory import memory_of
+from tunewright.plan.option import Option
+from tunewright.plan.pace import pace_of
+from tunewright.plan.reached import known_here, way_of, with_ratio
+from tunewright.plan.rules import world_size
+from tunewright.plan.ways import (
+    agrees,
+    largest_batch,
+    micro_batches,
+    recomputations,
+    refusal,
+    strategies,
+    with_strategy,
+)
+
+SPARE = 0.05  # of a rank's memory, left free where something as good leaves it: a plan is no measurement
+ALIKE = 1.02  # times the seconds of the fastest: what differs by less is as fast
+
+
+def options(
+    configs: Sequence[DictConfig],
+    machine: Machine,
+    devices: Devices,
+    architecture: Architecture,
+    footprints: Sequence[Footprint],
+    *,
+    rows: int | None = None,
+    tokens: int | None = None,
+    price: float | None = None,
+) -> list[Option]:
+    """Return the ways to run whose micro-batches the footprints have, the refused ones too.
+
+    Args:
+        configs: the configuration, then the same with other methods.
+        footprints: of each of them, with passes of its `batches`.
+        rows: that train, or packs of them with packing, where that is known; `tokens`: those of all of them.
+        price: of a device for an hour.
+    """
+    found, known = [], known_here(configs[0], machine)
+    for config, footprint in zip(configs, footprints, strict=True):
+        passes = {one.batch: one for one in footprint.passes}
+        weights = footprint.weights
+        whole = weights.trained + weights.frozen
+        for strategy, recompute in product(strategies(config, devices), recomputations(config, architecture)):
+            one = with_strategy(config, strategy)
+            one.train.gradient_checkpointing = recompute
+            ranks, reason = world_size(one, devices), ""
+            used = machine.of(ranks)
+            for micro_batch in micro_batches(config, ranks):
+                one.train.micro_batch_size = micro_batch
+                batch = largest_batch(one, devices, architecture)
+                if batch not in passes:
+                    continue
+                # Its size decides nothing about what goes together: the first is asked for all.
+                reason = refusal(one, devices, architecture) if reason == "" else reason
+                way = Option(
+                    method=config.method.name,
+                    strategy=strategy,
+                    ranks=ranks,
+                    micro_batch=micro_batch,
+                    recompute=recompute,
+                    refusal=reason,
+                    memory=None,
+                    room=used.memory,
+                    pace=None,
+                    host_room=used.host_memory and used.host_memory / min(ranks, used.node),
+                    configured=config is configs[0] and agrees(config, strategy, micro_batch, recompute=recompute),
+                )
+                if reason is None:
+                    data = config.data
+                    plan = batch_plan(one.train, ranks, cutoff_len=data.cutoff_len, packing=data.packing)
+                    told = one, footprint, passes[batch], plan, used
+                    ratio = known.memory_ratio(way_of(one, used, weights.trained, whole, recompute=recompute))
+                    way = replace(
+                        way,
+                        memory=with_ratio(memory_of(*told), ratio),
+                        pace=pace_of(*told, rows=rows, tokens=tokens, price=price, known=known),
+                    )
+                found.append(way)
+    return found
+
+
+def chosen(ways: Iterable[Option]) -> Option | None:
+    """Return what is taken of the ways that the settings leave open, or None where none of them fits."""
+    fitting = [way for way in ways if way.configured and way.fits]
+    fitting = [way for way in fitting if way.share <= 1 - SPARE] or fitting
+    fastest = min((way.seconds for way in fitting), default=0.0)
+    alike = [way for way in fitting if way.seconds <= ALIKE * fastest]
+    return min(alike, key=_simple, default=None)
+
+
+def ranked(ways: Sequence[Option], best: Option | None) -> list[Option]:
+    """Return the best way of each strategy, and of each other method.
+
+    That is what is taken, else the fastest that fits, else what needs the least. The fastest come first, those that do
+    not fit behind them, the least first, and the refused last.
+    """
+    method = ways[0].method
+    shown: dict[str, Option] = {}
+    for way in sorted(ways, key=lambda way: (way is not best, *_order(way))):
+        if way.method == method or way.refusal is None:
+            shown.setdefault(way.strategy if way.method == method else way.method, way)
+    found: list[Option] = []
+    rest = sorted(shown.values(), key=_order)
+    while rest:  # those that are as fast as the first together, the simplest of them first
+        alike = [way for way in rest if way.fits and way.seconds <= ALIKE * rest[0].seconds]
+        alike = sorted(alike, key=_simple) or rest
+        found += alike
+        rest = [way for way in rest if way not in alike]
+    return found
+
+
+def _order(way: Option) -> tuple[float, ...]:
+    if way.refusal is not None:
+        return (2, STRATEGIES.index(way.strategy))
+    return (0, way.seconds, way.share) if way.fits else (1, way.share, way.seconds)
+
+
+def _simple(way: Option) -> tuple[float, ...]:
+    return (STRATEGIES.index(way.strategy), way.recompute, way.micro_batch)
