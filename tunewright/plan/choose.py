@@ -6,8 +6,9 @@ ways, another method among them, are worked out to be shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, replace
 from itertools import product
 
 from omegaconf import DictConfig
@@ -17,6 +18,7 @@ from tunewright.plan.architecture import Architecture
 from tunewright.plan.batch_plan import batch_plan
 from tunewright.plan.devices import Devices
 from tunewright.plan.footprint import Footprint
+from tunewright.plan.held import Memory
 from tunewright.plan.machine import Machine
 from tunewright.plan.memory import memory_of
 from tunewright.plan.option import Option
@@ -24,6 +26,7 @@ from tunewright.plan.pace import pace_of
 from tunewright.plan.reached import known_here, way_of, with_ratio
 from tunewright.plan.rules import world_size
 from tunewright.plan.ways import (
+    AUTO,
     agrees,
     largest_batch,
     micro_batches,
@@ -33,6 +36,7 @@ from tunewright.plan.ways import (
     with_strategy,
 )
 
+FREE = 0.1  # of a rank's memory, which a run leaves free that finds out itself how few layers have to recompute
 SPARE = 0.05  # of a rank's memory, left free where something as good leaves it: a plan is no measurement
 ALIKE = 1.02  # times the seconds of the fastest: what differs by less is as fast
 
@@ -56,7 +60,8 @@ def options(
         rows: that train, or packs of them with packing, where that is known; `tokens`: those of all of them.
         price: of a device for an hour.
     """
-    found, known = [], known_here(configs[0], machine)
+    found: list[Option] = []
+    known = known_here(configs[0], machine)
     for config, footprint in zip(configs, footprints, strict=True):
         passes = {one.batch: one for one in footprint.passes}
         weights = footprint.weights
@@ -64,7 +69,8 @@ def options(
         for strategy, recompute in product(strategies(config, devices), recomputations(config, architecture)):
             one = with_strategy(config, strategy)
             one.train.gradient_checkpointing = recompute
-            ranks, reason = world_size(one, devices), ""
+            ranks = world_size(one, devices)
+            reason: str | None = ""
             used = machine.of(ranks)
             for micro_batch in micro_batches(config, ranks):
                 one.train.micro_batch_size = micro_batch
@@ -97,7 +103,37 @@ def options(
                         pace=pace_of(*told, rows=rows, tokens=tokens, price=price, known=known),
                     )
                 found.append(way)
+        if config.train.gradient_checkpointing == AUTO and not config.data.streaming:
+            found += _partly([way for way in found if way.method == config.method.name], len(weights.layers))
     return found
+
+
+def _partly(ways: Sequence[Option], layers: int) -> Iterator[Option]:
+    """Yield ways in which as few layers recompute as have to, of so many, where not all can keep their activations.
+
+    What they take lies between what it takes where none and where all recompute, in proportion.
+    """
+    keeping = {(way.strategy, way.micro_batch): way for way in ways if not way.recompute}
+    for every in ways:
+        none = keeping.get((every.strategy, every.micro_batch))
+        if not every.recompute or none is None or none.fits:
+            continue
+        if not (none.memory and every.memory and none.pace and every.pace):
+            continue
+        room, more = (1 - FREE) * every.room - every.memory.needed, none.memory.needed - every.memory.needed
+        kept = math.floor(layers * room / more) if more > 0 else 0
+        if 0 < kept < layers:
+            share = kept / layers
+            parts = {
+                part.name: (getattr(every.memory, part.name), getattr(none.memory, part.name))
+                for part in fields(Memory)
+            }
+            memory = Memory(**{name: round(some + share * (most - some)) for name, (some, most) in parts.items()})
+            faster = {
+                name: getattr(every.pace, name) + share * (getattr(none.pace, name) - getattr(every.pace, name))
+                for name in ("compute_seconds", "seconds")
+            }
+            yield replace(every, layers=layers - kept, memory=memory, pace=replace(every.pace, **faster))
 
 
 def chosen(ways: Iterable[Option]) -> Option | None:

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from omegaconf import DictConfig
 
 from tunewright.plan.accumulation import sums_in_float32
 from tunewright.plan.footprint import Footprint, Pass
+from tunewright.text import size
+
+PARTS = {  # of `Memory`, what is beside the device left out
+    "weights": "base weights",
+    "trained": "trained weights",
+    "masters": "their float32 copies",
+    "optimizer": "optimiser states",
+    "gradients": "gradients",
+    "activations": "activations",
+    "head": "head and loss",
+    "scratch": "scratch",
+    "gathered": "gathered weights",
+    "buckets": "buckets of communication",
+    "slack": "the allocator's gaps",
+    "context": "libraries and kernels",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,13 @@ class Memory:
     @property
     def needed(self) -> int:
         """On the device."""
-        return sum(getattr(self, item.name) for item in fields(self) if item.name != "host")
+        return sum(getattr(self, part) for part in PARTS)
+
+    def by_part(self) -> str:
+        """Return what is held as text, the largest part first."""
+        parts = {name: getattr(self, part) for part, name in PARTS.items()}
+        ordered = sorted(parts, key=lambda name: -parts[name])
+        return ", ".join(f"{name} {size(parts[name])}" for name in ordered if parts[name])
 
 
 @dataclass(frozen=True)

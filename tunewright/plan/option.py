@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tunewright.plan.memory import Memory
+from tunewright.plan.held import Memory
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Option:
     room: int  # bytes that a rank can have
     pace: Pace | None
     host_room: float | None = None  # the same of host memory, beside GPUs where that is known
+    layers: int | None = None  # that recompute, where it is some of them: as few as memory asks for
     configured: bool = False  # as the configuration says, or leaves open
 
     @property

@@ -14,7 +14,7 @@ WORTH = 1.1  # times as fast: from here on a faster way is worth a word
 
 def settings(way: Option) -> str:
     """Return the settings that make a way."""
-    recompute = str(way.recompute).lower()
+    recompute = str(way.recompute).lower() if way.layers is None else "auto"
     return f"strategy={way.strategy} train.micro_batch_size={way.micro_batch} train.gradient_checkpointing={recompute}"
 
 
@@ -22,7 +22,7 @@ def described(way: Option) -> str:
     """Return a way in words."""
     ranks = "1 rank" if way.ranks == 1 else f"{way.ranks} ranks"
     rows = "1 row" if way.micro_batch == 1 else f"{way.micro_batch} rows"
-    recompute = ", layers recompute" if way.recompute else ""
+    recompute = f", {way.layers or 'all'} layers recompute" if way.recompute else ""
     return f"{way.method} under {way.strategy} on {ranks}, {rows} at a time{recompute}"
 
 
