@@ -49,11 +49,16 @@ class RankError:
 
 
 def run_ranks(
-    command: Command, run: RunDir, say: Callable[[str], None] = print, *, timeout_minutes: float = 10.0
+    command: Command,
+    run: RunDir,
+    say: Callable[[str], None] = print,
+    *,
+    timeout_minutes: float = 10.0,
+    quiet: bool = False,
 ) -> int:
     """Run the command to its end and return the exit code that says how it went.
 
-    A rank that is silent for nearly `timeout_minutes` is ended.
+    A rank that is silent for nearly `timeout_minutes` is ended. With `quiet`, what ranks print goes to the log.
 
     Success is the manifest's `done`, which the first rank writes after the result was verified: ranks have been seen
     to die in their teardown after a good run.
@@ -75,6 +80,7 @@ def run_ranks(
                     # torchrun would end its ranks, and a rank that hears nothing yet would die.
                     held_back=STOP_SIGNALS,
                     stdin=subprocess.DEVNULL,
+                    stdout=log if quiet else None,
                     stderr=log,
                 )
             _watch(process, requests, say)

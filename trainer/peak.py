@@ -42,8 +42,8 @@ class Peak:
         facts = describe_hardware(device)
         kind = {name: facts[name] for name in ("device_name", "cores", "threads_per_rank", "platform")}
         self._here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        kind |= {"dtype": str(dtype), "torch": torch.__version__, "ranks": self._here}
-        self._file = cache / "peaks" / f"{digest(kind)}.json"
+        self._kind = kind | {"dtype": str(dtype), "torch": torch.__version__, "ranks": self._here}
+        self._file = cache / "peaks" / f"{digest(self._kind)}.json"
         best = _read(self._file)
         rate = self._measure()
         self.start, known = _sum(rate, device), _sum(best, device)
@@ -66,7 +66,7 @@ class Peak:
         if rate > _read(self._file) and os.environ.get("LOCAL_RANK", "0") == "0":
             with suppress(OSError):  # a disk that is full or read-only: another run will find it
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self._file, {"flops_per_second": rate})
+                write_json(self._file, {"flops_per_second": rate, **self._kind})
         return rate
 
 

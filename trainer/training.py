@@ -35,6 +35,7 @@ from tunewright.trainer.disk_room import DiskRoom
 from tunewright.trainer.divergence import Watch
 from tunewright.trainer.grace import Grace
 from tunewright.trainer.hardware import peak_memory
+from tunewright.trainer.keeping import keep_reached
 from tunewright.trainer.loss import Loss
 from tunewright.trainer.methods import adapt, parameter_counts
 from tunewright.trainer.methods.lora import keep_pissa_start, starts_as_pissa
@@ -157,6 +158,9 @@ def train(
             result = describe_result(run, trainer, metrics.wall_seconds(), memory, peak, warnings)
             write_hyperparameters(run, result["final"])
             run.update_manifest(**result)
+            if checkpoint is None and loss is None:
+                lines = read_metrics(run.metrics)
+                keep_reached(config, plan, (trainable, total), device, dtype, lines, peak)
     output.say(". ".join([f"Saved to {run.final}", *(f"Warning: {text}" for text in warnings)]))
     return trainer
 

@@ -103,12 +103,12 @@ def test_gpus_here_are_those_that_their_driver_tells_of(tmp_path: Path, monkeypa
     tool.write_text(NVIDIA_SMI)
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    found = machine_here(Devices("cuda", 2, 16), compose_config([], None))
+    found = machine_here(Devices("cuda", 2, 16), compose_config(["strategy=single"], None))
     assert (found.name, found.count, found.memory, found.here) == ("A100-80GB", 2, 70000 * 2**20, True)
     assert found.link == 240e9
 
 
 def test_gpus_whose_driver_tells_nothing_have_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = machine_here(Devices("cuda", 2, 16), compose_config([], None))
+    found = machine_here(Devices("cuda", 2, 16), compose_config(["strategy=single"], None))
     assert (found.rate, found.memory) == (None, 0)

@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.trainer.data.packing import cut, pack
 from tunewright.trainer.data.render import IGNORED
+from tunewright.trainer.data.sampling import epoch_order
 
 Batch = dict[str, Any]
 Row = dict[str, np.ndarray]  # "input_ids" and "labels", (length,) each
@@ -105,7 +106,7 @@ class MicroBatches:
         if self.shuffle and self.group_by_length:
             order = self._grouped()
         elif self.shuffle:
-            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
+            order = epoch_order(len(order), self.seed, self.epoch)
         if self.plan.global_batch is None:
             steps = [order[positions] for positions in cut(self.lengths[order], self._steps())]
         else:

@@ -25,6 +25,13 @@ class Part:
     num_samples: int | None = None
 
 
+def epoch_order(units: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the numbers of rows (or packs) in the order in which an epoch trains on them, (units,)."""
+    order = np.arange(units)
+    np.random.default_rng([seed, epoch]).shuffle(order)
+    return order
+
+
 def held_out_rows(sizes: list[int], data: DataConfig, seed: int) -> list[np.ndarray]:
     """Return for each dataset a mask (rows,) of the rows that `data.eval_size` holds out.
 

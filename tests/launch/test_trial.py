@@ -1,0 +1,57 @@
+"""`plan --measure`: a real run of the largest micro-batch, of which nothing stays but what was seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tunewright.config.compose import compose_config
+from tunewright.launch.trial import measure
+from tunewright.plan.batch_plan import batch_plan
+from tunewright.plan.devices import find_devices
+from tunewright.plan.footprint import Batch, Footprint, Pass, Weights
+from tunewright.plan.held import Memory
+from tunewright.plan.machine import machine_here
+from tunewright.plan.pace import pace_of
+from tunewright.plan.reached import known_here
+
+CUTOFF, MICRO = 160, 2
+FOOTPRINT = Footprint(
+    "cpu",
+    Weights(100_000, 5_000_000, 20_000_000, 4, [1_000_000] * 4, 1_000_000, 0, 256, []),
+    [Pass(Batch(MICRO, CUTOFF, False, False), [], 6e9)],
+)
+
+
+def test_steps_are_measured_and_kept(
+    tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    overrides = [f"train.micro_batch_size={MICRO}", f"data.cutoff_len={CUTOFF}", f"output_root={tmp_path}/runs"]
+    overrides += ["strategy=single", "train.gradient_checkpointing=false"]
+    overrides += ["model=folder", f"model.path={tiny_model}", f"data.cache_dir={tmp_path}/cache", "data.eval_size=0.2"]
+    config, devices = compose_config([*overrides, "train.global_batch_size=8"], None), find_devices()
+    machine, found = machine_here(devices, config), FOOTPRINT.passes[0]
+    planned = Memory(weights=20_000_000, context=600_000_000)
+    before = config.copy()
+    seen = measure(config, FOOTPRINT, found, planned, machine, devices, mean=60.0)
+
+    assert config == before
+    largest, average = seen.points
+    assert largest.tokens == MICRO * CUTOFF
+    assert 0.2 * largest.tokens < average.tokens < 0.9 * largest.tokens
+    assert 0 < average.seconds < largest.seconds
+    assert largest.flops > average.flops > 0
+    assert seen.memory is not None
+    assert 0.5 < seen.memory < 5
+    assert known_here(config, machine).of(seen.way) == seen
+    plan = batch_plan(config.train, 1)
+    pace = pace_of(config, FOOTPRINT, found, plan, machine, rows=100, tokens=100 * CUTOFF)
+    assert pace.reason == "measured here"
+    assert pace.seconds == pytest.approx(4 * largest.seconds)
+    assert not (tmp_path / "runs").exists()
+    assert list(temporary.iterdir()) == []
+    assert capfd.readouterr().out == ""
