@@ -34,18 +34,31 @@ examples:
   tunewright train --multirun method.r=4,16,64              one run for each value
   tunewright data check demo data.cutoff_len=512            what is in the data: lengths, copies, dropped rows
   tunewright resume runs/first                              go on with what was stopped or killed
+  tunewright doctor --ranks 2                               is this machine fit to train on?
   tunewright runs                                           how far each run is
   tunewright compare runs/demo/*
   tunewright chat runs/demo/zero2                           after `tunewright demo`
   tunewright merge runs/demo/zero2                          one model folder, without an adapter
 
 exit codes: 0 done, 2 configuration, 3 data, 4 storage, 5 numeric, 6 peer or network, 7 memory, 70 a bug of ours,
-75 stopped and resumable, 130 stopped at once
+75 stopped and resumable, 130 stopped at once; of `doctor`, how many things must be fixed
 """
 
 TRAIN_HELP = """\
 Settings are Hydra overrides: GROUP=CHOICE picks a file of configs/hydra, key=value sets one value.
 `tunewright config` lists groups and choices, `tunewright config --keys` every key.
+"""
+
+
+DOCTOR_HELP = """\
+Look at packages, compiler, GPUs, memory, disks, limits, network, environment, clock and ports, and try what the devices
+compute; each finding says what to do. Overrides say what is needed: a hub, a compiler, ranks.
+
+  tunewright doctor
+  tunewright doctor --ranks 2
+  tunewright doctor model=qwen2_5_7b strategy=zero3_offload
+
+The exit code is the number of things that must be fixed, at most 100.
 """
 
 
@@ -97,6 +110,17 @@ def parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="how far each run is, and from where it would go on")
     runs.add_argument("root", nargs="?", type=Path, default=Path("runs"), metavar="FOLDER", help="default: runs")
     runs.set_defaults(run=_runs)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="look at this machine before anything is trained on it",
+        description=DOCTOR_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_overrides(doctor)
+    doctor.add_argument("--ranks", type=int, metavar="N", help="start so many ranks here, and have them meet and sum")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(run=_doctor)
 
     config = commands.add_parser("config", help="show groups, choices, keys, or a composed configuration")
     _add_overrides(config)
@@ -228,6 +252,12 @@ def _runs(args: argparse.Namespace) -> int:
 
     _say(runs_text(args.root))
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from tunewright.launch.doctor.examine import run
+
+    return run(args)
 
 
 def _config(args: argparse.Namespace) -> int:

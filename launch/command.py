@@ -92,7 +92,7 @@ def build_command(
     return Command(
         accelerate_launch(),
         ["--config_file", str(run.path / "accelerate.yaml"), *script],
-        _environment(config, plan.world_size, devices),
+        environment_of(config, plan.world_size, devices),
         accelerate_config(config, plan.world_size),
     )
 
@@ -101,7 +101,8 @@ def write_accelerate_config(command: Command, run: RunDir) -> None:
     write_text(run.path / "accelerate.yaml", yaml.safe_dump(command.accelerate, sort_keys=False))
 
 
-def _environment(config: DictConfig, ranks: int, devices: Devices) -> dict[str, str]:
+def environment_of(config: DictConfig, ranks: int, devices: Devices) -> dict[str, str]:
+    """Return what is added to the environment of the ranks."""
     env = {threads.COUNT: threads.of_each_rank(config, ranks, devices), "TOKENIZERS_PARALLELISM": "false"}
     if not devices.gpu:
         env |= threads.waiting()

@@ -41,6 +41,7 @@ EXCLUDED = {
     r"make bench-check": "compares with the history of the repository, which the copy has not",
     r"make (bench|bench-\w+)\b.*": "measures, for minutes to hours; beside other people's programs",
     r"make gpu-(check|rehearsal)\b.*": "needs a GPU, or builds an environment from the network",
+    r"\S*tunewright doctor\b.*": "its exit code is what it finds of the machine; tests/launch/test_doctor.py runs it",
     r"\S*accelerate launch --num_processes 8 .*": "eight GPUs",
     r"\S*accelerate launch --config_file my_accelerate.yaml .*": "eight GPUs, and a model of the Hub",
     r".*\bhub:org/name\b.*": "a dataset of the Hub",

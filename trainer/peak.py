@@ -35,6 +35,7 @@ class Peak:
         self.device, self.dtype = device, dtype
         self.start: float | None = None  # None: of a GPU that the table does not have
         self.now: float | None = None  # what is certain while the run goes on
+        self.known: float | None = None  # the best of a CPU before this one
         if device.type == "cuda":
             listed = _sum(listed_peak_flops(device, dtype) or math.nan, device)
             self.start = self.now = None if math.isnan(listed) else listed
@@ -46,9 +47,9 @@ class Peak:
         self._file = cache / "peaks" / f"{digest(self._kind)}.json"
         best = _read(self._file)
         rate = self._measure()
-        self.start, known = _sum(rate, device), _sum(best, device)
-        if _agree(self.start, known):
-            self.now = max(self.start, known)
+        self.start, self.known = _sum(rate, device), _sum(best, device)
+        if _agree(self.start, self.known):
+            self.now = max(self.start, self.known)
 
     def at_end(self) -> dict[str, float | None]:
         """Return what the manifest says: the rates at both ends, and the best one. Every rank has to call it."""

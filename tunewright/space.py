@@ -31,7 +31,7 @@ PROBE_BYTES = 256 * 1024
 
 def free_bytes(path: Path) -> int:
     """Return what is free for this user where `path` is or would be made; a quota is not seen."""
-    return shutil.disk_usage(_existing(path)).free
+    return shutil.disk_usage(existing(path)).free
 
 
 def check_space(path: Path, needed: int, what: str, advice: str) -> None:
@@ -48,7 +48,7 @@ def check_space(path: Path, needed: int, what: str, advice: str) -> None:
 def refusal(path: Path) -> str | None:
     """Try to write where `path` is or would be made; return what the system says against it, quotas included."""
     try:
-        with tempfile.TemporaryFile(dir=_existing(path)) as probe:
+        with tempfile.TemporaryFile(dir=existing(path)) as probe:
             probe.write(bytes(PROBE_BYTES))
             probe.flush()
             os.fsync(probe.fileno())
@@ -116,7 +116,7 @@ def _sentence(text: str) -> str:
     return f" {text}" if text else ""
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """Return `path`, or the nearest folder above it that is there."""
     path = path.absolute()
     return next(one for one in (path, *path.parents) if one.is_dir())

@@ -47,6 +47,7 @@ class Part:
 
 
 PARTS = (
+    Part("doctor", "doctor.py", (), "doctor.json", 60),
     Part("smoke", "smoke.py", (), "smoke.jsonl", 100),
     Part("speed", "worker.py", ("speed",), "speed.jsonl", 230),
     Part("others", "worker.py", ("others",), "others.jsonl", 130),
@@ -203,6 +204,10 @@ def report(out: Path, told: dict[str, Any], became: dict[str, str]) -> str:
     """Return report.md from what lies in the folder."""
     lines = ["# GPU check", "", "```", json.dumps(told, indent=1), "```", ""]
     lines += [f"- {name}: {what}" for name, what in became.items()]
+    if (out / "doctor.json").exists():
+        told = json.loads((out / "doctor.json").read_text())
+        lines += ["", "## Doctor", "", f"{told['to_fix']} to fix, {told['seconds']} s.", ""]
+        lines += [f"- {one['state']}, {one['group']}: {one['found']} {one['do']}".rstrip() for one in told["findings"]]
     smoke = read(out / "smoke.jsonl")
     if smoke:
         bad = [line for line in smoke if not line.get("ok")]

@@ -76,7 +76,7 @@ def kernel(device: str, dtype: torch.dtype, size: int, heads: tuple[int, int], w
 
 
 def _kernel(inputs: list[torch.Tensor], bounds: torch.Tensor, window: int | None) -> torch.Tensor:
-    if not attention._kernel_can(inputs[0], inputs[2], 0.0):
+    if not attention.kernel_can(inputs[0], inputs[2], 0.0):
         if inputs[0].device.type == "cuda":
             raise RuntimeError("the kernel is not used on this GPU")
         return _by_document(inputs, bounds, window)  # a rehearsal without a GPU

@@ -166,7 +166,7 @@ def test_the_kernel_of_a_gpu_is_called_for_what_it_has(
     monkeypatch.setattr(attention, "flash_attention_runs_on", lambda device: has_flash)
     with FakeTensorMode():
         query = torch.empty(1, 2, 4, size, dtype=dtype, device="cuda")
-        assert attention._kernel_can(query, query, dropout) is expected
+        assert attention.kernel_can(query, query, dropout) is expected
 
 
 def test_dropout_drops_and_keeps_the_mean() -> None:

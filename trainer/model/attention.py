@@ -65,7 +65,7 @@ def varlen_attention(
     cu_seq_lens, sliding_window = kwargs["cu_seq_lens_q"], kwargs.get("sliding_window")
     if query.device.type == "meta":  # shapes only, see `_dry_run`
         return query.new_empty(1, query.size(2), query.size(1), value.size(-1)), None
-    if _kernel_can(query, value, dropout):
+    if kernel_can(query, value, dropout):
         longest = kwargs["max_length_q"]
         return _varlen_kernel(query, key, value, cu_seq_lens, longest, scaling, sliding_window), None
     return _per_document(query, key, value, cu_seq_lens, scaling, sliding_window, dropout), None
@@ -107,7 +107,7 @@ def _slides(module: torch.nn.Module) -> bool:
     return bool(getattr(config, "sliding_window", None))
 
 
-def _kernel_can(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
+def kernel_can(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
     """Whether PyTorch's kernel takes this: half precision, heads of a size that it has, no dropout, a GPU it is for."""
     size = query.size(-1)
     fits = size == value.size(-1) <= KERNEL_HEAD_DIM and size % KERNEL_HEAD_STEP == 0
