@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tunewright.plan.footprint import Batch, Footprint, Pass, Weights
 from tunewright.plan.held import Memory
 from tunewright.plan.machine import Machine, parse_machine
 from tunewright.plan.option import Pace
-from tunewright.plan.pace import pace_of
+from tunewright.plan.pace import SHARES, pace_of
 from tunewright.plan.reached import Known, Point, Reached, keep, known_here, way_of, with_ratio
 from tunewright.plan.traffic import gathered, traffic_of
 
@@ -140,6 +141,20 @@ def test_what_was_seen_of_the_same_way_counts_and_of_a_like_one_its_share(tmp_pa
     assert "reached here" in pace(110, recompute=False).reason
     assert "docs/planning.md" in pace(110, replace(HERE, here=False)).reason
     assert known.memory_ratio(way) == 1.1
+
+
+def test_shares_without_a_run_are_those_of_the_benchmarks() -> None:
+    """Short rows, one device; benchmarks that are made again differ by a tenth."""
+    result = json.loads((Path(__file__).parents[2] / "bench" / "results" / "train.json").read_text(encoding="utf-8"))
+    seen = {
+        cell["method"]: row["of_gemm"]
+        for cell in result["cells"]
+        for row in cell["contenders"]
+        if (cell["rows"], cell["strategy"], row["name"]) == ("short", "single", "tunewright")
+    }
+    planned = {method: SHARES["cpu"].get(method, SHARES["cpu"]["prompt"]) for method in seen}
+    assert {"lora", "qlora", "full", "prompt_tuning"} <= set(seen)
+    assert planned == pytest.approx(seen, rel=0.15)
 
 
 def test_a_file_that_is_broken_is_as_good_as_none(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tunewright.plan.traffic import Traffic, traffic_of
 # weights, bfloat16, short rows). On a GPU: full fine-tuning as published for large models (Grattafiori et al. 2024,
 # arXiv 2407.21783, table 4: 38 to 43 % on H100); adapters and 4 bits by how much less they reach on a CPU.
 SHARES = {
-    "cpu": {"lora": 0.34, "ia3": 0.34, "qlora": 0.36, "full": 0.42, "freeze": 0.42, "prompt": 0.17},
+    "cpu": {"lora": 0.36, "ia3": 0.36, "qlora": 0.36, "full": 0.42, "freeze": 0.42, "prompt": 0.17},
     "gpu": {"lora": 0.35, "ia3": 0.35, "qlora": 0.28, "full": 0.4, "freeze": 0.4, "prompt": 0.2},
 }
 OTHER = 0.3  # a plug-in's method
