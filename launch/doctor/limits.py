@@ -27,22 +27,42 @@ SECONDS = 0.6  # that others are watched
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def look(ranks: int, cgroup: Path = CGROUP) -> list[Finding]:
+def look(ranks: int, root: Path = CGROUP, own: str | None = None) -> list[Finding]:
     """Look at what one user's processes may have here.
 
     Args:
         ranks: that the configuration starts on this machine.
+        root: where the kernel's control groups are.
+        own: this process's groups below it, as /proc/self/cgroup has them.
     """
-    return [*_memory(cgroup), *_cores(cgroup), *_shared_memory(ranks), *_open_files(), *_locked_memory()]
+    groups = _groups(root, _text(Path("/proc/self/cgroup")) if own is None else own)
+    return [*_memory(groups), *_cores(groups), *_shared_memory(ranks), *_open_files(), *_locked_memory()]
 
 
-def _memory(cgroup: Path) -> Iterator[Finding]:
+def _groups(root: Path, own: str) -> list[Path]:
+    """Return the groups whose limits hold for this process: its own, and those around them up to the root.
+
+    Lines are `0::/jobs/17` (version 2) and `4:memory:/jobs/17` (version 1, a tree for each kind of limit). In a
+    container the root is the container's own group.
+    """
+    found: list[Path] = []
+    for line in own.splitlines():
+        _, kinds, path = line.split(":", 2)
+        top = root / next((kind for kind in kinds.split(",") if kind in ("memory", "cpu")), "")
+        folder = top / path.strip("/")
+        found += [folder, *(parent for parent in folder.parents if parent == top or top in parent.parents)]
+    return found
+
+
+def _memory(groups: list[Path]) -> Iterator[Finding]:
     free = psutil.virtual_memory()
     told, room = f"{size(free.available)} of {size(free.total)} memory free", free.available
-    limit, used = _number(cgroup / "memory.max"), _number(cgroup / "memory.current")
-    if limit is not None and limit < free.total:
-        room = min(room, limit - (used or 0))
-        told = f"{told}; this container may have {size(limit)}, of which {size(used or 0)} are taken"
+    for group in groups:
+        limit = _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
+        used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes") or 0
+        if limit is not None and limit < free.total and limit - used < room:
+            room = limit - used
+            told += f"; this container or job may have {size(limit)}, of which {size(used)} are taken"
     space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if space != resource.RLIM_INFINITY:
         yield fix(
@@ -56,13 +76,13 @@ def _memory(cgroup: Path) -> Iterator[Finding]:
         yield ok(GROUP, told)
 
 
-def _cores(cgroup: Path) -> Iterator[Finding]:
+def _cores(groups: list[Path]) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota(cgroup)
-    if quota is not None and quota < cores:
+    quota = min((one for one in map(_quota, groups) if one is not None), default=cores)
+    if quota < cores:
         yield note(
             GROUP,
-            f"{cores} cores, of which this container may use {quota:g} at a time.",
+            f"{cores} cores, of which this container or job may use {quota:g} at a time.",
             f"Write cluster.threads_per_process={max(int(quota), 1)} (divided by the ranks): more threads wait for "
             f"each other.",
         )
@@ -132,15 +152,20 @@ def _locked_memory() -> Iterator[Finding]:
         )
 
 
+def _text(file: Path) -> str:
+    with suppress(OSError):  # there is no such limit
+        return file.read_text(encoding="utf-8").strip()
+    return ""
+
+
 def _number(file: Path) -> int | None:
-    with suppress(OSError, ValueError):  # there is no such limit, or it is "max"
-        return int(file.read_text())
-    return None
+    text = _text(file)
+    return int(text) if text.isdecimal() else None  # not "max", and not -1
 
 
-def _quota(cgroup: Path) -> float | None:
-    """Return how many cores' time a container may use, or None for all."""
-    with suppress(OSError, ValueError):
-        allowed, period = (cgroup / "cpu.max").read_text().split()
-        return int(allowed) / int(period)
-    return None
+def _quota(group: Path) -> float | None:
+    """Return how many cores' time a group may use, or None for all."""
+    allowed, _, period = _text(group / "cpu.max").partition(" ")
+    if not period:
+        allowed, period = _text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")
+    return int(allowed) / int(period) if allowed.isdecimal() and period.isdecimal() else None

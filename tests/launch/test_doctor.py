@@ -162,6 +162,7 @@ def test_a_rank_that_never_joins_is_named_within_a_minute() -> None:
     assert not frozen[0].is_running() or frozen[0].status() == psutil.STATUS_ZOMBIE, "nothing of it is left"
 
 
+@pytest.mark.slow
 def test_a_rank_whose_process_ends_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its interpreter ends it while it starts."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -233,12 +234,22 @@ def test_a_disk_with_little_room_and_a_read_only_one(tmp_path: Path, small_disk:
 
 
 def test_limits_of_a_container_and_of_a_shell(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text(f"{3 * 2**30}\n")
-    (tmp_path / "memory.current").write_text(f"{2 * 2**30}\n")
-    (tmp_path / "cpu.max").write_text("50000 100000\n")
-    found = limits.look(1, tmp_path)
-    assert only(found, "limits", "this container may have 3.00 GiB, of which 2.00 GiB are taken").state == FIX
-    assert only(found, "limits", "of which this container may use 0.5 at a time").state == NOTE
+    job = tmp_path / "jobs" / "17"
+    job.mkdir(parents=True)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (job.parent / "memory.max").write_text(f"{3 * 2**30}\n")  # of all jobs
+    (job.parent / "memory.current").write_text(f"{2 * 2**30}\n")
+    (job / "memory.max").write_text("max\n")
+    (job / "cpu.max").write_text("50000 100000\n")
+    found = limits.look(1, tmp_path, "0::/jobs/17")
+    assert only(found, "limits", "this container or job may have 3.00 GiB, of which 2.00 GiB are taken").state == FIX
+    assert only(found, "limits", "of which this container or job may use 0.5 at a time").state == NOTE
+    assert not any("container" in one.found for one in limits.look(1, tmp_path, "0::/"))
+    older = tmp_path / "memory" / "jobs"
+    older.mkdir(parents=True)
+    (older / "memory.limit_in_bytes").write_text(f"{2**30}\n")
+    found = limits.look(1, tmp_path, "9:name=systemd:/\n4:memory:/jobs\n0::/")
+    assert only(found, "limits", "this container or job may have 1.00 GiB").state == FIX
     script = (
         "from tunewright.launch.doctor import limits\n"
         "print([(one.state, one.found) for one in limits.look(1)])"
