@@ -263,7 +263,7 @@ def plan(cell: Cell, root: Path, rows: Path, number: int) -> tuple[int, dict[str
     from tunewright.plan.footprint import Batch
     from tunewright.plan.machine import Machine
     from tunewright.plan.memory import memory_of
-    from tunewright.trainer.footprint import make_footprint
+    from tunewright.trainer.footprint.footprints import make_footprint
 
     config = compose_config(overrides(cell, root, rows, number))
     batches, _ = check_all(config, find_devices())

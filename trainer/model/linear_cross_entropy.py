@@ -174,7 +174,10 @@ class _CrossEntropySum(torch.autograd.Function):
                 continue
             # d(loss) / d(logits) = softmax - 1 at the target, rounded to the head's format after the subtraction.
             d_logits = log_probs if hidden.dtype is torch.float32 else torch.empty_like(log_probs, dtype=hidden.dtype)
-            torch.exp(log_probs, out=d_logits)
+            if kind == "cpu":  # which for a result in another format would make one more copy of the chunk
+                d_logits.copy_(log_probs.exp_())
+            else:
+                torch.exp(log_probs, out=d_logits)
             d_logits.scatter_(1, target, at_target.expm1_().to(d_logits.dtype))
             if d_bias is not None:
                 d_bias += d_logits.sum(0, dtype=torch.float32)
