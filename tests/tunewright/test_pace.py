@@ -141,6 +141,9 @@ def test_what_was_seen_of_the_same_way_counts_and_of_a_like_one_its_share(tmp_pa
     assert "reached here" in pace(110, recompute=False).reason
     assert "docs/planning.md" in pace(110, replace(HERE, here=False)).reason
     assert known.memory_ratio(way) == 1.1
+    assert known.memory_ratio(replace(way, strategy="ddp", ranks=2, recompute=False)) == 1.1
+    assert known.memory_ratio(replace(way, total=way.total // 10)) is None
+    assert known.memory_ratio(replace(way, method="full")) is None
 
 
 def test_shares_without_a_run_are_those_of_the_benchmarks() -> None:

@@ -116,8 +116,12 @@ class Known:
         return min(found, key=lambda record: way.distance(record.way), default=None)
 
     def memory_ratio(self, way: Way) -> float | None:
-        """Return seen by planned memory of this way to train, else of the nearest that was measured."""
-        found = [record for record in self.records if record.memory and way.distance(record.way) < math.inf]
+        """Return seen by planned memory of this way to train, else of the nearest that was measured.
+
+        Of models of like size alone: in a small one most of what is held is not the model.
+        """
+        measured = [record for record in self.records if record.memory and way.distance(record.way) < math.inf]
+        found = [record for record in measured if 0.5 <= record.way.total / way.total <= 2]
         nearest = min(found, key=lambda record: way.distance(record.way), default=None)
         return nearest.memory if nearest else None
 
