@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 
 from tunewright.plan.batch_plan import BatchPlan
-from tunewright.plan.device_table import called
+from tunewright.plan.device_table import called, find_device
 from tunewright.plan.machine import processor
 from tunewright.plan.reached import Point, Reached, Way, keep
 from tunewright.plan.support import known_strategy
@@ -51,8 +51,11 @@ def keep_reached(
     # The median, because compiling, and what else a machine does for a moment, is in a line or two.
     of_a_token = median(line["step_seconds"] / line["step_tokens"] for line in counted)
     point = Point(tokens / batches / plan.world_size, flops / batches / plan.world_size, of_a_token * tokens / batches)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    listed = find_device(name)
+    rate = listed.rate if listed else best and best / plan.world_size
     way = Way(
-        device=called(torch.cuda.get_device_name(device)) if device.type == "cuda" else processor(),
+        device=called(name),
         ranks=plan.world_size,
         method=config.method.name,
         strategy=known_strategy(config),
@@ -64,4 +67,4 @@ def keep_reached(
         total=parameters[1],
     )
     with suppress(OSError):  # a disk that is full or read-only: another run will be kept
-        keep(config.data.cache_dir, Reached(way, [point], best / plan.world_size if best else None))
+        keep(config.data.cache_dir, Reached(way, [point], rate))

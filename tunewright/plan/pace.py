@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
+from tunewright.config.method_schema import PROMPT_LEARNING
 from tunewright.plan.batch_plan import BatchPlan, planned_steps
 from tunewright.plan.footprint import Footprint, Pass, Weights
 from tunewright.plan.machine import Machine
 from tunewright.plan.option import Pace
-from tunewright.plan.reached import Known, Reached, Way, kind_of, known_here, way_of
+from tunewright.plan.reached import Known, Reached, Way, known_here, way_of
 from tunewright.plan.support import PARTITIONED
 from tunewright.plan.traffic import Traffic, traffic_of
 
@@ -29,7 +30,8 @@ SHARES = {
     "gpu": {"lora": 0.35, "ia3": 0.35, "qlora": 0.28, "full": 0.4, "freeze": 0.4, "prompt": 0.2},
 }
 OTHER = 0.3  # a plug-in's method
-CORES = 50e9  # FLOP/s of a CPU rank where nothing has run yet: a core with AVX2
+# FLOP/s of a rank where nothing has run yet and no table helps: a core with AVX2, and a GPU of 2022.
+GUESSED = {"cpu": 50e9, "gpu": 100e12}
 # On a GPU each pass over a layer starts some fifty kernels, by Python, at about ten microseconds each.
 LAYER_START = 5e-4
 # Of the shorter of computing and gathering, what hides behind the longer under ZeRO-3: DeepSpeed prefetches so few
@@ -107,12 +109,12 @@ def pace_of(
 
 
 def _speed(way: Way, machine: Machine, known: Known) -> Speed:
-    rate, whose = machine.rate, "listed"
-    if machine.kind == "cpu":
+    rate, whose, kind = machine.rate, "listed", "cpu" if machine.kind == "cpu" else "gpu"
+    if kind == "cpu":
         rate, whose = known.rate(way.dtype, machine.count), "measured here"
     nearest = known.nearest(way)
     if rate is None:
-        rate, whose = (nearest.rate, "of a run here") if nearest and nearest.rate else (CORES, "guessed")
+        rate, whose = (nearest.rate, "of a run here") if nearest and nearest.rate else (GUESSED[kind], "guessed")
     told = f"{rate / 1e12:.3g} TFLOP/s a rank ({whose})"
     if nearest and nearest.share:
         run = nearest.way
@@ -122,13 +124,9 @@ def _speed(way: Way, machine: Machine, known: Known) -> Speed:
             f"{nearest.share:.0%} of {told}, as {run.method} under {run.strategy} reached here",
             nearest,
         )
-    shares = SHARES["cpu" if machine.kind == "cpu" else "gpu"]
-    share = next((shares[method] for method in (way.method, *_prompts(way.method)) if method in shares), OTHER)
+    shares = SHARES[kind]
+    share = shares.get("prompt" if way.method in PROMPT_LEARNING else way.method, OTHER)
     return Speed(rate, share, f"{share:.0%} of {told}: docs/planning.md")
-
-
-def _prompts(method: str) -> tuple[str, ...]:
-    return ("prompt",) if len(kind_of(method)) == 3 else ()
 
 
 def _compute(flops: float, weights: Weights, machine: Machine, speed: Speed, recompute: bool) -> float:
