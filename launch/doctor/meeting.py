@@ -1,13 +1,14 @@
 """Ranks, started as training starts them: whether all of them meet, how fast they sum, and who is late or absent.
 
-Each writes what it has done into a folder (trainer/rank_check.py). A rank is named as soon as it cannot come any more:
-its process has ended or is stopped. Else others have waited for it for BEHIND seconds, or nobody has done anything
-for SILENT seconds.
+Each writes what it has done into a folder (trainer/rank_check.py). A rank is named when its process has ended or is
+stopped, when others have waited for it for BEHIND seconds, and with all others when none has done anything for SILENT
+seconds.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -23,7 +24,7 @@ import yaml
 from omegaconf import DictConfig
 
 from tunewright.findings import Finding, fix, note, ok
-from tunewright.launch.children import kill, start
+from tunewright.launch.children import OUT_OF_MEMORY, kill, start
 from tunewright.launch.command import accelerate_config, accelerate_launch, environment_of
 from tunewright.plan.device_table import find_device
 from tunewright.plan.devices import Devices
@@ -39,6 +40,8 @@ SLOW_LINK = 0.4  # of what such GPUs send to each other
 SLOWER = 0.75  # of the median rank's rate
 LOOK_SECONDS = 0.2
 TAIL_LINES = 12
+# torchrun's report of the failure that it saw first
+ROOT_CAUSE = re.compile(r"Root Cause.*?\brank\s*:\s*(\d+).*?\bexitcode\s*:\s*(-?\d+)", re.DOTALL)
 DOING = {  # what a rank is at, that has done the stage before
     "started": "has not begun",
     "imported": "imports torch",
@@ -56,7 +59,6 @@ class Rank:
     lines: list[dict[str, Any]]
     pid: int | None = None
     stopped_since: float | None = None
-    gone: bool = False  # its process was not there when it was looked at
 
     @property
     def done(self) -> int:
@@ -67,8 +69,11 @@ class Rank:
     def failed(self) -> str | None:
         return next((line["error"] for line in self.lines if line["stage"] == "failed"), None)
 
+    def line(self, stage: str) -> dict[str, Any]:
+        return next(line for line in self.lines if line["stage"] == stage)
+
     def when(self, stage: str) -> float:
-        return next(float(line["time"]) for line in self.lines if line["stage"] == stage)
+        return float(self.line(stage)["time"])
 
     def process(self) -> psutil.Process | None:
         """Return its process while it lives."""
@@ -118,7 +123,6 @@ def _watch(process: subprocess.Popen[str], folder: Path, count: int) -> Iterator
             yield from _figures(ranks)
             return
         if ended or any(rank.failed for rank in ranks):
-            process.wait() if ended else time.sleep(1)  # whoever failed first has others fail
             yield _failed(ranks, folder)
             return
         behind = _behind(ranks, moved, now)
@@ -153,10 +157,6 @@ def _behind(ranks: list[Rank], moved: list[float], now: float) -> list[Rank]:
         process = rank.process()
         stopped = process is not None and process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
         rank.stopped_since = (rank.stopped_since or now) if stopped else None
-        # Twice, since it may have ended well after its file was read.
-        gone, rank.gone = rank.gone, rank.pid is not None and process is None and rank.done < len(STAGES)
-        if gone and rank.gone:
-            return [rank]
     held = [rank for rank in ranks if rank.stopped_since and now - rank.stopped_since > STOPPED]
     if held:
         return held
@@ -183,7 +183,7 @@ def _absent(behind: list[Rank], ranks: list[Rank], folder: Path, seconds: float)
     do = "Look at that device, and at what else runs there; NCCL_DEBUG=INFO tells more."
     if stopped:
         do = f"Something has stopped it (a debugger, a scheduler that suspends): kill -CONT {stopped[0]} lets it go on."
-    elif any(rank.pid is None or rank.gone for rank in behind):
+    elif any(rank.pid is None for rank in behind):
         do = f"Its launcher says: {_tail(folder / 'launch.log')}"
     return fix(GROUP, f"{listed([f'rank {told_of}' for told_of in told])}, after {seconds:.0f} s.{waited}", do)
 
@@ -192,12 +192,12 @@ def _told(rank: Rank, folder: Path) -> str:
     """Say what a rank is at, and in which call where it can still be asked."""
     doing = DOING[STAGES[rank.done]]
     process = rank.process()
-    if rank.pid is None:
-        return f"{rank.number} {doing}"
     if process is None:
-        return f"{rank.number} (process {rank.pid}) has ended and {doing}"
+        return f"{rank.number} {doing}"
     if rank.stopped_since:
         return f"{rank.number} (process {rank.pid}) is stopped and {doing}"
+    if not rank.lines:  # it hears nothing yet
+        return f"{rank.number} (process {rank.pid}) {doing}"
     file = folder / f"rank{rank.number}.stack"
     with suppress(psutil.NoSuchProcess, OSError):
         process.send_signal(signal.SIGUSR2)  # faulthandler writes where it is, also within C
@@ -216,14 +216,22 @@ def _failed(ranks: list[Rank], folder: Path) -> Finding:
             f"rank {first.number} {DOING[STAGES[first.done]]}: {first.failed}",
             "Training would end there as well; NCCL_DEBUG=INFO or TORCH_DISTRIBUTED_DEBUG=DETAIL tell more.",
         )
+    log = (folder / "launch.log").read_text(encoding="utf-8", errors="replace")
+    cause = ROOT_CAUSE.search(log)  # the others were ended after it
+    if cause:
+        rank, code = ranks[int(cause[1])], int(cause[2])
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has ended with {code}"
+        hint = OUT_OF_MEMORY if -code == signal.SIGKILL else ""
+        found = f"rank {rank.number} {DOING[STAGES[rank.done]]} and {how}{hint}."
+        return fix(GROUP, found, "Training would end there as well: see dmesg, and what else starts with Python here.")
     missing = [rank for rank in ranks if rank.done < len(STAGES)]
     told = listed([f"rank {rank.number} {DOING[STAGES[rank.done]]}" for rank in missing])
-    return fix(GROUP, f"`accelerate launch` has ended: {told}.", _tail(folder / "launch.log"))
+    return fix(GROUP, f"`accelerate launch` has ended: {told}.", f"It says: {_tail(folder / 'launch.log')}")
 
 
 def _figures(ranks: list[Rank]) -> Iterator[Finding]:
     """Tell of ranks that all came through."""
-    figures = [rank.lines[-1] for rank in ranks]
+    figures = [rank.line("measured") for rank in ranks]
     count, gpu = len(ranks), figures[0]["gpu"]
     came = {rank.number: rank.when("imported") for rank in ranks}
     first, last = min(came.values()), max(came, key=lambda number: came[number])
@@ -252,9 +260,9 @@ def _figures(ranks: list[Rank]) -> Iterator[Finding]:
         )
     rates = sorted(line["rate"] for line in figures)
     median = rates[len(rates) // 2]
-    slow = [rank for rank in ranks if rank.lines[-1]["rate"] < SLOWER * median]
+    slow = [rank for rank in ranks if rank.line("measured")["rate"] < SLOWER * median]
     if slow:
-        told = listed([f"rank {one.number} at {one.lines[-1]['rate'] / median:.0%}" for one in slow])
+        told = listed([f"rank {one.number} at {one.line('measured')['rate'] / median:.0%}" for one in slow])
         found = f"While all multiply, {told} of the median's rate: all others wait for it at every step."
         if gpu:
             yield fix(GROUP, found, "Look at that GPU's heat, power and clocks: nvidia-smi -q -d PERFORMANCE")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, getproxies, proxy_bypass, urlopen
+from urllib.request import Request, build_opener, getproxies, proxy_bypass
 
 from omegaconf import DictConfig
 
@@ -76,7 +76,7 @@ def look(hub: Hub, *, offline: bool) -> list[Finding]:
     through = f" through the proxy {redact(proxy)}" if proxy else ""
     begun = time.perf_counter()
     try:
-        with urlopen(Request(hub.url, method="HEAD"), timeout=SECONDS) as answer:
+        with build_opener().open(Request(hub.url, method="HEAD"), timeout=SECONDS) as answer:
             told = answer.headers.get("Date")
     except HTTPError as error:  # it answered
         told = error.headers.get("Date")
