@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -162,15 +163,37 @@ def test_a_rank_that_never_joins_is_named_within_a_minute() -> None:
     assert not frozen[0].is_running() or frozen[0].status() == psutil.STATUS_ZOMBIE, "nothing of it is left"
 
 
+# What a rank's interpreter does while it starts: it ends, or its import of torch never comes back.
+ENDS = "os._exit(9)"
+HANGS = """
+    class Disk:
+        def find_spec(self, name, *_):
+            if name == "torch":
+                time.sleep(999)
+    sys.meta_path.insert(0, Disk())
+"""
+
+
 @pytest.mark.slow
-def test_a_rank_whose_process_ends_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its interpreter ends it while it starts."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('RANK') == '1' and os.environ.get('TORCHELASTIC_RUN_ID'):\n    os._exit(9)\n"
-    )
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        (ENDS, r"rank 1 has not begun and has ended with 9\."),
+        (HANGS, r"rank 1 \(process \d+\) imports torch, in File .*sitecustomize\.py.*, after \d+ s\. 1 other waited"),
+    ],
+    ids=["ends", "hangs"],
+)
+def test_a_rank_that_ends_or_hangs_is_named(
+    does: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    condition = "if os.environ.get('RANK') == '1' and os.environ.get('TORCHELASTIC_RUN_ID'):"
+    (tmp_path / "sitecustomize.py").write_text(f"import os, sys, time\n{condition}\n    {does}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found = meeting.look(compose_config(["strategy=ddp", "cluster.num_processes=2"]), 2, find_devices())
-    assert (found[0].state, found[0].found) == (FIX, "rank 1 has not begun and has ended with 9.")
+    begun = time.monotonic()
+    (finding,) = meeting.look(compose_config(["strategy=ddp", "cluster.num_processes=2"]), 2, find_devices())
+    assert finding.state == FIX
+    assert re.match(told, finding.found), finding
+    assert time.monotonic() - begun < 60
 
 
 def rank(number: int, *stages: str) -> meeting.Rank:
