@@ -174,11 +174,13 @@ class _CrossEntropySum(torch.autograd.Function):
                 continue
             # d(loss) / d(logits) = softmax - 1 at the target, rounded to the head's format after the subtraction.
             d_logits = log_probs if hidden.dtype is torch.float32 else torch.empty_like(log_probs, dtype=hidden.dtype)
-            if kind == "cpu":  # which for a result in another format would make one more copy of the chunk
+            at_target = at_target.expm1_().to(d_logits.dtype)
+            if kind == "cpu":  # where the other two copy the chunk in float32 (PyTorch 2.15)
                 d_logits.copy_(log_probs.exp_())
+                d_logits[torch.arange(len(target)), target[:, 0]] = at_target[:, 0]
             else:
                 torch.exp(log_probs, out=d_logits)
-            d_logits.scatter_(1, target, at_target.expm1_().to(d_logits.dtype))
+                d_logits.scatter_(1, target, at_target)
             if d_bias is not None:
                 d_bias += d_logits.sum(0, dtype=torch.float32)
             if d_hidden is not None:

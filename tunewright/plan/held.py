@@ -99,20 +99,24 @@ class Job:
         """Weights of the largest trained tensor."""
         return max((math.prod(shape) for shape, _ in self.footprint.weights.shapes), default=0)
 
-    def passing(self, always: Memory, *, bytes_of_gradient: int = 0, most: int | None = None) -> Iterator[Memory]:
+    def passing(
+        self, always: Memory, *, once: Memory | None = None, bytes_of_gradient: int = 0, most: int | None = None
+    ) -> Iterator[Memory]:
         """Yield what is held at the fullest moments of a forward and backward pass.
 
         Args:
             always: what is there all the time.
+            once: what is there in its place once a gradient is.
             bytes_of_gradient: what a weight's gradient takes from when it is there to the end of the pass.
             most: weights whose gradients exist at once, where they are taken away before the end.
         """
         for moment in self.found.moments:
+            base = once if once is not None and moment.gradients else always
+            gradients = min(moment.gradients, self.trained if most is None else most)
             yield replace(
-                always,
+                base,
                 activations=moment.activations - moment.head - moment.scratch,
                 head=moment.head,
                 scratch=moment.scratch,
-                gradients=always.gradients
-                + bytes_of_gradient * min(moment.gradients, self.trained if most is None else most),
+                gradients=base.gradients + bytes_of_gradient * gradients,
             )

@@ -91,8 +91,8 @@ def _stage_1_and_2(job: Job, zero: Settings) -> Iterator[Memory]:
         lasting = 4 * part + size * (part + job.largest) + (size * part if job.accumulates else 0)
         placed = _placed(job, {**kept, "gradients": lasting})
         always = replace(placed, weights=rest.weights, trained=rest.trained, buckets=size * job.largest)
-        fuller = replace(always, buckets=always.buckets + buffers)
-        yield from job.passing(fuller, bytes_of_gradient=size, most=waiting)
+        once = replace(always, buckets=always.buckets + buffers)
+        yield from job.passing(always, once=once, bytes_of_gradient=size, most=waiting)
         yield _stepping_on_host(job, zero, always)
         return
     on_host = paged(name, zero.flat) if job.gpu else 0
@@ -101,13 +101,13 @@ def _stage_1_and_2(job: Job, zero: Settings) -> Iterator[Memory]:
     norm = NORM * min(job.largest, part)
     if job.sums:  # `_build_compact_grad_partition_buffer`, which the step takes as it is
         always = replace(always, gradients=4 * part)
-        yield from job.passing(replace(always, buckets=buffers), bytes_of_gradient=size, most=waiting)
+        yield from job.passing(always, once=replace(always, buckets=buffers), bytes_of_gradient=size, most=waiting)
         yield replace(always, scratch=max(stepping, norm))
         return
     # `grads_in_partition`, and of the micro-batches before `all_grad_tensors`; stage 1 keeps those of all weights.
     before = (size * job.trained if zero.stage == 1 else size * part) if job.accumulates else 0
-    fuller = replace(always, buckets=buffers, gradients=size * part + before)
-    yield from job.passing(fuller, bytes_of_gradient=size, most=waiting)
+    once = replace(always, buckets=buffers, gradients=size * part + before)
+    yield from job.passing(replace(always, gradients=before), once=once, bytes_of_gradient=size, most=waiting)
     yield replace(always, gradients=size * part, scratch=norm)
     yield replace(always, gradients=2 * size * part + (4 * part if job.half else 0))  # flattened, then float32
     yield replace(always, gradients=4 * part, scratch=stepping)
@@ -138,8 +138,9 @@ def _stage_3(job: Job, zero: Settings) -> Iterator[Memory]:
     always = replace(always, weights=always.weights + size * weights.small, buckets=size * bucket)
     # `reduce_scatter_coalesced` puts a bucket together once more.
     sent = size * max(min(bucket, weights.trained), waiting)
-    fuller = replace(always, gathered=size * gathered(job, zero), buckets=always.buckets + sent)
-    yield from job.passing(fuller, bytes_of_gradient=size, most=waiting)
+    whole = replace(always, gathered=size * gathered(job, zero))
+    once = replace(whole, buckets=whole.buckets + sent)
+    yield from job.passing(whole, once=once, bytes_of_gradient=size, most=waiting)
     if offload:
         yield _stepping_on_host(job, zero, always)
         return
