@@ -1,14 +1,18 @@
 """What needs torch to answer, asked of a process of its own for seconds by a command that does not import it.
 
 python -m tunewright.launch.ask_torch architecture|parameters|deepspeed < config.yaml
+python -m tunewright.launch.ask_torch footprints < what-is-asked.json
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from io import StringIO
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tunewright.config.compose import load_config
 from tunewright.config.deepspeed_file import deepspeed_file
@@ -16,7 +20,9 @@ from tunewright.errors import StorageError, TunewrightError
 from tunewright.launch.children import ask, report
 from tunewright.launch.deepspeed_check import ask_deepspeed, kept
 from tunewright.plan.architecture import Architecture
+from tunewright.plan.footprint import Batch, Footprint
 from tunewright.ranks import leave
+from tunewright.trainer.footprint.footprints import find_footprint, make_footprint
 from tunewright.trainer.model.meta_model import count_parameters, find_architecture, make_architecture
 from tunewright.trainer.model.model_folder import caching
 
@@ -59,9 +65,37 @@ def ensure_accepted(config: DictConfig) -> list[str]:
     return list(json.loads(answer.read_text(encoding="utf-8")))
 
 
+def ensure_footprints(configs: Sequence[DictConfig], kind: str, batches: Sequence[Batch]) -> list[Footprint]:
+    """Return what each configuration holds and computes on a kind of device, worked out where it is not kept yet.
+
+    Raises:
+        ConfigError, StorageError: a model's config.json cannot be had, or transformers cannot use it.
+    """
+    missing = [config for config in configs if find_footprint(config, kind, batches) is None]
+    if missing:
+        texts = [OmegaConf.to_yaml(config) for config in missing]
+        asked = {"configs": texts, "kind": kind, "batches": [asdict(batch) for batch in batches]}
+        ask(MODULE, "footprints", missing[0], given=json.dumps(asked))
+    found = [find_footprint(config, kind, batches) for config in configs]
+    if None in found:
+        raise StorageError("What was worked out of the model vanished while it was read.")
+    return [one for one in found if one is not None]
+
+
+def _make_footprints() -> None:
+    asked = json.load(sys.stdin)
+    for text in asked["configs"]:
+        config = load_config(StringIO(text))
+        with caching(config.data.cache_dir):
+            make_footprint(config, asked["kind"], [Batch(**batch) for batch in asked["batches"]])
+
+
 def main(task: str) -> int:
     """Answer for the configuration on standard input."""
     try:
+        if task == "footprints":
+            _make_footprints()
+            return 0
         config = load_config(sys.stdin)
         with caching(config.data.cache_dir):
             if task == "architecture":

@@ -59,8 +59,12 @@ def start(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ask(module: str, task: str, config: DictConfig, stdout: int | None = subprocess.PIPE) -> str:
+def ask(
+    module: str, task: str, config: DictConfig, stdout: int | None = subprocess.PIPE, *, given: str | None = None
+) -> str:
     """Run `python -m MODULE TASK < config.yaml` and return what it prints, if that goes to no other `stdout`.
+
+    It reads what is `given` in place of the configuration, if so.
 
     Raises:
         TunewrightError: the process ended with one, which is raised here as it was there.
@@ -74,7 +78,7 @@ def ask(module: str, task: str, config: DictConfig, stdout: int | None = subproc
         [sys.executable, "-m", module, task], env, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE
     )
     try:
-        printed, told = process.communicate(OmegaConf.to_yaml(config))
+        printed, told = process.communicate(OmegaConf.to_yaml(config) if given is None else given)
     except BaseException:
         kill(process)
         process.wait()

@@ -14,7 +14,7 @@ Names do not tell what lies before what, nor what is used at all, so one forward
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,10 +55,13 @@ class _Call:
 
 
 class FlopCounter:
-    """Learns from the first forward pass that it watches what a model needs for a token."""
+    """Learns from the first forward pass that it watches what a model needs for a token.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    `times` says of modules that stand for others how many these are with themselves.
+    """
+
+    def __init__(self, model: nn.Module, times: Mapping[nn.Module, int] | None = None) -> None:
+        self.model, self.times = model, times or {}
         self.virtual_tokens: int = model.active_peft_config.num_virtual_tokens if learns_prompt(model) else 0  # a row
         self.flops: Flops | None = None  # until a forward pass was watched
 
@@ -89,7 +92,7 @@ class FlopCounter:
             call = seen.call_for(name)
             if call is None or module in in_head or isinstance(module, NO_PRODUCTS):
                 continue
-            cost = _cost(module, call, adapted)
+            cost = _cost(module, call, adapted) * self.times.get(module, 1)
             if name.startswith("prompt_encoder."):
                 prompt += cost / max(virtual, 1)
             else:
@@ -168,7 +171,7 @@ def _cost(module: nn.Module, call: _Call, adapted: set[nn.Parameter]) -> float:
     """Return the FLOPs of a module's own weights in a call, each of which meets the outcome of those before it."""
     cost = 0.0
     for weight in module.parameters(recurse=False):
-        shape = _shape(weight)
+        shape = shape_of(weight)
         if len(shape) >= 2:
             size = math.prod(shape) / call.experts
             cost += call.rows * size * (2 + 2 * call.after_trained + 2 * weight.requires_grad)
@@ -181,7 +184,7 @@ def _head_cost(model: nn.Module, base: Any, head: nn.Module) -> float:
     weights = [weight for name, weight in head.named_parameters() if "original_module." not in name]
     others = any(p.requires_grad for p in model.parameters() if all(p is not weight for weight in weights))
     tied = any(weight is base.get_input_embeddings().weight for weight in weights)
-    shapes = [(math.prod(shape), w.requires_grad) for w in weights if len(shape := _shape(w)) >= 2]
+    shapes = [(math.prod(shape), w.requires_grad) for w in weights if len(shape := shape_of(w)) >= 2]
     return float(sum(size * (2 + 2 * (others or tied) + 2 * trained) for size, trained in shapes))
 
 
@@ -200,7 +203,7 @@ def _experts(module: nn.Module) -> int:
     """Return of how many experts a module holds the weights, as (experts, in, out), or the adapters of such weights."""
     if isinstance(module, ParamWrapper):
         return module.num_experts
-    shapes = (_shape(weight) for weight in module.parameters(recurse=False))
+    shapes = (shape_of(weight) for weight in module.parameters(recurse=False))
     return next((shape[0] for shape in shapes if len(shape) == 3), 1)
 
 
@@ -208,7 +211,7 @@ def _rows(tensor: torch.Tensor) -> int:
     return tensor.numel() // max(tensor.size(-1), 1)
 
 
-def _shape(parameter: Any) -> torch.Size:
+def shape_of(parameter: Any) -> torch.Size:
     """Return a weight's own shape, also of one in 4 bits (two in a byte) or split by ZeRO-3."""
     quant_state = getattr(parameter, "quant_state", None)
     return torch.Size(quant_state.shape if quant_state is not None else getattr(parameter, "ds_shape", parameter.shape))

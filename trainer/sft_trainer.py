@@ -38,7 +38,7 @@ from tunewright.trainer.data.stream import StreamedMicroBatches, TokenStream
 from tunewright.trainer.data.token_cache import TokenCache
 from tunewright.trainer.deepspeed_settings import fill_bucket_size
 from tunewright.trainer.finiteness import Finiteness
-from tunewright.trainer.loss import OWN, Loss, Sums, choose_head, loss_sums
+from tunewright.trainer.loss import Loss, Sums, loss_sums
 from tunewright.trainer.master_weights import MasterWeights, SumInFloat32, attach_master_weights
 from tunewright.trainer.methods import parameter_counts
 from tunewright.trainer.methods.prompt_learning import (
@@ -47,10 +47,8 @@ from tunewright.trainer.methods.prompt_learning import (
     prompt_for_saving,
     save_prompt_encoder,
 )
-from tunewright.trainer.model.cpu_norms import fuse_norms
 from tunewright.trainer.model.model_folder import cache_folder
-from tunewright.trainer.model.neftune import EmbeddingNoise
-from tunewright.trainer.model.router_loss import RouterLoss, own_coefficient
+from tunewright.trainer.model.ready import cast_trained, make_ready
 from tunewright.trainer.process_group import all_gather
 from tunewright.trainer.rates import put_back, rates_of
 from tunewright.trainer.throughput import Meter
@@ -102,19 +100,11 @@ class TunewrightTrainer(SFTTrainer):
         if plan.accumulation > 1 and not self.is_deepspeed_enabled and sums_in_float32(config):
             self.add_callback(SumInFloat32(self))
         self.accelerator.ddp_handler.gradient_as_bucket_view = True  # transformers has no argument for it
-        cast_trained(self.model, dtype)
+        on_gpu = self.args.device.type == "cuda"
+        ready = make_ready(self.model, config, dtype, gpu=on_gpu, own_loss=loss is not None)
+        self.head, self.router_loss, self.neftune = ready.head, ready.router_loss, ready.neftune
         if self.is_deepspeed_enabled:
             fill_bucket_size(self.args.hf_deepspeed_config.config, parameter_counts(self.model)[0])
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        on_gpu, padded = self.args.device.type == "cuda", not config.train.padding_free
-        self.head = OWN if loss else choose_head(base, config.train.cross_entropy, gpu=on_gpu, padded=padded)
-        wanted, own = config.train.router_aux_loss, own_coefficient(base)
-        coefficient = (own if wanted is None else wanted) if own is not None else 0.0
-        self.router_loss = RouterLoss(coefficient) if coefficient else None
-        if not on_gpu:
-            fuse_norms(base)
-        alpha = config.train.neftune_alpha
-        self.neftune = EmbeddingNoise(self.model, alpha) if alpha else None
         self.after_eval_batch: Callable[[], None] = lambda: None
         cache_dir = cache_folder(config.data.cache_dir)
         self.meter = Meter(self.model, self.args.device, dtype, cache_dir, compiled=config.train.compile)
@@ -366,15 +356,3 @@ class TunewrightTrainer(SFTTrainer):
             if not all(map(math.isfinite, (logs["loss"], logs.get("grad_norm", 0.0)))):
                 self.finiteness.stop()
         super().log(logs, start_time)
-
-
-def cast_trained(model: Any, dtype: torch.dtype) -> None:
-    """Turn the trained parameters to `dtype`, each in memory of its own, row by row.
-
-    TRL turns the adapters of a quantised base to bfloat16, also where everything else computes in float32, and PEFT
-    those that it reads to float32, also where everything else computes in bfloat16.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad and (parameter.dtype != dtype or not parameter.is_contiguous()):
-            # Fused AdamW on a CPU, and what DDP sends, know no strides (torch 2.15).
-            parameter.data = parameter.data.to(dtype).contiguous()

@@ -19,6 +19,7 @@ from tunewright.config.schema import AttentionKernel
 from tunewright.errors import ConfigError
 from tunewright.plan.kernel_rules import FLASH3, installed
 from tunewright.trainer.model.cpu_varlen_attention import cpu_varlen_attention
+from tunewright.trainer.model.planned_device import device_type, planned
 from tunewright.trainer.versions import flash_attention_runs_on, kernel_is_told_of_grouped_heads
 
 NAME = "tunewright_varlen"
@@ -111,9 +112,10 @@ def kernel_can(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool
     """Whether PyTorch's kernel takes this: half precision, heads of a size that it has, no dropout, a GPU it is for."""
     size = query.size(-1)
     fits = size == value.size(-1) <= KERNEL_HEAD_DIM and size % KERNEL_HEAD_STEP == 0
-    if query.device.type != "cuda" or query.dtype == torch.float32 or not fits or dropout > 0:
+    if device_type(query) != "cuda" or query.dtype == torch.float32 or not fits or dropout > 0:
         return False
-    return flash_attention_runs_on(query.device)
+    # Of a GPU that is planned for nothing can be asked: all but old ones have it.
+    return planned(query) is not None or flash_attention_runs_on(query.device)
 
 
 def _varlen_kernel(
@@ -195,8 +197,8 @@ def _per_document(
     sliding_window: int | None,
     dropout: float,
 ) -> torch.Tensor:
-    lengths = cu_seq_lens.diff().tolist()
-    if query.device.type == "cpu" and dropout == 0:
+    lengths = _lengths(cu_seq_lens, query.size(2))
+    if device_type(query) == "cpu" and dropout == 0:
         return cpu_varlen_attention(query, key, value, lengths, scaling, sliding_window)
     parts = []
     # One split instead of a slice for each document: the gradient of a slice is a whole tensor of zeros around it.
@@ -214,6 +216,12 @@ def _per_document(
         )
         parts.append(out)
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()  # some models take a view of it
+
+
+def _lengths(cu_seq_lens: torch.Tensor, tokens: int) -> list[int]:
+    """Return the tokens of each document. Those of a footprint, which has no values, are all alike."""
+    documents = len(cu_seq_lens) - 1
+    return [tokens // documents] * documents if planned(cu_seq_lens) else cu_seq_lens.diff().tolist()
 
 
 def _band(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ as long as here. A norm also keeps less for the backward pass: one number a row 
 
 from __future__ import annotations
 
+import copy
 import types
 from typing import Any
 
@@ -42,12 +43,11 @@ def _is_plain(module: Any) -> bool:
     weight, epsilon = module.weight, module.variance_epsilon
     if weight.ndim != 1 or not weight.numel():  # ZeRO-3 has split it
         return False
-    # Its own answer for numbers of a size at which the epsilon shows too.
+    # The answer of one like it, for numbers of a size at which the epsilon shows too.
+    probe = copy.copy(module)
+    probe._parameters = {"weight": torch.linspace(0.5, 2, len(weight), dtype=weight.dtype)}
     hidden = torch.linspace(-2, 3, 2 * len(weight), dtype=weight.dtype).view(1, 2, -1) * epsilon**0.5
-    kept = weight.clone()
-    weight.copy_(torch.linspace(0.5, 2, len(weight)))
-    theirs, ours = module(hidden), _RmsNorm.apply(hidden, weight, epsilon)
-    weight.copy_(kept)
+    theirs, ours = probe(hidden), _RmsNorm.apply(hidden, probe.weight, epsilon)
     return theirs.dtype == ours.dtype and torch.equal(theirs, ours)
 
 

@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 from transformers.utils import ModelOutput
 
 from tunewright.trainer.data.render import IGNORED
+from tunewright.trainer.model.planned_device import device_type
 from tunewright.trainer.model.router_loss import own_coefficient, router_loss
 
 HeadLoss = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", torch.Tensor], torch.Tensor]
@@ -162,7 +163,7 @@ class _CrossEntropySum(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants[2] else None
         total = hidden.new_zeros((), dtype=torch.float32)
-        kind = "cpu" if hidden.device.type == "cpu" else "gpu"
+        kind = "cpu" if device_type(hidden) == "cpu" else "gpu"
         rows = max((CHUNK_TRAINED if wants[1] else CHUNK)[kind] // weight.size(0), 1)
         for first in range(0, hidden.size(0), rows):
             chunk = slice(first, first + rows)
@@ -202,7 +203,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return logits in float32. A GPU rounds none to half precision on the way; a CPU has to (PyTorch 2.15)."""
-    if hidden.device.type == "cpu" or hidden.dtype is torch.float32:
+    if device_type(hidden) == "cpu" or hidden.dtype is torch.float32:
         return linear(hidden, weight, bias).float()
     logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     return logits if bias is None else logits.add_(bias)
@@ -212,7 +213,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     """Add left @ right to a total in float32, with the rounding that `_logits` speaks of."""
     if left.dtype is torch.float32:
         total.addmm_(left, right)
-    elif left.device.type == "cpu":
+    elif device_type(left) == "cpu":
         total += left @ right
     else:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)

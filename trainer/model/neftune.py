@@ -24,7 +24,8 @@ class EmbeddingNoise:
         """Take from a batch how long the row of each token is: (1, T) for flat rows, (B, T) for padded ones."""
         if "cu_seq_lens_q" in batch:
             lengths = batch["cu_seq_lens_q"].diff().long()
-            self.lengths = lengths.repeat_interleave(lengths)[None]
+            tokens = batch["input_ids"].size(1)  # told, so that nothing waits for the lengths
+            self.lengths = lengths.repeat_interleave(lengths, output_size=tokens)[None]
         else:
             self.lengths = batch["attention_mask"].sum(dim=1, keepdim=True).expand_as(batch["input_ids"])
 

@@ -62,6 +62,7 @@ class Footprint:
     device: str  # "cpu", "cuda" or "rocm"
     weights: Weights
     passes: list[Pass]
+    problem: str | None = None  # why this architecture's passes could not be found out: there are none then
 
     def of(self, batch: Batch) -> Pass:
         return next(found for found in self.passes if found.batch == batch)
@@ -76,4 +77,4 @@ class Footprint:
             for one in told["passes"]
         ]
         weights = {**told["weights"], "shapes": [(shape, count) for shape, count in told["weights"]["shapes"]]}
-        return cls(told["device"], Weights(**weights), passes)
+        return cls(told["device"], Weights(**weights), passes, told["problem"])
