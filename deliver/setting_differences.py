@@ -11,8 +11,8 @@ from tunewright.deliver.run_record import Run
 from tunewright.text import MISSING, as_number
 from tunewright.trees import flatten
 
-# Settings that say where a run is kept rather than how it trained: they differ between any two runs.
-IGNORED_KEYS = frozenset({"name", "run_name", "run.name"})
+# Settings that say where a run is kept, or who chose, rather than how it trained.
+IGNORED_KEYS = frozenset({"name", "run_name", "run.name", "automatic"})
 IGNORED_LEAVES = frozenset({"output_root", "output_dir", "run_dir", "logging_dir", "log_dir"})
 
 # YAML 1.1 reads "1e-3" (no dot) as a string; it must still equal 0.001.

@@ -28,6 +28,7 @@ from tunewright.launch.asked import asked_of_accelerate, check_asked
 from tunewright.launch.convert import ensure_readable
 from tunewright.launch.prepare import ensure_prepared
 from tunewright.launch.train import check_all
+from tunewright.plan.auto import AUTO
 from tunewright.plan.batch_plan import BatchPlan, batch_plan
 from tunewright.plan.conversion import start_from
 from tunewright.plan.devices import find_devices
@@ -172,6 +173,7 @@ def check_one_folder(config: DictConfig, claimed: Claim, mark: str) -> None:
 
 def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
     """Compose from the command line; the strategy is what the launcher around this process started."""
+    argv = [item for item in argv if item != f"strategy={AUTO}"]  # the launcher has chosen
     overrides = [*_strategy_of_environment(argv), *argv, f"cluster.num_processes={world_size()}"]
     config = compose_config(overrides)
     plan, decided = check_all(config, find_devices())

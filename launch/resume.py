@@ -61,8 +61,9 @@ def _changed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Return a run's configuration with other values, for keys that it has."""
     for item in overrides:
         key, _, value = item.replace("resume.allow=", "resume_allow=", 1).partition("=")
+        config.automatic = [name for name in config.automatic if name not in (key, key.partition(".")[0])]
         if key in CHOICES:
-            config[key] = compose_config([item])[key]
+            config[key] = compose_config([item], choose=None)[key]
             continue
         if OmegaConf.is_dict(OmegaConf.select(config, key, default=None)):
             raise ConfigError(

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +18,14 @@ from tunewright.checkpoints import bytes_of
 from tunewright.claims import Claim, check_inputs, claim, prepare_folder, sole_user
 from tunewright.config.compose import compose_config, expand_sweep
 from tunewright.config.deepspeed_file import deepspeed_file
-from tunewright.config.schema import Launcher
-from tunewright.errors import ConfigError
+from tunewright.config.schema import Launcher, Resume
+from tunewright.errors import ConfigError, MemoryShortage
+from tunewright.launch.choosing import choose, choose_anew
 from tunewright.launch.command import Command, build_command, write_accelerate_config
 from tunewright.launch.convert import ensure_readable
 from tunewright.launch.supervise import run_ranks
 from tunewright.launch.writable_cache import use_writable_cache
+from tunewright.plan.auto import MICRO_BATCH, settle
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.plan.conversion import Start, start_from
 from tunewright.plan.deepspeed_rules import account
@@ -74,6 +77,7 @@ def plan_job(config: DictConfig, devices: Devices, *, dry_run: bool = False) -> 
         ConfigError, DataError: see `rules.check`, `check_modules`, `substitute`, `bring_back`, `claim` and
             `find_prepared`.
     """
+    settle(config, partial(choose_anew, devices=devices))  # of an older version's run, or opened again
     plan, decided = check_all(config, devices)
     from tunewright.trainer.inputs import planned_inputs
 
@@ -116,10 +120,15 @@ def _own_deepspeed_file(config: DictConfig) -> list[str]:
 
 def sweep_jobs(overrides: Sequence[str], extra_dir: Path | None, *, multirun: bool) -> list[DictConfig]:
     """Return the configuration of each run, all of them checked for type and spelling before the first is used."""
+    devices = find_devices()
+    chosen = partial(choose, devices=devices)
     if not multirun:
-        return [compose_config(overrides, extra_dir)]
+        return [compose_config(overrides, extra_dir, chosen)]
     points = list(expand_sweep(overrides))
-    configs = [compose_config(point, extra_dir) for point in points]
+    if devices.gpu:  # where it may take seconds to choose
+        for point in points:
+            compose_config(point, extra_dir)
+    configs = [compose_config(point, extra_dir, chosen) for point in points]
     if len({config.name for config in configs}) == len(configs):
         return configs
     # Runs of a sweep must not share a folder: what varies goes into the name.
@@ -145,14 +154,50 @@ def run_job(
 ) -> int:
     """Prepare the data, start the ranks, and return the exit code.
 
-    A program that prepares and trains in its own process gives the functions that do.
+    Where memory was not enough and the size of the micro-batch was left open, they are started once more with half of
+    it. A program that prepares and trains in its own process gives the functions that do.
     """
     from tunewright.launch.prepare import ensure_prepared
+    from tunewright.trainer.prepared import find_prepared
+
+    make_ready = make_ready or ensure_prepared
+    code = _attempt(job, say, make_ready, start)
+    smaller = halved(job) if code == MemoryShortage.exit_code else None
+    if smaller is None:
+        return code
+    again = replace(plan_job(smaller, job.devices), decided=[])
+    checkpoint = again.claimed.checkpoint
+    say(
+        f"Once more with train.micro_batch_size={smaller.train.micro_batch_size}, which was auto, and the same "
+        f"{again.plan.describe()}, from {checkpoint.name if checkpoint else 'the beginning'}."
+    )
+    return _attempt(again, say, lambda config: find_prepared(config) or make_ready(config), start)
+
+
+def halved(job: Job) -> DictConfig | None:
+    """Return the configuration of a job with half the micro-batch and the same steps, where that may be chosen.
+
+    With `gradient_accumulation_steps` the micro-batch says how many rows a step has, and stays.
+    """
+    config, rows = job.config, job.plan.micro_batch
+    if MICRO_BATCH not in config.automatic or config.train.gradient_accumulation_steps or rows < 2:
+        return None
+    smaller = config.copy()
+    smaller.train.micro_batch_size = rows // 2
+    smaller.resume, smaller.overwrite = Resume.auto, False
+    return smaller
+
+
+def _attempt(
+    job: Job,
+    say: Callable[[str], None],
+    make_ready: Callable[[DictConfig], Prepared],
+    start: Callable[[Job, Prepared], int] | None,
+) -> int:
     from tunewright.trainer.inputs import planned_inputs, prepared_inputs
     from tunewright.trainer.model.model_folder import find_model
     from tunewright.trainer.prepared import find_prepared
 
-    make_ready = make_ready or ensure_prepared
     config, claimed = job.config, job.claimed
     run = claimed.run
     if claimed.finished:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pandas import DataFrame
 from transformers import TrainerCallback
 
@@ -93,6 +94,31 @@ def test_a_signal_stops_a_training_in_this_process_and_is_its_own_again(
     run = tunewright.train(*settings, "resume=auto", dataset=ROWS, say=lambda line: None)
     assert run.manifest["status"] == "done"
     assert run.metrics()["step"] == [1, 2, 3]
+
+
+class Greedy(TrainerCallback):
+    """Asks for more memory than there is where a micro-batch has more than two rows."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1 and args.per_device_train_batch_size > 2:
+            torch.empty(1 << 50)
+
+
+def test_a_micro_batch_that_is_too_large_is_halved_once(quick: list[str]) -> None:
+    told: list[str] = []
+    settings = [*quick, "train.save_steps=1"]
+    run = tunewright.train(*settings, "name=halved", dataset=ROWS, callbacks=[Greedy()], say=told.append)
+    assert (run.manifest["status"], run.config.train.micro_batch_size) == ("done", 2)
+    (again,) = (line for line in told if line.startswith("Once more"))
+    assert "train.micro_batch_size=2, which was auto" in again
+    assert "8 rows a step = 1 rank x 4 micro-batches of at most 2, from checkpoint-1." in again
+    assert any("Step 2, a micro-batch of " in line and "Held: weights " in line for line in told)
+    whole = tunewright.train(*settings, "name=unhalved", dataset=ROWS, say=told.append)
+    assert whole.config.train.micro_batch_size == 4
+    assert losses(run.path) == pytest.approx(losses(whole.path), rel=1e-5)
+    settings += ["name=written", "train.micro_batch_size=4"]
+    with pytest.raises(tunewright.MemoryShortage, match=r"Change one of: train\.micro_batch_size=2 "):
+        tunewright.train(*settings, dataset=ROWS, callbacks=[Greedy()], say=told.append)
 
 
 def test_the_loss_curve_is_that_of_the_command(

@@ -32,6 +32,7 @@ from tunewright.trainer.data.batches import (
     PaddedCollator,
     TokenRows,
     on_device,
+    rows_in,
 )
 from tunewright.trainer.data.render import IGNORED
 from tunewright.trainer.data.stream import StreamedMicroBatches, TokenStream
@@ -71,6 +72,7 @@ class TunewrightTrainer(SFTTrainer):
     optimizer: Any
     checkpoints: Checkpoints  # set before the training begins
     checkpoint_root: Path | None = None  # where the folder of the checkpoint is that is being written
+    batch_size = 0, 0  # rows and tokens of the micro-batch that was begun last
     masters: MasterWeights | None = None  # None with DeepSpeed, which keeps its own float32 copies
 
     def __init__(
@@ -229,6 +231,7 @@ class TunewrightTrainer(SFTTrainer):
         return self.router_loss.add(loss, sums.router, scored * share)
 
     def _loss_sums(self, model: Any, batch: Batch, *, router: bool = False) -> Sums:
+        self.batch_size = rows_in(batch), batch["input_ids"].numel()
         return loss_sums(model, batch, self.head, loss=self.loss, router=router)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:  # type: ignore[type-arg]

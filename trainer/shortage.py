@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 from omegaconf import DictConfig
@@ -32,8 +33,8 @@ def is_shortage(error: BaseException) -> bool:
 
 
 @contextmanager
-def told_shortage(config: DictConfig) -> Iterator[None]:
-    """Say what to change where memory is not enough.
+def told_shortage(config: DictConfig, doing: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Say what to change where memory is not enough, and with `doing` what was being done.
 
     Raises:
         MemoryShortage: in place of what the library raised.
@@ -45,7 +46,38 @@ def told_shortage(config: DictConfig) -> Iterator[None]:
     except Exception as error:
         if not is_shortage(error):
             raise
-        raise MemoryShortage(f"{first_line(error)}\n{_seen()}\n{_planned(config)}\n{_advice(config)}") from error
+        told = [first_line(error), doing(), _seen(), _planned(config), _advice(config)]
+        raise MemoryShortage("\n".join(filter(None, told))) from error
+
+
+def held(trainer: Any) -> str:
+    """Return where a training is, with which micro-batch, and what this rank holds of each part.
+
+    Activations are not among the parts: they were let go of while the error came here.
+    """
+    step, (rows, tokens) = trainer.state.global_step, trainer.batch_size
+    where = f"Step {step + 1}" if trainer.model.training else f"An evaluation after step {step}"
+    return f"{where}, a micro-batch of {rows} rows, {tokens:,} tokens. Held: {_parts(trainer)}."
+
+
+def _parts(trainer: Any) -> str:
+    # A parameter that ZeRO-3 has split is empty, and `ds_tensor` this rank's share.
+    weights = {id(weight): weight for weight in trainer.model.parameters()}
+    shares = {key: getattr(weight, "ds_tensor", weight).nbytes for key, weight in weights.items()}
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrap it
+        optimizer = optimizer.optimizer
+    groups = optimizer.param_groups if optimizer is not None else []
+    copies = {id(weight): weight for group in groups for weight in group["params"] if id(weight) not in weights}
+    states = [value for state in optimizer.state.values() for value in state.values()] if groups else []
+    parts = {
+        "weights": sum(shares[key] for key, weight in weights.items() if not weight.requires_grad),
+        "what is trained": sum(shares[key] for key, weight in weights.items() if weight.requires_grad),
+        "float32 copies": sum(weight.nbytes for weight in copies.values()),
+        "optimiser": sum(getattr(value, "nbytes", 0) for value in states),
+        "gradients": sum(one.grad.nbytes for one in (*weights.values(), *copies.values()) if one.grad is not None),
+    }
+    return ", ".join(f"{name} {size(number)}" for name, number in parts.items() if number)
 
 
 def _seen() -> str:

@@ -20,6 +20,7 @@ from tunewright.checkpoints import read_record
 from tunewright.errors import Preempted
 from tunewright.metrics import read_metrics
 from tunewright.mirror import mirror_of
+from tunewright.plan.auto import RECOMPUTE
 from tunewright.plan.batch_plan import batch_plan
 from tunewright.plugins import PLUGINS
 from tunewright.run_folder import RunDir, copy_of
@@ -42,7 +43,7 @@ from tunewright.trainer.methods.lora import keep_pissa_start, starts_as_pissa
 from tunewright.trainer.mirroring import MirrorCheckpoints, finished
 from tunewright.trainer.model import attention
 from tunewright.trainer.model.fused_layers import fused_layers
-from tunewright.trainer.model.gradient_checkpointing import FitCheckpointing
+from tunewright.trainer.model.gradient_checkpointing import FitCheckpointing, can_fit
 from tunewright.trainer.model.load import load_model, quiet_libraries, torch_dtype
 from tunewright.trainer.model.regional_compile import compile_layers
 from tunewright.trainer.model.tokenizer import load_tokenizer, stop_tokens
@@ -52,6 +53,7 @@ from tunewright.trainer.results import describe_result, describe_training, name_
 from tunewright.trainer.save_schedule import SaveSchedule
 from tunewright.trainer.saving import save_result
 from tunewright.trainer.sft_trainer import TunewrightTrainer
+from tunewright.trainer.shortage import held, told_shortage
 from tunewright.trainer.stopping import Stopping
 from tunewright.trainer.strategy_check import VerifyStrategy
 from tunewright.trainer.universal import is_universal
@@ -136,6 +138,7 @@ def train(
         f"{state.num_processes} x {device.type}: {plan.describe()}"
     )
     with (
+        told_shortage(config, partial(held, trainer)),
         fused_layers(trainer.model, config.train.fused_layers),
         _leaving_together(trainer, stopping),
         _writing(run, room),
@@ -247,7 +250,7 @@ def _chosen(config: DictConfig, run: RunDir, trainer: TunewrightTrainer, output:
         output.say(f"Compiling the {compile_layers(trainer.model)} layers behind the first micro-batch.")
     if trainer.is_world_process_zero():
         chosen.append(TensorBoardCallback(SummaryWriter(str(run.tensorboard))))
-    if config.train.gradient_checkpointing == "auto":
+    if config.train.gradient_checkpointing and RECOMPUTE in config.automatic and can_fit(trainer):
         chosen.append(FitCheckpointing(trainer, run, output))
     if config.train.early_stopping:
         chosen.append(KeepPatience(early_stopping_patience=config.train.early_stopping))

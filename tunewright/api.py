@@ -10,15 +10,18 @@ Errors are those that the commands print: `tunewright.ConfigError` and its like,
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import html
 import json
 import os
 import re
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,9 +29,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from tunewright.config.compose import compose_config
 from tunewright.config.schema import GROUPS, Launcher
-from tunewright.errors import ERRORS, ConfigError, DataError, Preempted, TunewrightError
+from tunewright.errors import ERRORS, ConfigError, DataError, MemoryShortage, Preempted, TunewrightError
 from tunewright.files import written_aside
 from tunewright.metrics import read_metrics
+from tunewright.plan.auto import Choose, plain_choice
 from tunewright.redaction import redact
 from tunewright.run_folder import RunDir
 from tunewright.stop_signals import STOP_SIGNALS, StopAsked, heard_by
@@ -60,8 +64,9 @@ def train(
 ) -> Run:
     """Train, and return the run.
 
-    With `strategy=single`, the default, training happens in this process: a notebook sees its lines, its plots and its
-    exceptions. With any other strategy the ranks are started as `tunewright train` does.
+    With `strategy=single`, which is chosen on one device and where objects of this process are given, training happens
+    in this process: a notebook sees its lines, its plots and its exceptions. With any other strategy the ranks are
+    started as `tunewright train` does.
 
         run = tunewright.train("method=lora", {"train.epochs": 1, "name": "first"}, dataset=rows, eval_dataset=held_out)
 
@@ -84,9 +89,10 @@ def train(
         Preempted: SIGTERM or another signal that asks to stop; `resume=auto` goes on from the checkpoint that it left.
         KeyboardInterrupt: Ctrl-C.
     """
+    from tunewright.launch.choosing import choose
     from tunewright.launch.supervise import INTERRUPTED
     from tunewright.launch.train import check_data as check_prepared
-    from tunewright.launch.train import plan_job, run_job
+    from tunewright.launch.train import halved, plan_job, run_job
     from tunewright.plan.devices import find_devices
 
     _check_objects(callbacks, loss)
@@ -96,10 +102,11 @@ def train(
     settings = override_list([*overrides, *([{"train.callbacks": names}] if names else [])])
     if isinstance(loss, str):
         settings += override_list([{"train.loss": loss}])
-    config = _compose(settings, dataset, eval_dataset, config_dir)
+    devices = find_devices()
+    chosen = partial(choose, devices=devices, here=bool(own or objective))
+    config = _compose(settings, dataset, eval_dataset, config_dir, chosen)
     if metrics and not (config.data.eval_names or config.data.eval_split or config.data.eval_size):
         raise ConfigError("`metrics` judge answers to held-out rows: give `eval_dataset` too, or set `data.eval_size`.")
-    devices = find_devices()
     if not devices.gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for another, and say so
     job = plan_job(config, devices)
@@ -126,18 +133,25 @@ def train(
         from tunewright.trainer.training import train as train_here
 
         run, output = job.claimed.run, Printer() if say is print else Printer(say)
-        with _told_to_manifest(run), told_shortage(config), _stoppable() as stopping:
-            train_here(
-                config,
-                run,
-                prepared,
-                None,
-                output,
-                job.origin.folder if job.origin else None,
-                callbacks=own,
-                loss=objective,
-                stopping=stopping,
-            )
+        try:
+            with _told_to_manifest(run), told_shortage(job.config), _stoppable() as stopping:
+                train_here(
+                    job.config,
+                    run,
+                    prepared,
+                    None,
+                    output,
+                    job.origin.folder if job.origin else None,
+                    callbacks=own,
+                    loss=objective,
+                    stopping=stopping,
+                )
+        except MemoryShortage as error:
+            if halved(job) is None:
+                raise
+            tell(str(error))
+            _let_go(error)
+            return error.exit_code
         return 0
 
     code = run_job(job, tell, ready, start if alone else None)
@@ -185,6 +199,15 @@ def _refuse_objects(config: DictConfig, objects: Mapping[str, Any]) -> None:
 def _kind(code: int) -> type[TunewrightError]:
     """Return the error that an exit code stands for."""
     return next((kind for kind in ERRORS.values() if kind.exit_code == code), TunewrightError)
+
+
+def _let_go(error: BaseException) -> None:
+    """Free what the frames of an error hold: the model that there was no memory for."""
+    at: BaseException | None = error
+    while at is not None:
+        traceback.clear_frames(at.__traceback__)
+        at = at.__cause__ or at.__context__
+    gc.collect()
 
 
 @contextmanager
@@ -484,7 +507,11 @@ def _value(value: Any) -> str:
 
 
 def _compose(
-    settings: list[str], dataset: Rows | None, eval_dataset: Rows | None, config_dir: str | os.PathLike[str] | None
+    settings: list[str],
+    dataset: Rows | None,
+    eval_dataset: Rows | None,
+    config_dir: str | os.PathLike[str] | None,
+    choose: Choose = plain_choice,
 ) -> DictConfig:
     """Compose the configuration whose data are these, see `train`.
 
@@ -500,12 +527,12 @@ def _compose(
             )
     if dataset is not None and not any(item.startswith("data=") for item in settings):
         settings = ["data=registry", *settings]
-    config = compose_config([*settings, *(["data.names=[set_below]"] if dataset is not None else [])], extra)
     if dataset is None and eval_dataset is None:
-        return config
+        return compose_config(settings, extra, choose)
+    config = compose_config([*settings, *(["data.names=[set_below]"] if dataset is not None else [])], extra)
     cache = Path(config.data.cache_dir).expanduser()
     names = {key: _names(value, cache) for key, value in given.items() if value is not None}
-    return compose_config([*settings, *(f"{key}={_value(value)}" for key, value in names.items())], extra)
+    return compose_config([*settings, *(f"{key}={_value(value)}" for key, value in names.items())], extra, choose)
 
 
 def _names(given: Rows, cache: Path) -> list[str]:

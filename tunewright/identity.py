@@ -19,6 +19,7 @@ OPERATIONAL = {
     "output_root",
     "resume",
     "resume_allow",
+    "automatic",
     "overwrite",
     "trust",
     "imports",

@@ -51,7 +51,7 @@ MORE_LEVERS = (
     ("train.fused_layers=kernels",),
     ("train.cross_entropy=cut_exact",),
     ("train.cross_entropy=cut",),
-    ("train.gradient_checkpointing=auto",),
+    ("train.gradient_checkpointing=true", "automatic=[train.gradient_checkpointing]"),  # as few layers as have to
     ("train.gradient_checkpointing=true",),
     (BLOCKING,),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -136,14 +137,54 @@ def test_memory_that_cannot_be_had_is_told_with_what_to_change(start: Callable[.
         "    step = schedules.LambdaLR.step\n"
         "    schedules.LambdaLR.step = greedy\n"
     )
-    running = start("greedy", "train.max_steps=4", "data.eval_names=[]", PYTHONPATH=str(tmp_path / "fault"))
+    settings = ["train.max_steps=4", "data.eval_names=[]", "train.micro_batch_size=4"]
+    running = start("greedy", *settings, PYTHONPATH=str(tmp_path / "fault"))
     assert running.process.wait(timeout=240) == 7, running.output.read_text()
     shown = running.output.read_text()
     assert "Rank 0 failed with MemoryShortage: " in shown
     for told in ("can't allocate memory", "Seen: this rank held up to", "is 8.00 GiB (ulimit -v)", "Planned: 16 rows"):
         assert told in shown
+    assert re.search(r"Step 2, a micro-batch of 4 rows, \d+ tokens. Held: weights 20\.0 MiB, what is trained ", shown)
     assert "Change one of: train.micro_batch_size=2 (the same steps, more slowly), train.gradient_" in shown
     assert "Traceback" not in shown
+
+
+LIMIT_OF_A_RANK = """
+import os, pathlib, re, resource
+if "TUNEWRIGHT_LAUNCHER_PID" in os.environ:
+    import torch.optim.lr_scheduler as schedules
+    file = pathlib.Path(__file__).with_name("limit")
+    def limited(self, *args):
+        if self.last_epoch >= 1:
+            if not file.exists():  # of what two steps took beside what is left when they are over, three quarters
+                told = pathlib.Path("/proc/self/status").read_text()
+                most, now = (int(re.search(rf"{name}:\\s+(\\d+)", told)[1]) << 10 for name in ("VmPeak", "VmSize"))
+                file.write_text(str(now + (most - now) * 3 // 4))
+            resource.setrlimit(resource.RLIMIT_AS, (int(file.read_text()),) * 2)
+        return step(self, *args)
+    step = schedules.LambdaLR.step
+    schedules.LambdaLR.step = limited
+"""
+
+
+@pytest.mark.slow  # two starts
+def test_half_the_micro_batch_trains_where_the_whole_one_has_no_room(
+    start: Callable[..., Started], train: Callable[..., Path], small_model: Path, tmp_path: Path
+) -> None:
+    """The address space of the rank is limited for real, after two steps; nothing of them is lost."""
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(LIMIT_OF_A_RANK)
+    settings = ["model=folder", f"model.path={small_model}", "data.weights=[20]", "data.eval_names=[]"]
+    settings += ["data.packing=true", "data.cutoff_len=32768", "train.global_batch_size=4", "train.max_steps=4"]
+    settings += ["train.save_steps=1", "train.logging_steps=1"]
+    running = start("limited", *settings, PYTHONPATH=str(tmp_path / "fault"))
+    assert running.process.wait(timeout=400) == 0, running.told()
+    shown = running.output.read_text()
+    assert "Rank 0 failed with MemoryShortage: " in shown
+    assert "Once more with train.micro_batch_size=2, which was auto, and the same 4 packs a step" in shown
+    assert "from checkpoint-2." in shown
+    assert losses(running.run) == pytest.approx(losses(train("unlimited", *settings)), rel=1e-5)
+    assert "micro_batch_size: 2" in (running.run / "config.yaml").read_text()
 
 
 def test_ranks_die_with_a_launcher_that_is_killed(start: Callable[..., Started]) -> None:

@@ -42,6 +42,7 @@ SAMPLES: dict[str, list[Any]] = {
     "data.eval_names": [[], ["demo_eval"], ["demo"]],
     "data.weights": [[], [0.5], [2.0], [0.5, 2.0]],
     "train.gradient_checkpointing": [False, True, "auto"],
+    "train.micro_batch_size": [1, 3, "auto"],
     "train.optimizer": [*OPTIMIZERS[:1], "adamw_8bit", "sgd"],  # test_training_options.py trains with each of them
     "train.scheduler": list(SCHEDULERS),
     "method.modules_to_save": [[], ["lm_head"], ["embed_tokens"], ["norm"], ["q_proj"]],

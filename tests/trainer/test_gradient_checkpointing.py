@@ -18,7 +18,8 @@ from tunewright.trainer.model.layers import separate_layers
 
 QUICK = ["train.max_steps=4", "data.max_samples=12", "train.global_batch_size=4", "train.logging_steps=1"]
 QUICK += ["data.eval_names=[]", "train.learning_rate=1e-2"]
-AUTO = "train.gradient_checkpointing=auto"
+# What a plan that does not fit otherwise makes of auto.
+AUTO = ["train.gradient_checkpointing=true", "automatic=[train.gradient_checkpointing]"]
 
 
 def test_as_few_layers_recompute_as_fit() -> None:
@@ -55,7 +56,7 @@ def test_what_is_trained_does_not_change(
     name = request.node.callspec.id
     model = ["model=folder", f"model.path={small_model}"]
     plain = train_here(f"plain-{name}", *model, *QUICK, *settings)
-    plenty = train_here(f"plenty-{name}", *model, *QUICK, *settings, AUTO)
+    plenty = train_here(f"plenty-{name}", *model, *QUICK, *settings, *AUTO)
     assert manifest(plenty)["recomputed_layers"] == 0
 
     # Room for one layer and a half, beside the one whose backward pass runs.
@@ -63,7 +64,7 @@ def test_what_is_trained_does_not_change(
     need = measure(trainers[-1], layers)
     monkeypatch.setattr(gradient_checkpointing, "states_to_come", lambda trainer: 0)
     monkeypatch.setattr(gradient_checkpointing, "free_bytes", lambda device: 3.5 * need.layer)
-    tight = train_here(f"tight-{name}", *model, *QUICK, *settings, AUTO)
+    tight = train_here(f"tight-{name}", *model, *QUICK, *settings, *AUTO)
     assert manifest(tight)["recomputed_layers"] == 1
     assert [layer.gradient_checkpointing for layer in separate_layers(trainers[-1].model, "auto")] == [True, False]
 
@@ -82,7 +83,7 @@ def test_what_is_measured_is_what_a_layer_keeps(
     small_model: Path, train_here: Callable[..., Path], trainers: list[Any]
 ) -> None:
     """Counted over the whole model with and without recomputation, on the largest micro-batch."""
-    train_here("measured", "model=folder", f"model.path={small_model}", *QUICK, AUTO)
+    train_here("measured", "model=folder", f"model.path={small_model}", *QUICK, *AUTO)
     (trained,) = trainers
     layers = separate_layers(trained.model, "auto")
     need = measure(trained, layers)
@@ -129,6 +130,6 @@ def test_ranks_agree(train: Callable[..., Path]) -> None:
     """Under ZeRO-3, which gathers weights once more for a layer that recomputes."""
     quick = ["train.max_steps=2", "data.max_samples=8", "train.logging_steps=1", "data.eval_names=[]"]
     plain = train("recompute-false", "strategy=zero3", *quick)
-    auto = train("recompute-auto", "strategy=zero3", *quick, AUTO)
+    auto = train("recompute-auto", "strategy=zero3", *quick, *AUTO)
     assert manifest(auto)["recomputed_layers"] == 0
     assert losses(auto) == pytest.approx(losses(plain), rel=1e-6)

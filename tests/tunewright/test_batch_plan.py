@@ -67,7 +67,7 @@ def test_a_step_of_tokens_has_no_larger_micro_batches_than_rows_could_make() -> 
 )
 def test_batches_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        batch_plan(TrainConfig(**settings), 2, cutoff_len=1000)
+        batch_plan(TrainConfig(micro_batch_size=4, **settings), 2, cutoff_len=1000)
 
 
 def test_published_step_counts_come_out() -> None:

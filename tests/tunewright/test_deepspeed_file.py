@@ -106,7 +106,22 @@ def _plain() -> Any:
     from tunewright.plan.architecture import Architecture
 
     return Architecture(
-        "llama", {}, {}, "lm_head", "embed_tokens", 512, "model.layers", 2, False, None, None, None, True, ["trl"], None
+        "llama",
+        {},
+        {},
+        "lm_head",
+        "embed_tokens",
+        512,
+        "model.layers",
+        2,
+        False,
+        None,
+        None,
+        None,
+        True,
+        ["trl"],
+        None,
+        0,
     )
 
 

@@ -21,10 +21,25 @@ from tunewright.plan.substitutes import UNPAGED, adapter_folder, substitute
 CPU, GPU = Devices("cpu", 0, 2), Devices("cuda", 1, 8)
 BLOOM = "BloomForCausalLM has ALiBi"
 PLAIN = Architecture(
-    "llama", {}, {}, "lm_head", "embed_tokens", 512, "model.layers", 2, False, None, None, None, True, ["trl"], None
+    "llama", {}, {}, "lm_head", "embed_tokens", 512, "model.layers", 2, False, None, None, None, True, ["trl"], None, 0
 )
 ALIBI = Architecture(
-    "bloom", {}, {}, "lm_head", "word_embeddings", 512, "transformer.h", 2, True, BLOOM, None, None, True, ["trl"], None
+    "bloom",
+    {},
+    {},
+    "lm_head",
+    "word_embeddings",
+    512,
+    "transformer.h",
+    2,
+    True,
+    BLOOM,
+    None,
+    None,
+    True,
+    ["trl"],
+    None,
+    0,
 )
 
 

@@ -236,6 +236,12 @@ def token_counts(batch: Batch) -> tuple[int, int]:
     return (real, scored) if scored else (0, 0)
 
 
+def rows_in(batch: Batch) -> int:
+    """Return how many rows a micro-batch has, padded or end to end."""
+    bounds = batch.get("cu_seq_lens_q")
+    return len(batch["input_ids"] if bounds is None else bounds[1:])
+
+
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """Return a batch whose tensors are on their way to a GPU: from pinned memory, nothing waits for it.
 

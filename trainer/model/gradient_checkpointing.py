@@ -1,8 +1,9 @@
 """How many layers recompute their activations in the backward pass: as few as memory allows.
 
-`train.gradient_checkpointing=auto`. Recomputing a layer costs its forward pass once more, a third of its share of a
-step ("activation checkpointing", Chen et al. 2016, arXiv 1604.06174). What a layer keeps otherwise is measured before
-the first step, in a forward pass of the largest micro-batch in which all other layers recompute.
+`train.gradient_checkpointing=auto`, where not everything can be kept by the plan. Recomputing a layer costs its forward
+pass once more, a third of its share of a step ("activation checkpointing", Chen et al. 2016, arXiv 1604.06174). What a
+layer keeps otherwise is measured before the first step, in a forward pass of the largest micro-batch in which all other
+layers recompute.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import TrainerCallback
 
 from tunewright.run_folder import RunDir
 from tunewright.trainer.console import Output
-from tunewright.trainer.model.layers import separate_layers
+from tunewright.trainer.model.layers import layers_told_apart
 from tunewright.trainer.process_group import all_gather
 
 # Share of a device's memory that stays free: the allocator's gaps, workspaces of kernels, the chunk of the head.
@@ -43,6 +44,14 @@ class Activations:
         return self.layers - min(max(kept, 0), self.layers)
 
 
+def can_fit(trainer: Any) -> bool:
+    """Tell whether there is something to decide: of a stream nobody knows the longest rows, and all layers recompute.
+
+    So do they in models of an older kind, whose layers transformers does not tell apart.
+    """
+    return trainer.stream is None and bool(layers_told_apart(trainer.model))
+
+
 class FitCheckpointing(TrainerCallback):
     """Decides before the first step, on all ranks alike."""
 
@@ -51,7 +60,7 @@ class FitCheckpointing(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        layers = separate_layers(trainer.model, "train.gradient_checkpointing=auto")
+        layers = layers_told_apart(trainer.model)
         need = measure(trainer, layers)
         room = free_bytes(args.device) - states_to_come(trainer)
         # ZeRO-3 gathers weights for each pass over a layer, so ranks have to agree.

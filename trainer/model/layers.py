@@ -16,13 +16,18 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     return max((module for module in model.modules() if isinstance(module, torch.nn.ModuleList)), key=len)
 
 
+def layers_told_apart(model: torch.nn.Module) -> list[Any]:
+    """Return the layers that transformers treats each for itself; a model of an older kind has none."""
+    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
 def separate_layers(model: torch.nn.Module, setting: str) -> list[Any]:
     """Return the layers that transformers treats each for itself, for a `setting` that does so too.
 
     Raises:
-        ConfigError: the model, of an older kind, has none.
+        ConfigError: the model has none.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers = layers_told_apart(model)
     if not layers:
         raise ConfigError(
             f"`{setting}` looks at each layer, and the layers of this model cannot be told apart: leave it out."

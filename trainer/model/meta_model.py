@@ -22,7 +22,7 @@ from tunewright.trees import digest
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FORMAT = 9  # of the kept files
+FORMAT = 10  # of the kept files
 
 
 def find_architecture(config: DictConfig) -> Architecture | None:
@@ -146,6 +146,7 @@ def describe(model: PreTrainedModel, *, ia3: bool = True) -> Architecture:
         recomputes=bool(model.supports_gradient_checkpointing),
         heads=fitting(model),
         router_loss=own_coefficient(model),
+        parameters=sum(weight.numel() for weight in model.parameters()),
     )
 
 

@@ -28,6 +28,7 @@ from tunewright.config.deepspeed_file import follow_file
 from tunewright.config.mistakes import explain, known_keys, unknown_key
 from tunewright.config.untrusted import check_trust, refuse_secrets, typed_imports
 from tunewright.errors import ConfigError, first_line
+from tunewright.plan.auto import Choose, plain_choice, settle
 from tunewright.plugins import PLUGINS
 from tunewright.trees import flatten
 from tunewright.trust import check_ours
@@ -70,15 +71,20 @@ def load_plugins(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None) -> DictConfig:
+def compose_config(
+    overrides: Sequence[str] = (),
+    extra_dir: Path | None = None,
+    choose: Choose | None = plain_choice,
+) -> DictConfig:
     """Compose, type-check and resolve a configuration.
 
     Args:
         overrides: Hydra overrides such as `strategy=zero2` or `train.epochs=1`.
         extra_dir: a folder with groups of the user's own, searched after the shipped ones.
+        choose: what to put in the place of settings that are `auto`; None leaves them so.
 
     Raises:
-        ConfigError: unknown key or choice, wrong type, missing value or bad syntax.
+        ConfigError: unknown key or choice, wrong type, missing value or bad syntax; or what `choose` raises.
     """
     check_extra_dir(extra_dir)
     # `resume=auto` is a value, so hydra knows no key below it; what goes with it is typed like one all the same.
@@ -110,13 +116,25 @@ def compose_config(overrides: Sequence[str] = (), extra_dir: Path | None = None)
         raise ConfigError("`data.names` is empty: name at least one dataset, for example data.names=[demo].")
     if config.strategy.launcher is schema.Launcher.deepspeed:
         follow_file(config)  # before the run is named after its strategy
+    if choose:
+        _resolved(config.copy(), parsed)  # `choose` may ask other processes, and they get nothing that is refused
+        settle(config, choose)  # before the run is named after what is chosen
+    return _resolved(config, parsed)
+
+
+def _resolved(config: DictConfig, overrides: list[Override]) -> DictConfig:
+    """Resolve a configuration, and refuse what would show a secret, run others' code, or judge other data.
+
+    Raises:
+        ConfigError: so it is, or a value refers to a setting that is not there.
+    """
     try:
         OmegaConf.resolve(config)
     except InterpolationResolutionError as error:
         raise ConfigError(f"A value refers to a setting that is not there: {first_line(error)}.") from error
-    _check_preset(config, parsed)
+    _check_preset(config, overrides)
     refuse_secrets(config)
-    check_trust(config, parsed)
+    check_trust(config, overrides)
     return config
 
 

@@ -95,6 +95,9 @@ def _expected(cause: ValidationError, key: str) -> str:
     if wanted:
         example = {"Float": "a number such as 1e-4", "Integer": "a whole number such as 8", "Boolean": "true or false"}
         return f"write {example.get(wanted.group(1), wanted.group(1))}."
+    either = re.search(r"type hint 'Union\[(int|bool), str\]'", text)
+    if either:
+        return f"write {'true, false' if either.group(1) == 'bool' else 'a whole number such as 8,'} or auto."
     if "not a list" in text or "ListConfig" in text:
         return f"write a list such as {key}=[one,two]."
     return text

@@ -50,6 +50,7 @@ class CrossEntropy(Enum):
 class Launcher(Enum):
     """How ranks are started and kept in step."""
 
+    auto = "auto"
     single = "single"
     ddp = "ddp"
     deepspeed = "deepspeed"
@@ -177,8 +178,8 @@ STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero
 
 @dataclass
 class StrategyConfig:
-    name: str = option(MISSING, "single, ddp, or a ZeRO stage")
-    launcher: Launcher = option(MISSING, "single, ddp or deepspeed")
+    name: str = option(MISSING, "auto, single, ddp, or a ZeRO stage")
+    launcher: Launcher = option(MISSING, "single, ddp or deepspeed; auto: the fastest way that fits")
     deepspeed: Optional[str] = option(None, "DeepSpeed JSON: a name in configs/deepspeed, or a path")
 
 
@@ -198,8 +199,10 @@ class TrainConfig:
         "instead of global_batch_size: about this many tokens per optimiser step, over all ranks, in any number of "
         "rows",
     )
-    micro_batch_size: int = option(
-        4, "at most this many rows at once on a device: a memory bound, not a hyper-parameter"
+    micro_batch_size: Union[int, str] = option(
+        "auto",
+        "at most this many rows at once on a device: a memory bound, not a hyper-parameter; auto: as many as fit and "
+        "are fast, 4 on a CPU",
     )
     optimizer: str = option("adamw_torch_fused", "transformers' optimiser names")
     grad_accum_dtype: Dtype = option(
@@ -240,7 +243,8 @@ class TrainConfig:
         "installed",
     )
     gradient_checkpointing: Union[bool, str] = option(
-        False, "trade time for memory: recompute activations; auto: of as few layers as the memory of the device allows"
+        "auto",
+        "trade time for memory: recompute activations; auto: of as few layers as the memory of the device allows",
     )
     cross_entropy: CrossEntropy = option(
         CrossEntropy.auto,
@@ -298,6 +302,7 @@ class Config:
     imports: list[str] = option(
         [], "Python modules of yours that add methods, formats, metrics, templates or callbacks: docs/extending.md"
     )
+    automatic: list[str] = option([], "the settings that were `auto`, which tunewright has chosen and may choose anew")
     overwrite: bool = option(False, "move what the run made before to OUTPUT_ROOT/.trash and start anew")
 
 

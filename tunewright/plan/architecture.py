@@ -32,6 +32,7 @@ class Architecture:
     recomputes: bool  # whether it can give its activations up and compute them again
     heads: list[str]  # the values of train.cross_entropy that give its loss
     router_loss: float | None  # the weight that its configuration gives the router's loss; None: no mixture of experts
+    parameters: int  # numbers in all its weights
 
     @classmethod
     def read(cls, path: Path) -> Architecture | None:

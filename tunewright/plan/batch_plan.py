@@ -76,9 +76,12 @@ def batch_plan(
     """Work out micro-batches and accumulation from the settings; `cutoff_len` and `packing` are those of the data.
 
     Raises:
-        ConfigError: a size below 1, none or several of the ways to say the global batch, or more ranks than rows.
+        ConfigError: a size that is no number from 1, none or several of the ways to say the global batch, or more ranks
+            than rows.
     """
     micro, total, accumulation = train.micro_batch_size, train.global_batch_size, train.gradient_accumulation_steps
+    if isinstance(micro, (str, bool)):
+        raise ConfigError(f"`train.micro_batch_size` is '{micro}': write a whole number from 1, or auto.")
     ways = {
         "global_batch_size": total,
         "gradient_accumulation_steps": accumulation,

@@ -116,13 +116,8 @@ def _check_strategy(config: DictConfig, devices: Devices, ranks: int) -> None:
 
 def _check_checkpointing(config: DictConfig) -> None:
     value = config.train.gradient_checkpointing
-    if value not in (True, False, "auto"):
+    if value not in (True, False):
         raise ConfigError(f"`train.gradient_checkpointing` is '{value}': write true, false or auto.")
-    if value == "auto" and config.data.streaming:
-        raise ConfigError(
-            "`train.gradient_checkpointing=auto` looks at the longest rows, which nobody knows of a stream "
-            "(`data.streaming=true`): write true or false."
-        )
 
 
 def _check_compile(config: DictConfig, devices: Devices) -> None:
