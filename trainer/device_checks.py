@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunewright.errors import first_line
-from tunewright.findings import Finding, fix, note, ok
+from tunewright.findings import Finding, fix, note, of_each, ok
 from tunewright.importing import uncollected
 from tunewright.plan.device_table import find_device
 from tunewright.ranks import die_with_parent, leave
@@ -26,17 +29,19 @@ if TYPE_CHECKING:
     import torch
 
 GROUP = "device"
+Check = Callable[["torch.device"], Iterable[Finding]]
 TIRED = 0.6  # of what the device should do: below, something is wrong with it
 # Of a GPU's listed rate: one large product in bfloat16 reaches 60 to 90 percent of it (docs/speed.md).
 TIRED_GPU = 0.4
 TIRED_HOST = 0.4  # of the lanes to the host, which go by way of a processor that others use
 COPIED = 256 * 2**20  # bytes
+SLOWER = 0.8  # of the median GPU's rate
 SECONDS = 0.3  # that a rate is measured
 CLOSE = 0.02  # of the largest value: how far two ways to compute the same may be apart in 16 bits
 
 
 def main(argv: list[str]) -> int:
-    """Try one thing after the other; what fails is a finding like others."""
+    """Try one thing after the other, each on all devices at once; what fails is a finding like others."""
     die_with_parent()
     say = Lines()
     cache = Path(argv[0]).expanduser()
@@ -45,32 +50,71 @@ def main(argv: list[str]) -> int:
         with uncollected():
             import torch
     except Exception as error:  # a broken library raises what it likes
-        say(
-            finding=fix(GROUP, f"torch cannot be imported: {first_line(error)}.", "pip install --force-reinstall torch")
-        )
+        told = f"torch cannot be imported: {first_line(error)}."
+        say(finding=fix(GROUP, told, "pip install --force-reinstall torch"))
         return 0
+    say(doing="look for GPUs")
     available = torch.cuda.is_available()
     kind, built = ("rocm", torch.version.hip) if torch.version.hip else ("cuda", torch.version.cuda)
-    nccl = torch.cuda.nccl.version() if available else None
-    say(
-        facts={
-            "kind": kind if built else "cpu",
-            "built": built,
-            "available": available,
-            "nccl": ".".join(map(str, nccl)) if nccl else None,
-        }
-    )
+    problem = None if available or not built else _why_none()
+    say(facts={"kind": kind if built else "cpu", "built": built, "available": available, "problem": problem})
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] if available else []
-    for device in devices or [torch.device("cpu")]:
-        for what, check in CHECKS:
-            say(doing=f"{what} on {_name(device)}")
-            try:
-                for finding in check(device, cache):
-                    say(finding=finding)
-            except Exception as error:  # kernels raise what they like, and the next check is still worth a try
-                found = f"{_name(device)}: {what} fails with {type(error).__name__}: {first_line(error)}."
-                say(finding=fix(GROUP, found, ADVICE[what]))
+    devices = devices or [torch.device("cpu")]
+    rates: dict[str, float] = {}
+    checks: list[tuple[str, Check]] = [
+        ("products", partial(product, cache=cache, rates=rates)),
+        ("copies", copy),
+        ("attention", varlen),
+        ("bitsandbytes", four_bits),
+    ]
+    for what, check in checks:
+        say(doing=f"{what} on {', '.join(map(_name, devices))}")
+        # Ways to the host are shared: copies go one after the other.
+        with ThreadPoolExecutor(1 if check is copy else len(devices)) as pool:
+            found = list(pool.map(partial(_tried, what, check), devices))
+        for finding in of_each([(_name(device), some) for device, some in zip(devices, found, strict=True)]):
+            say(finding=finding)
+    for finding in slower(rates):
+        say(finding=finding)
     return 0
+
+
+def _why_none() -> str | None:
+    """Return what PyTorch says where it can use no GPU."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except Exception as error:  # the driver's own, of any kind
+        return first_line(error)
+    return None
+
+
+def _tried(what: str, check: Check, device: torch.device) -> list[Finding]:
+    """Return what a check finds of a device, also where it fails."""
+    import torch
+
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
+        return list(check(device))
+    except torch.OutOfMemoryError:
+        return [fix(GROUP, f"no room for {what}", "Free its memory: `tunewright doctor` names who has it under GPUs.")]
+    except Exception as error:  # kernels raise what they like, and the next check is still worth a try
+        return [fix(GROUP, f"{what}: {type(error).__name__}: {first_line(error)}", ADVICE[what])]
+
+
+def slower(rates: dict[str, float]) -> list[Finding]:
+    """Compare GPUs with each other, where there are enough of them to know the usual rate."""
+    if len(rates) < 3:
+        return []
+    median = statistics.median(rates.values())
+    do = "All others wait for it at every step: look at heat, power and clocks, and leave it out until it is as fast."
+    return [
+        fix(GROUP, f"{name}: products at {rate / median:.0%} of its sisters' rate", do)
+        for name, rate in rates.items()
+        if rate < SLOWER * median
+    ]
 
 
 class Lines:
@@ -88,8 +132,12 @@ def _name(device: torch.device) -> str:
     return "CPU" if device.type == "cpu" else f"GPU {device.index}"
 
 
-def product(device: torch.device, cache: Path) -> Iterator[Finding]:
-    """Multiply matrices, and compare the rate with what is listed for a GPU, or was ever seen of this CPU."""
+def product(device: torch.device, cache: Path, rates: dict[str, float]) -> Iterator[Finding]:
+    """Multiply matrices, and compare the rate with what is listed for a GPU, or was ever seen of this CPU.
+
+    Args:
+        rates: where each GPU's is written, in FLOP/s.
+    """
     import torch
 
     from tunewright.trainer.hardware import product_rates
@@ -99,7 +147,7 @@ def product(device: torch.device, cache: Path) -> Iterator[Finding]:
         best = Peak(device, torch.float32, cache)
         share = best.start / best.known if best.start and best.known else None
         half = max(max(rates) for rates in product_rates(device, torch.bfloat16, SECONDS))
-        told = f"CPU: products of {_flops(best.start)} in float32, {_flops(half)} in bfloat16"
+        told = f"products of {_flops(best.start)} in float32, {_flops(half)} in bfloat16"
         if share is not None and share < TIRED:
             do = "Something else computes here (see limits), or it is too hot: try again."
             yield note(GROUP, f"{told}, {share:.0%} of what was seen here before", do)
@@ -111,11 +159,11 @@ def product(device: torch.device, cache: Path) -> Iterator[Finding]:
     if not supported:
         major, minor = torch.cuda.get_device_capability(device)
         do = "Train with model.dtype=float32: bfloat16 is emulated there, and much slower."
-        yield note(GROUP, f"{_name(device)} has no units for bfloat16 (compute capability {major}.{minor}).", do)
-    torch.cuda.set_device(device)
+        yield note(GROUP, f"no units for bfloat16 (compute capability {major}.{minor})", do)
     torch.ones(1024, 1024, device=device, dtype=dtype).matmul(torch.ones(1024, 1024, device=device, dtype=dtype))
     rate = max(max(rates) for rates in product_rates(device, dtype, SECONDS))
-    told = f"{_name(device)}: products of {_flops(rate)} in {str(dtype).removeprefix('torch.')}"
+    rates[_name(device)] = rate
+    told = f"products of {_flops(rate)} in {str(dtype).removeprefix('torch.')}"
     listed = find_device(torch.cuda.get_device_name(device))
     if listed is None:
         yield ok(GROUP, told)
@@ -126,7 +174,7 @@ def product(device: torch.device, cache: Path) -> Iterator[Finding]:
         yield ok(GROUP, f"{told}, {rate / listed.rate:.0%} of what is listed")
 
 
-def copy(device: torch.device, cache: Path) -> Iterator[Finding]:
+def copy(device: torch.device) -> Iterator[Finding]:
     """Copy within the device's memory, and between it and the host."""
     import torch
 
@@ -134,11 +182,11 @@ def copy(device: torch.device, cache: Path) -> Iterator[Finding]:
     other = torch.empty_like(one)
     inside = 2 * _rate(lambda: other.copy_(one), device)  # each byte is read and written
     if device.type == "cpu":
-        yield ok(GROUP, f"CPU: copies of {size(inside)}/s, read and written")
+        yield ok(GROUP, f"copies of {size(inside)}/s, read and written")
         return
     host = torch.ones(COPIED, dtype=torch.uint8, pin_memory=True)
     to, back = _rate(lambda: one.copy_(host), device), _rate(lambda: host.copy_(one), device)
-    told = f"{_name(device)}: copies of {size(inside)}/s, {size(to)}/s from and {size(back)}/s to the host"
+    told = f"copies of {size(inside)}/s, {size(to)}/s from and {size(back)}/s to the host"
     listed = find_device(torch.cuda.get_device_name(device))
     if listed and inside < TIRED * listed.bandwidth:
         do = "Its memory is slower than it should be: look at clocks and at who else uses it (nvidia-smi -q)."
@@ -150,7 +198,7 @@ def copy(device: torch.device, cache: Path) -> Iterator[Finding]:
         yield ok(GROUP, told)
 
 
-def varlen(device: torch.device, cache: Path) -> Iterator[Finding]:
+def varlen(device: torch.device) -> Iterator[Finding]:
     """Attention without padding, beside PyTorch's own on each row alone."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -172,15 +220,15 @@ def varlen(device: torch.device, cache: Path) -> Iterator[Finding]:
     expected = torch.cat(alone, dim=2).transpose(1, 2)
     apart = float((mine.float() - expected.float()).abs().max() / expected.float().abs().max())
     if apart > CLOSE:
-        yield fix(GROUP, f"{_name(device)}: attention without padding is wrong by {apart:.0%}.", ADVICE["attention"])
+        yield fix(GROUP, f"attention without padding is wrong by {apart:.0%}.", ADVICE["attention"])
     elif device.type == "cuda" and not kernel:
         do = "Rows are computed one by one, which is right and slower; see train.attention_kernel in docs/speed.md."
-        yield note(GROUP, f"{_name(device)}: PyTorch's kernel for rows without padding is not for this GPU.", do)
+        yield note(GROUP, "PyTorch's kernel for rows without padding is not for this GPU.", do)
     else:
-        yield ok(GROUP, f"{_name(device)}: attention without padding computes what it should")
+        yield ok(GROUP, "attention without padding computes what it should")
 
 
-def four_bits(device: torch.device, cache: Path) -> Iterator[Finding]:
+def four_bits(device: torch.device) -> Iterator[Finding]:
     """A product with weights in 4 bits by bitsandbytes, beside the same with these weights unpacked."""
     import bitsandbytes
     import torch
@@ -194,17 +242,11 @@ def four_bits(device: torch.device, cache: Path) -> Iterator[Finding]:
     expected = rows @ dequantize_4bit(packed, state).t()
     apart = float((mine - expected).abs().max() / expected.abs().max())
     if apart > CLOSE:
-        yield fix(GROUP, f"{_name(device)}: a product in 4 bits is wrong by {apart:.0%}.", ADVICE["bitsandbytes"])
+        yield fix(GROUP, f"a product in 4 bits is wrong by {apart:.0%}.", ADVICE["bitsandbytes"])
     else:
-        yield ok(GROUP, f"{_name(device)}: bitsandbytes {bitsandbytes.__version__} multiplies in 4 bits")
+        yield ok(GROUP, f"bitsandbytes {bitsandbytes.__version__} multiplies in 4 bits")
 
 
-CHECKS: tuple[tuple[str, Callable[[torch.device, Path], Iterator[Finding]]], ...] = (
-    ("products", product),
-    ("copies", copy),
-    ("attention", varlen),
-    ("bitsandbytes", four_bits),
-)
 REINSTALL = "Install a torch whose build is for this GPU and this driver: python -m torch.utils.collect_env"
 ADVICE = {
     "products": REINSTALL,

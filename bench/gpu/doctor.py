@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,10 +32,10 @@ def main() -> int:
         return 1
     args.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     assert done.returncode == told["to_fix"], done
-    texts = {group: [one["found"] for one in told["findings"] if one["group"] == group] for group in ("GPUs", "device")}
-    for number in range(gpus):
-        for group, name in (("GPUs", f"GPU {number} "), ("device", f"GPU {number}: ")):
-            assert any(text.startswith(name) for text in texts[group]), f"{group}: nothing of {name}: {texts[group]}"
+    for group in ("GPUs", "device"):
+        names = [one["found"].partition(":")[0] for one in told["findings"] if one["group"] == group]
+        named = {number for text in names if text.startswith("GPU ") for number in re.findall(r"\d+", text)}
+        assert named == {str(number) for number in range(gpus)}, f"{group}: {named}"
     return 0
 
 

@@ -141,7 +141,7 @@ def _gpus(device: Device) -> list[Finding]:
         return []
     seen = gpus.Seen(gpus.slowed_down(seen.gpus, device.done), seen.driver, seen.cuda)
     facts = device.facts
-    found = gpus.judge_driver(seen, facts["kind"], facts["built"], facts["available"]) if facts else []
+    found = gpus.judge_driver(seen, **facts) if facts else []
     return [*found, *gpus.judge(seen, gpus.visible(seen))]
 
 

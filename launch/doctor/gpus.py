@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from tunewright.findings import Finding, fix, note, ok
+from tunewright.findings import Finding, fix, note, of_each, ok
 from tunewright.text import listed, size
 
 GROUP = "GPUs"
@@ -220,15 +220,14 @@ def _text(file: Path) -> str:
 def judge(seen: Seen, visible: set[int] | None = None) -> list[Finding]:
     """Say what is wrong with GPUs; of those that are not `visible` nothing, since nobody trains on them."""
     chosen = [gpu for gpu in seen.gpus if visible is None or gpu.index in visible]
-    found = [one for gpu in chosen for one in _judge_one(gpu)]
-    return [*found, *_judge_links(chosen)]
+    return [*of_each([(f"GPU {gpu.index}", list(_judge_one(gpu))) for gpu in chosen]), *_judge_links(chosen)]
 
 
 def _judge_one(gpu: Gpu) -> Iterator[Finding]:
     free = gpu.memory - gpu.used
     ecc = {True: ", ECC on", False: ", ECC off", None: ""}[gpu.ecc]
     room = f"{size(free)} of {size(gpu.memory)} free" if gpu.memory else "its driver does not tell its memory"
-    told = f"GPU {gpu.index} {gpu.name}: {room}{ecc}"
+    told = f"{gpu.name}, {room}{ecc}"
     taken = f"{told}; taken by {listed(gpu.holders) or 'nobody that is seen from here'}"
     if gpu.used > FULL * gpu.memory:
         yield fix(GROUP, taken, "End these processes, or hide this GPU (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES).")
@@ -236,33 +235,32 @@ def _judge_one(gpu: Gpu) -> Iterator[Finding]:
         yield note(GROUP, taken, "Who shares a GPU shares its memory and its time.")
     else:
         yield ok(GROUP, told)
-    name = f"GPU {gpu.index}"
     for bit, what, do in SLOWED:
         if gpu.reasons & bit:
-            yield fix(GROUP, f"{name}: {what}.", do)
+            yield fix(GROUP, f"{what}.", do)
     for bit, what, do in SET:
         if gpu.reasons & bit:
-            yield note(GROUP, f"{name}: {what}.", do)
+            yield note(GROUP, f"{what}.", do)
     if gpu.replaced == "to be replaced":
-        yield fix(GROUP, f"{name}: its memory has no rows left for damaged ones.", "Have the card replaced.")
+        yield fix(GROUP, "its memory has no rows left for damaged ones.", "Have the card replaced.")
     elif gpu.replaced:
-        yield fix(GROUP, f"{name}: damaged rows of its memory wait to be replaced.", "Reset it: nvidia-smi --gpu-reset")
+        yield fix(GROUP, "damaged rows of its memory wait to be replaced.", "Reset it: nvidia-smi --gpu-reset")
     if gpu.uncorrected:
         yield fix(
             GROUP,
-            f"{name}: {gpu.uncorrected} errors of its memory that ECC could not correct.",
+            f"{gpu.uncorrected} errors of its memory that ECC could not correct.",
             "Reset it and look again; if they come back, have the card replaced: wrong bits spoil a training.",
         )
     if gpu.width and gpu.width[0] < gpu.width[1]:
         yield note(
             GROUP,
-            f"{name}: {gpu.width[0]} of {gpu.width[1]} PCIe lanes.",
+            f"{gpu.width[0]} of {gpu.width[1]} PCIe lanes.",
             "Seat the card anew or look at its slot: what goes through the host is as much slower (offload, ZeRO-3).",
         )
     if gpu.exclusive:
-        yield note(GROUP, f"{name}: its compute mode lets one process in, or none.", "nvidia-smi -c DEFAULT (as root)")
+        yield note(GROUP, "its compute mode lets one process in, or none.", "nvidia-smi -c DEFAULT (as root)")
     if gpu.split:
-        yield note(GROUP, f"{name}: split by MIG.", "Each rank sees one part; parts do not talk to each other.")
+        yield note(GROUP, "split by MIG.", "Each rank sees one part; parts do not talk to each other.")
 
 
 def _judge_links(gpus: list[Gpu]) -> Iterator[Finding]:
@@ -285,13 +283,16 @@ def _judge_links(gpus: list[Gpu]) -> Iterator[Finding]:
         yield ok(GROUP, f"between GPUs, {told}")
 
 
-def judge_driver(seen: Seen, kind: str, built: str | None, available: bool) -> list[Finding]:
+def judge_driver(
+    seen: Seen, kind: str, built: str | None, available: bool, problem: str | None = None
+) -> list[Finding]:
     """Compare the driver with what torch was built for.
 
     Args:
         kind: "cuda", "rocm" or "cpu": what torch was built for.
         built: that version, "13.0".
         available: torch can use a GPU.
+        problem: what torch says where it cannot.
     """
     if not seen.gpus:
         return []
@@ -317,7 +318,7 @@ def judge_driver(seen: Seen, kind: str, built: str | None, available: bool) -> l
         return [
             fix(
                 GROUP,
-                f"There are {cards}, and torch can use none.",
+                f"There are {cards}, and torch can use none{f': {problem}' if problem else ''}.",
                 "Give the container its devices (docker run --gpus all), unset CUDA_VISIBLE_DEVICES, or reboot where "
                 "the driver was updated.",
             )

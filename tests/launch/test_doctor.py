@@ -15,6 +15,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import pytest
 from tests.conftest import TIMEOUT
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError
-from tunewright.findings import FIX, NOTE, OK, Finding
+from tunewright.findings import FIX, NOTE, OK, Finding, of_each
 from tunewright.launch.doctor import clock, compiler, disks, examine, limits, meeting, network, ports, variables
 from tunewright.plan.devices import Devices, find_devices
 
@@ -429,6 +430,30 @@ def test_a_check_that_fails_or_hangs_hides_no_other() -> None:
     assert only(found, "limits", "RuntimeError: what nobody has thought of").state == FIX
     assert only(found, "disks", "no answer within 1 s").state == FIX
     assert any(one.group == "ports" for one in found)
+
+
+def test_a_device_check_that_fails_is_a_finding() -> None:
+    import torch
+
+    from tunewright.trainer.device_checks import _tried
+
+    def broken(device: torch.device) -> Iterator[Finding]:
+        yield from ()
+        torch.empty(2, device=device) @ torch.empty(3, device=device)
+
+    (finding,) = _tried("bitsandbytes", broken, torch.device("cpu"))
+    assert (finding.state, finding.found.startswith("bitsandbytes: RuntimeError: ")) == (FIX, True)
+
+
+def test_devices_that_are_alike_are_told_of_once_and_a_tired_one_by_its_name() -> None:
+    from tunewright.trainer.device_checks import slower
+
+    good, bad = Finding("device", OK, "well"), Finding("device", FIX, "hot", "Cool it.")
+    told = of_each([("GPU 0", [good]), ("GPU 1", [good, bad]), ("GPU 2", [good])])
+    assert told == [replace(good, found="GPU 0, 1, 2: well"), replace(bad, found="GPU 1: hot")]
+    (finding,) = slower({"GPU 0": 7e14, "GPU 1": 4e14, "GPU 2": 7.2e14})
+    assert finding.found == "GPU 1: products at 57% of its sisters' rate"
+    assert slower({"GPU 0": 7e14, "GPU 1": 4e14}) == [], "of two, nobody knows which is usual"
 
 
 def test_one_screen() -> None:

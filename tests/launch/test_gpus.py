@@ -82,8 +82,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[Finding]:
 
 def test_what_nvidias_bindings_read(told: list[Finding]) -> None:
     texts = {one.found: one.state for one in told}
-    assert texts["GPU 0 NVIDIA H100 80GB HBM3: 80.00 GiB of 80.00 GiB free, ECC on"] == OK
-    crowded = next(text for text in texts if text.startswith("GPU 1 NVIDIA"))
+    assert texts["GPU 0: NVIDIA H100 80GB HBM3, 80.00 GiB of 80.00 GiB free, ECC on"] == OK
+    crowded = next(text for text in texts if text.startswith("GPU 1: NVIDIA"))
     assert texts[crowded] == FIX
     assert f"({os.getpid()}, 70.00 GiB)" in crowded
     assert texts["GPU 1: it is too hot, the hardware slows it down."] == FIX
@@ -168,9 +168,9 @@ def test_what_amds_driver_writes(tmp_path: Path) -> None:
     assert seen.driver == "6.8.5"
     told = [(one.state, one.found) for one in gpus.judge(seen)]
     assert told[0][0] == FIX
-    assert f"AMD Instinct MI250X: 4.00 GiB of 64.00 GiB free; taken by {seen.gpus[0].holders[0]}" in told[0][1]
+    assert f"AMD Instinct MI250X, 4.00 GiB of 64.00 GiB free; taken by {seen.gpus[0].holders[0]}" in told[0][1]
     assert f"({os.getpid()}, 60.00 GiB)" in seen.gpus[0].holders[0]
     assert told[1] == (FIX, "GPU 0: 1 errors of its memory that ECC could not correct.")
-    assert told[2] == (OK, "GPU 1 AMD Instinct MI250X: 64.00 GiB of 64.00 GiB free")
+    assert told[2] == (OK, "GPU 1: AMD Instinct MI250X, 64.00 GiB of 64.00 GiB free")
     assert told[3] == (OK, "between GPUs, xGMI: 0-1")
     assert gpus.see_amd(tmp_path / "none").gpus == []
