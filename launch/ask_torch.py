@@ -88,6 +88,10 @@ def _make_footprints() -> None:
         config = load_config(StringIO(text))
         with caching(config.data.cache_dir):
             make_footprint(config, asked["kind"], [Batch(**batch) for batch in asked["batches"]])
+    if asked["kind"] == "cpu":  # torch is imported already, and a plan wants to know how fast it is here
+        from tunewright.trainer.peak import measure_cpu
+
+        measure_cpu(config)
 
 
 def main(task: str) -> int:

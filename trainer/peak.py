@@ -14,9 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 
 from tunewright.files import write_json
 from tunewright.trainer.hardware import describe_hardware, listed_peak_flops, product_rates
+from tunewright.trainer.model.load import torch_dtype
+from tunewright.trainer.model.model_folder import cache_folder
 from tunewright.trainer.process_group import all_gather
 from tunewright.trees import digest
 
@@ -69,6 +72,11 @@ class Peak:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(self._file, {"flops_per_second": rate, **self._kind})
         return rate
+
+
+def measure_cpu(config: DictConfig) -> None:
+    """Measure what this machine's CPU computes in the configuration's format, and keep it for plans."""
+    Peak(torch.device("cpu"), torch_dtype(config.model.dtype, "cpu"), cache_folder(config.data.cache_dir))
 
 
 def certain(peak: dict[str, float | None]) -> float | None:
