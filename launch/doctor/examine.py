@@ -140,6 +140,7 @@ def _gpus(device: Device) -> list[Finding]:
     if not seen.gpus:
         return []
     seen = gpus.Seen(gpus.slowed_down(seen.gpus, device.done), seen.driver, seen.cuda)
+    device.known.wait(gpus.WATCH_SECONDS)
     facts = device.facts
     found = gpus.judge_driver(seen, **facts) if facts else []
     return [*found, *gpus.judge(seen, gpus.visible(seen))]
@@ -149,7 +150,7 @@ class Device:
     """The process that tries what the devices can compute; it imports torch meanwhile."""
 
     def __init__(self, cache: Path) -> None:
-        self.done = threading.Event()
+        self.done, self.known = threading.Event(), threading.Event()
         self.facts: dict[str, Any] = {}
         self._found: list[Finding] = []
         self._doing = "begin"
@@ -168,12 +169,15 @@ class Device:
         for line in self._process.stdout or ():
             told = json.loads(line)
             self._doing = told.get("doing", self._doing)
-            self.facts |= told.get("facts", {})
+            if "facts" in told:
+                self.facts = told["facts"]
+                self.known.set()
             if "finding" in told:
                 self._found.append(Finding(**told["finding"]))
         self._process.wait()
         self._hearing.join(LAST_WORDS)  # a process that it left behind may hold the pipe
         self.done.set()
+        self.known.set()
 
     def _hear(self) -> None:
         """Keep what libraries say aside, so that the pipe does not fill."""
@@ -217,19 +221,19 @@ def _side_by_side(checks: dict[str, Check], seconds: float) -> list[Finding]:
 
     for name, look in checks.items():
         threading.Thread(target=check, args=(name, look), daemon=True).start()
-    found: list[Finding] = []
-    missing, deadline = dict.fromkeys(checks), time.monotonic() + seconds
-    while missing and (left := deadline - time.monotonic()) > 0:
+    found: dict[str, list[Finding]] = {}
+    deadline = time.monotonic() + seconds
+    while len(found) < len(checks) and (left := deadline - time.monotonic()) > 0:
         try:
             name, some = answers.get(timeout=left)
         except queue.Empty:
             break
-        found += some
-        del missing[name]
-    for name in missing:
+        found[name] = some
+    for name in checks.keys() - found.keys():
         group, told = name.partition(" ")[0], f"{name}: no answer within {seconds:.0f} s."
-        found.append(fix(group, told, "Something hangs there, a network disk, a name server or a driver: see dmesg."))
-    return found
+        do = "Something hangs there, a network disk, a name server or a driver: see dmesg."
+        found[name] = [fix(group, told, do)]
+    return [finding for name in checks for finding in found[name]]
 
 
 def screen(found: list[Finding], seconds: float) -> str:

@@ -6,6 +6,7 @@ NVML comes with the driver, its Python side is nvidia-ml-py; written from the so
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from tunewright.text import listed, size
 
 GROUP = "GPUs"
 FULL, CROWDED = 0.8, 0.1  # shares of a GPU's memory that others have
+WATCH_SECONDS = 20.0  # that they are watched at work; trying them takes a few
 LOOK_SECONDS = 0.1  # between two looks at what slows a GPU down
 XGMI = 11  # HSA_IOLINK_TYPE_XGMI of the kernel's kfd
 AMD = "0x1002"
@@ -155,9 +157,9 @@ def _holder(pid: int, used: int | None) -> str:
 
 def slowed_down(gpus: list[Gpu], until: Event) -> list[Gpu]:
     """Return NVIDIA's GPUs with all that held their clocks down until `until`, while they were at work."""
-    bits = {gpu.index: gpu.reasons for gpu in gpus}
+    bits, deadline = {gpu.index: gpu.reasons for gpu in gpus}, time.monotonic() + WATCH_SECONDS
     with _nvml() as nvml:
-        while nvml and not until.wait(LOOK_SECONDS):
+        while nvml and not until.wait(LOOK_SECONDS) and time.monotonic() < deadline:
             for index in bits:
                 with suppress(nvml.NVMLError):
                     handle = nvml.nvmlDeviceGetHandleByIndex(index)
@@ -248,7 +250,7 @@ def _judge_one(gpu: Gpu) -> Iterator[Finding]:
     if gpu.uncorrected:
         yield fix(
             GROUP,
-            f"{gpu.uncorrected} errors of its memory that ECC could not correct.",
+            f"errors of its memory that ECC could not correct: {gpu.uncorrected}",
             "Reset it and look again; if they come back, have the card replaced: wrong bits spoil a training.",
         )
     if gpu.width and gpu.width[0] < gpu.width[1]:
@@ -309,7 +311,7 @@ def judge_driver(
             return [
                 fix(
                     GROUP,
-                    f"{cards} runs CUDA up to {here}; torch is built for {built}.",
+                    f"Driver {seen.driver} runs CUDA up to {here}; torch is built for {built}.",
                     f"Update the driver, or install a torch that is built for CUDA {seen.cuda[0]}.",
                 )
             ]

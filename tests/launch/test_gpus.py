@@ -88,10 +88,10 @@ def test_what_nvidias_bindings_read(told: list[Finding]) -> None:
     assert f"({os.getpid()}, 70.00 GiB)" in crowded
     assert texts["GPU 1: it is too hot, the hardware slows it down."] == FIX
     assert texts["GPU 1: damaged rows of its memory wait to be replaced."] == FIX
-    assert texts["GPU 1: 1 errors of its memory that ECC could not correct."] == FIX
+    assert texts["GPU 1: errors of its memory that ECC could not correct: 1"] == FIX
     assert texts["GPU 1: 8 of 16 PCIe lanes."] == NOTE
     assert texts["between GPUs, NVLink: 0-1"] == OK
-    assert texts["2 GPUs with driver 535.104 runs CUDA up to 12.2; torch is built for 13.0."] == FIX
+    assert texts["Driver 535.104 runs CUDA up to 12.2; torch is built for 13.0."] == FIX
     assert len(texts) == 8, "nothing is said against the first"
 
 
@@ -170,7 +170,7 @@ def test_what_amds_driver_writes(tmp_path: Path) -> None:
     assert told[0][0] == FIX
     assert f"AMD Instinct MI250X, 4.00 GiB of 64.00 GiB free; taken by {seen.gpus[0].holders[0]}" in told[0][1]
     assert f"({os.getpid()}, 60.00 GiB)" in seen.gpus[0].holders[0]
-    assert told[1] == (FIX, "GPU 0: 1 errors of its memory that ECC could not correct.")
+    assert told[1] == (FIX, "GPU 0: errors of its memory that ECC could not correct: 1")
     assert told[2] == (OK, "GPU 1: AMD Instinct MI250X, 64.00 GiB of 64.00 GiB free")
     assert told[3] == (OK, "between GPUs, xGMI: 0-1")
     assert gpus.see_amd(tmp_path / "none").gpus == []
