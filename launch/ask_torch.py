@@ -1,12 +1,13 @@
 """What needs torch to answer, asked of a process of its own for seconds by a command that does not import it.
 
-python -m tunewright.launch.ask_torch architecture|parameters|deepspeed < config.yaml
+python -m tunewright.launch.ask_torch architecture|deepspeed < config.yaml
 python -m tunewright.launch.ask_torch footprints < what-is-asked.json
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from tunewright.plan.architecture import Architecture
 from tunewright.plan.footprint import Batch, Footprint
 from tunewright.ranks import leave
 from tunewright.trainer.footprint.footprints import find_footprint, make_footprint
-from tunewright.trainer.model.meta_model import count_parameters, find_architecture, make_architecture
+from tunewright.trainer.model.meta_model import find_architecture, make_architecture
 from tunewright.trainer.model.model_folder import caching
 
 MODULE = "tunewright.launch.ask_torch"
@@ -42,12 +43,6 @@ def ensure_architecture(config: DictConfig) -> Architecture:
     if found is None:
         raise StorageError(f"The configuration of '{config.model.path}' vanished while it was read.")
     return found
-
-
-def ensure_counts(config: DictConfig) -> tuple[int, int]:
-    """Return (trainable, total) parameters that the configuration will train."""
-    trainable, total = json.loads(ask(MODULE, "parameters", config).splitlines()[-1])
-    return int(trainable), int(total)
 
 
 def ensure_accepted(config: DictConfig) -> list[str]:
@@ -83,6 +78,7 @@ def ensure_footprints(configs: Sequence[DictConfig], kind: str, batches: Sequenc
 
 
 def _make_footprints() -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels that nobody here asked for
     asked = json.load(sys.stdin)
     for text in asked["configs"]:
         config = load_config(StringIO(text))
@@ -104,8 +100,6 @@ def main(task: str) -> int:
         with caching(config.data.cache_dir):
             if task == "architecture":
                 make_architecture(config)
-            elif task == "parameters":
-                print(json.dumps(count_parameters(config)))
             else:
                 ask_deepspeed(config)
     except TunewrightError as error:

@@ -32,6 +32,7 @@ examples:
   tunewright train strategy=zero2 model=qwen2_5_7b data=registry data.names=[huanhuan] train.learning_rate=1e-4
   tunewright train experiment=demo strategy=zero3 --dry-run
   tunewright train --multirun method.r=4,16,64              one run for each value
+  tunewright plan model=qwen2_5_7b --devices 8xH100-80GB    what it needs there, how long it takes, what is best
   tunewright data check demo data.cutoff_len=512            what is in the data: lengths, copies, dropped rows
   tunewright resume runs/first                              go on with what was stopped or killed
   tunewright doctor --ranks 2                               is this machine fit to train on?
@@ -59,6 +60,16 @@ compute; each finding says what to do. Overrides say what is needed: a hub, a co
   tunewright doctor model=qwen2_5_7b strategy=zero3_offload
 
 The exit code is the number of things that must be fixed, at most 100.
+"""
+
+PLAN_HELP = """\
+Says what a configuration needs on each rank, part by part, how long it takes, and which strategy, micro-batch and
+recomputation are the fastest that fit; from the model's config.json alone, without weights and without the devices.
+
+  tunewright plan model=qwen2_5_7b --devices 8xH100-80GB
+  tunewright plan model=qwen2_5_7b method=qlora --devices 1x4090 --html plan.html
+
+Exit code 7 when nothing fits that the settings leave open.
 """
 
 
@@ -94,6 +105,20 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--cfg", choices=["job"], help="print the composed configuration and stop")
     train.add_argument("--dry-run", action="store_true", help="check everything and print what would be started")
     train.set_defaults(run=_train)
+
+    plan = commands.add_parser(
+        "plan",
+        help="memory, time and the best strategy of a configuration, before a device is booked",
+        description=PLAN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_overrides(plan)
+    plan.add_argument("--devices", metavar="MACHINE", help="other devices than those here: 8xH100-80GB, 1x4090, ...")
+    plan.add_argument("--price", type=float, metavar="P", help="of a device for an hour, in any currency")
+    plan.add_argument("--measure", action="store_true", help="train some steps here first: later plans go by them too")
+    plan.add_argument("--json", action="store_true", help="print every way that was looked at, as JSON")
+    plan.add_argument("--html", type=Path, metavar="FILE", help="write the plan as a page as well")
+    plan.set_defaults(run=_plan)
 
     resume = commands.add_parser(
         "resume",
@@ -238,6 +263,12 @@ def _train(args: argparse.Namespace) -> int:
         return _print_configs(sweep_jobs(args.overrides, args.config_dir, multirun=args.multirun))
     with _stoppable():
         return train(args.overrides, extra_dir=args.config_dir, multirun=args.multirun, dry_run=args.dry_run, say=_tell)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from tunewright.launch.plan_command import run
+
+    return run(args, _say)
 
 
 def _resume(args: argparse.Namespace) -> int:

@@ -283,7 +283,7 @@ def show_plan(job: Job, say: Callable[[str], None]) -> None:
     """Print what would run."""
     from tunewright.launch.forecast import forecast
 
-    for text in chain(job.decided, job.claimed.remarks, forecast(job.config, job.plan)):
+    for text in chain(job.decided, job.claimed.remarks, forecast(job.config, job.plan, job.devices)):
         say(text)
     if job.claimed.finished:
         say(f"{job.claimed.run.path} is finished already; nothing would be done.")

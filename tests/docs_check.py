@@ -54,7 +54,8 @@ EXCLUDED = {
 }
 # What is run otherwise: {pattern: (what is appended, reason)}.
 INSTEAD = {
-    r".*\bmodel=qwen2_5_7b\b(?!.*c_attn).*|.*MODEL=qwen2_5_7b\b.*": ("--dry-run", "weights of the Hub, and GPUs"),
+    r"(?!\S*tunewright plan ).*\bmodel=qwen2_5_7b\b(?!.*c_attn).*": ("--dry-run", "weights of the Hub, and GPUs"),
+    r".*MODEL=qwen2_5_7b\b.*": ("--dry-run", "weights of the Hub, and GPUs"),
     r".*experiment=huanhuan_(?!.*(model=tiny|--dry-run)).*": ("--dry-run", "weights of the Hub, and GPUs"),
     r".*experiment=gpt_llm_trainer\b.*": ("--dry-run", "weights of the Hub, and a GPU"),
 }

@@ -29,6 +29,7 @@ from tunewright.config.compose import compose_config
 from tunewright.config.method_schema import METHODS
 from tunewright.errors import TunewrightError
 from tunewright.launch.forecast import steps
+from tunewright.launch.row_counts import training_rows
 from tunewright.launch.train import plan_job
 from tunewright.plan.devices import find_devices
 from tunewright.plan.rules import OPTIMIZERS, SCHEDULERS
@@ -144,7 +145,7 @@ def outcome(config: DictConfig, changes: dict[str, Any], *, train: bool) -> str:
         for key, value in changes.items():
             OmegaConf.update(config, key, value, merge=False)
         job = plan_job(config, find_devices())
-        list(steps(config, job.plan))
+        list(steps(config, job.plan, training_rows(config)))
         if train:
             from tunewright.trainer.console import Printer
             from tunewright.trainer.training import train as run_rank

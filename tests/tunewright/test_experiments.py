@@ -157,7 +157,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("experiment", "steps"), [("huanhuan_zero3", 480), ("huanhuan_single", 3810)])
 def test_huanhuan_takes_the_published_steps(experiment: str, steps: int, data: Path) -> None:
-    from tunewright.launch.forecast import training_rows
+    from tunewright.launch.row_counts import training_rows
     from tunewright.plan.batch_plan import planned_steps
 
     config = composed(experiment, f"data.dir={data}")

@@ -48,11 +48,6 @@ def make_architecture(config: DictConfig) -> Architecture:
     return found
 
 
-def count_parameters(config: DictConfig) -> tuple[int, int]:
-    """Return (trainable, total) parameters that the configuration will train, counted on the meta device."""
-    return count(config, _empty(config, model_numbers(config)))
-
-
 def _empty(config: DictConfig, numbers: dict[str, Any]) -> PreTrainedModel:
     quiet_libraries()
     return empty_model(hf_config(config, numbers), trust_remote_code=config.model.trust_remote_code)

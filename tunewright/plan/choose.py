@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from tunewright.config.schema import STRATEGIES
 from tunewright.plan.architecture import Architecture
+from tunewright.plan.auto import AUTO
 from tunewright.plan.batch_plan import batch_plan
 from tunewright.plan.devices import Devices
 from tunewright.plan.footprint import Footprint
@@ -26,7 +27,6 @@ from tunewright.plan.pace import pace_of
 from tunewright.plan.reached import known_here, way_of, with_ratio
 from tunewright.plan.rules import world_size
 from tunewright.plan.ways import (
-    AUTO,
     agrees,
     largest_batch,
     micro_batches,
@@ -72,7 +72,7 @@ def options(
             ranks = world_size(one, devices)
             reason: str | None = ""
             used = machine.of(ranks)
-            for micro_batch in micro_batches(config, ranks):
+            for micro_batch in micro_batches(config, devices, ranks):
                 one.train.micro_batch_size = micro_batch
                 batch = largest_batch(one, devices, architecture)
                 if batch not in passes:
@@ -151,7 +151,7 @@ def ranked(ways: Sequence[Option], best: Option | None) -> list[Option]:
     That is what is taken, else the fastest that fits, else what needs the least. The fastest come first, those that do
     not fit behind them, the least first, and the refused last.
     """
-    method = ways[0].method
+    method = ways[0].method if ways else ""
     shown: dict[str, Option] = {}
     for way in sorted(ways, key=lambda way: (way is not best, *_order(way))):
         if way.method == method or way.refusal is None:

@@ -16,6 +16,7 @@ from tunewright.config.method_schema import METHODS, PROMPT_LEARNING
 from tunewright.config.schema import STRATEGIES, Launcher
 from tunewright.errors import ConfigError
 from tunewright.plan.architecture import Architecture
+from tunewright.plan.auto import AUTO
 from tunewright.plan.devices import Devices
 from tunewright.plan.footprint import Batch
 from tunewright.plan.machine import Machine
@@ -25,12 +26,11 @@ from tunewright.plan.rules import CPU_RANKS, check, world_size
 from tunewright.plan.substitutes import substitute
 from tunewright.plan.support import combination_of, known_strategy, support_of
 
-AUTO = "auto"
 # Methods that learn much the same, in less memory or less time.
 OTHERS = {"full": ("lora", "qlora"), "freeze": ("lora", "qlora"), "lora": ("qlora",), "qlora": ("lora",)}
 OFFLOADING = ("zero2_offload", "zero3_offload")
 MOST_TOKENS = 65_536  # of a micro-batch that is looked at: larger ones are no faster
-USUAL = 4  # rows of a micro-batch, where their number would change the global batch
+USUAL = 4  # rows of a micro-batch where their number would change the global batch; on a CPU more are no faster
 
 
 def devices_of(machine: Machine, cores: int) -> Devices:
@@ -50,7 +50,7 @@ def with_method(config: DictConfig, name: str) -> DictConfig:
 def with_strategy(config: DictConfig, name: str) -> DictConfig:
     """Return the configuration under a shipped strategy; a DeepSpeed JSON that makes it already stays."""
     other = copy.deepcopy(config)
-    if config.strategy.launcher.value != AUTO and known_strategy(config) == name:
+    if config.strategy.launcher is not Launcher.auto and known_strategy(config) == name:
         return other
     launcher = name if name in ("single", "ddp") else "deepspeed"
     other.strategy.name, other.strategy.launcher = name, Launcher(launcher)
@@ -71,7 +71,7 @@ def agrees(config: DictConfig, strategy: str, micro_batch: int, *, recompute: bo
     """Tell whether a way is as the configuration says, or as it leaves open."""
     train = config.train
     return (
-        (config.strategy.launcher.value == AUTO or known_strategy(config) == strategy)
+        (config.strategy.launcher is Launcher.auto or known_strategy(config) == strategy)
         and train.micro_batch_size in (AUTO, micro_batch)
         and train.gradient_checkpointing in (AUTO, recompute)
     )
@@ -97,7 +97,7 @@ def strategies(config: DictConfig, devices: Devices) -> list[str]:
     names = {"single", *OFFLOADING} if ranks == 1 else set(STRATEGIES) - {"zeropp"} - ({"single"} if asked else set())
     if not devices.gpu:  # where host memory is the device's
         names -= set(OFFLOADING)
-    if config.strategy.launcher.value != AUTO:
+    if config.strategy.launcher is not Launcher.auto:
         names.add(known_strategy(config))
     return [name for name in STRATEGIES if name in names]
 
@@ -108,14 +108,14 @@ def recomputations(config: DictConfig, architecture: Architecture) -> list[bool]
     return [False, True] if architecture.recomputes else sorted({False, asked is True})
 
 
-def micro_batches(config: DictConfig, ranks: int) -> list[int]:
+def micro_batches(config: DictConfig, devices: Devices, ranks: int) -> list[int]:
     """Return the sizes of micro-batches to look at: those that leave the global batch as it is."""
     train, length = config.train, config.data.cutoff_len
     own = set() if train.micro_batch_size == AUTO else {int(train.micro_batch_size)}
     if train.gradient_accumulation_steps:
         return sorted(own or {USUAL})
     share = train.tokens_per_batch // (ranks * length) if train.tokens_per_batch else _share(config, ranks)
-    most = max(min(share, MOST_TOKENS // length), 1)
+    most = max(min(share, MOST_TOKENS // length if devices.gpu else USUAL), 1)
     return sorted({2**power for power in range(most.bit_length())} | {most} | own)
 
 
@@ -142,7 +142,7 @@ def batches(config: DictConfig, devices: Devices, architecture: Architecture) ->
     found: dict[Batch, None] = {}
     for strategy in strategies(config, devices):
         one = with_strategy(config, strategy)
-        for micro_batch in micro_batches(config, world_size(one, devices)):
+        for micro_batch in micro_batches(config, devices, world_size(one, devices)):
             for recompute in recomputations(config, architecture):
                 one.train.micro_batch_size, one.train.gradient_checkpointing = micro_batch, recompute
                 found[largest_batch(one, devices, architecture)] = None
