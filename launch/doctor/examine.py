@@ -26,6 +26,7 @@ from tunewright.errors import ConfigError, first_line
 from tunewright.findings import FIX, NOTE, OK, Finding, fix
 from tunewright.launch.children import OUT_OF_MEMORY, kill, start
 from tunewright.launch.doctor import clock, compiler, disks, gpus, installed, limits, meeting, network, ports, variables
+from tunewright.plan.auto import STRATEGY
 from tunewright.plan.devices import Devices, find_devices
 from tunewright.plan.rules import world_size
 from tunewright.redaction import redact
@@ -114,7 +115,7 @@ def _checks(config: DictConfig, devices: Devices, ranks: int | None, device: Dev
         "packages": installed.look,
         "compiler": partial(compiler.look, _builds(config)),
         "GPUs": partial(_gpus, device),
-        "limits": partial(limits.look, ranks or world_size(config, devices)),
+        "limits": partial(limits.look, ranks or _most_ranks(config, devices)),
         "disks": partial(disks.look, folders),
         "environment": partial(variables.look, os.environ, devices),
         "clock": partial(clock.look, outlive),
@@ -123,6 +124,13 @@ def _checks(config: DictConfig, devices: Devices, ranks: int | None, device: Dev
     for hub in network.hubs(config):
         checks[f"network ({hub.name})"] = partial(network.look, hub, offline=offline)
     return checks
+
+
+def _most_ranks(config: DictConfig, devices: Devices) -> int:
+    """Return how many ranks a run may have here; what is chosen for `strategy=auto` is all GPUs at most."""
+    if STRATEGY in config.automatic and devices.gpu:
+        return devices.count
+    return world_size(config, devices)
 
 
 def _builds(config: DictConfig) -> str | None:

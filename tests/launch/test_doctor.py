@@ -467,3 +467,17 @@ def test_one_screen() -> None:
     assert "✗ Port [29501] is taken." in text
     assert "→ Unset it." in text
     assert text.splitlines()[-1] == "1 thing must be fixed; 1 to know of, 3 looked at in 2.0 s."
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices", "ranks"),
+    [
+        ([], GPUS, 2),
+        ([], CPU, 1),
+        (["strategy=single"], GPUS, 1),
+        (["strategy=zero2"], CPU, 2),
+        (["cluster.num_processes=4"], CPU, 4),
+    ],
+)
+def test_how_many_ranks_shared_memory_is_for(overrides: list[str], devices: Devices, ranks: int) -> None:
+    assert examine._most_ranks(compose_config(overrides), devices) == ranks
