@@ -197,6 +197,11 @@ def speed_table(rows: list[dict[str, Any]]) -> list[str]:
             f"void: {row['void']}" if row["void"] else "yes",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    for row in rows:
+        planned, allocated = row.get("planned_gib"), row.get("peak_allocated_gib")
+        if planned and allocated:
+            sizes = f"{planned:.1f} GiB planned, {allocated:.1f} allocated, {planned / allocated - 1:+.0%}"
+            lines.append(f"\n{row['group']}, {row['name']}: {sizes}")
     return lines + [f"\n{row['name']}: {row['said']}" for row in rows if row.get("said")]
 
 
