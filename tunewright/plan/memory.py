@@ -58,7 +58,8 @@ def _replicated(job: Job, *, ddp: bool) -> Iterator[Memory]:
     if job.sums:
         # The masters hold the sums of the micro-batches before. DDP's last micro-batch turns a bucket to float32.
         wide = min(DDP_BUCKET, job.itemsize * job.trained) * 4 // job.itemsize if ddp else 0
-        yield from job.passing(replace(always, gradients=4 * job.trained + wide))
+        summed = replace(always, gradients=4 * job.trained)
+        yield from job.passing(summed, once=replace(summed, gradients=summed.gradients + wide))
     elif job.accumulates:
         # In the weights' `.grad`, from where DDP's last micro-batch moves them to its buckets.
         yield from job.passing(replace(always, gradients=job.itemsize * job.trained))

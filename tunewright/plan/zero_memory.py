@@ -82,8 +82,8 @@ def _stage_1_and_2(job: Job, zero: Settings) -> Iterator[Memory]:
     size, part, name = job.itemsize, zero.part, job.config.train.optimizer
     bucket, waiting = zero.number("reduce_bucket_size"), zero.waiting
     # Two buffers while gradients come (`ipg_buckets`), and one bucket flattened for the others (`allreduce_bucket`).
-    sent = max(min(bucket, job.trained), waiting)
-    buffers = size * ((1 + zero.says("overlap_comm", False)) * bucket + sent)
+    filled = size * (1 + zero.says("overlap_comm", False)) * bucket
+    buffers = filled + size * max(min(bucket, job.trained), waiting)
     kept = {"masters": 4 * part, "optimizer": states(name, zero.flat)}
     rest = job.at_rest()
     if zero.offloads("optimizer"):
@@ -104,10 +104,15 @@ def _stage_1_and_2(job: Job, zero: Settings) -> Iterator[Memory]:
         yield from job.passing(always, once=replace(always, buckets=buffers), bytes_of_gradient=size, most=waiting)
         yield replace(always, scratch=max(stepping, norm))
         return
-    # `grads_in_partition`, and of the micro-batches before `all_grad_tensors`; stage 1 keeps those of all weights.
-    before = (size * job.trained if zero.stage == 1 else size * part) if job.accumulates else 0
-    once = replace(always, buckets=buffers, gradients=size * part + before)
-    yield from job.passing(replace(always, gradients=before), once=once, bytes_of_gradient=size, most=waiting)
+    # `grads_in_partition`, and of the micro-batches before `all_grad_tensors`. Stage 1 sends nothing before the last
+    # micro-batch: it keeps the gradients of all weights, and the buffers.
+    before = always
+    if job.accumulates and zero.stage == 1:
+        before = replace(always, gradients=size * job.trained, buckets=filled)
+    elif job.accumulates:
+        before = replace(always, gradients=size * part)
+    once = replace(before, buckets=buffers, gradients=before.gradients + size * part)
+    yield from job.passing(before, once=once, bytes_of_gradient=size, most=waiting)
     yield replace(always, gradients=size * part, scratch=norm)
     yield replace(always, gradients=2 * size * part + (4 * part if job.half else 0))  # flattened, then float32
     yield replace(always, gradients=4 * part, scratch=stepping)
