@@ -14,6 +14,7 @@ from tunewright.launch.plan_text import plan_json, plan_text
 from tunewright.launch.planning import Plan, make_plan
 from tunewright.launch.trial import measure
 from tunewright.pages import check_replaceable
+from tunewright.plan.auto import settle
 from tunewright.plan.batch_plan import batch_plan
 from tunewright.plan.devices import find_devices
 from tunewright.plan.machine import machine_here, parse_machine
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     config = compose_config(args.overrides, args.config_dir, choose=None)
     here = find_devices()
     machine = parse_machine(args.devices) if args.devices else machine_here(here, config)
+    if machine.kind == "cpu":
+        settle(config)  # as training does there
     plan = make_plan(config, machine, here.cores, price=args.price)
     if args.measure and plan.best:
         _measure(plan, plan.best)

@@ -28,7 +28,7 @@ def plan_text(plan: Plan) -> str:
         table(*ways_table(plan, shown), rule=True),
         *(["\n".join(refused)] if refused else []),
         f"Chosen: {settings(plan.best)}\n  {plan.verdict}" if plan.best else f"Nothing fits. {plan.verdict}",
-        "Memory a rank, by part (GiB)\n" + table(*memory_table(plan, shown), rule=True),
+        "Memory a rank, by part\n" + table(*memory_table(plan, shown), rule=True),
         *(["Time\n" + "\n".join(f"  {line}" for line in time_lines(plan.best))] if plan.best else []),
         *(
             ["What more would take\n" + "\n".join(f"  {what}: {told}" for what, told in plan.further)]
@@ -111,12 +111,14 @@ def cost(way: Option) -> str:
 def memory_table(plan: Plan, shown: Sequence[Option]) -> tuple[list[str], list[list[str]]]:
     """Return head and rows of the table of memory by part, a column for each way."""
     ways = [way for way in shown if way.memory]
+    unit = "GiB" if max((way.memory.needed for way in ways if way.memory), default=0) >= 2**32 else "MiB"
+    scale, digits = (2**30, 2) if unit == "GiB" else (2**20, 1)
     lines = []
     for part, name in {**PARTS, "needed": "all", "host": HOST}.items():
         values = [getattr(way.memory, part) for way in ways]
         if any(values):
-            lines.append([name, *(f"{value / 2**30:.2f}" for value in values)])
-    return ["", *(label(plan, way) for way in ways)], lines
+            lines.append([name, *(f"{value / scale:.{digits}f}" for value in values)])
+    return [unit, *(label(plan, way) for way in ways)], lines
 
 
 def time_lines(way: Option) -> list[str]:

@@ -83,6 +83,7 @@ def make_plan(
     if ways and all(way.refusal for way in ways if way.configured):
         raise ConfigError(shortage(ways))
     best = chosen(ways)
+    alone = "as `auto` is on a CPU" if config.automatic and not devices.gpu else "as configured"
     return Plan(
         config=config,
         machine=machine,
@@ -92,7 +93,7 @@ def make_plan(
         rows=rows,
         ways=ways,
         best=best,
-        verdict=reason(ways, best) if best else footprints[0].problem or shortage(ways),
+        verdict=reason(ways, best, alone=alone) if best else footprints[0].problem or shortage(ways),
         further=_further(config, footprints[0], look) if whole and best else [],
         remarks=[*remarks, *([rows.remark] if rows.remark else [])],
     )

@@ -138,7 +138,12 @@ def _partly(ways: Sequence[Option], layers: int) -> Iterator[Option]:
 
 def chosen(ways: Iterable[Option]) -> Option | None:
     """Return what is taken of the ways that the settings leave open, or None where none of them fits."""
-    fitting = [way for way in ways if way.configured and way.fits]
+    return best_of(way for way in ways if way.configured)
+
+
+def best_of(ways: Iterable[Option]) -> Option | None:
+    """Return the simplest of the fastest ways that fit, with some memory to spare where there is one that has it."""
+    fitting = [way for way in ways if way.fits]
     fitting = [way for way in fitting if way.share <= 1 - SPARE] or fitting
     fastest = min((way.seconds for way in fitting), default=0.0)
     alike = [way for way in fitting if way.seconds <= ALIKE * fastest]

@@ -23,6 +23,7 @@ from tunewright.plan.machine import Machine, computes_in
 from tunewright.plan.support import known_strategy
 from tunewright.trees import digest
 
+MUCH_SMALLER = 4  # times as many weights: most of the time of a small model's step is not spent in products
 SAME_MODEL = 0.01  # weights of a model may be counted a little differently: tied ones, or what a plug-in adds
 # Methods whose steps are alike: what is frozen and differentiated, in which format, with padding or without.
 ALIKE = (("lora", "ia3"), ("qlora",), ("full", "freeze"), PROMPT_LEARNING)
@@ -54,7 +55,7 @@ class Way:
             other.device, other.dtype, other.padded, other.compiled
         ):  # fmt: skip
             return math.inf
-        if kind_of(self.method) != kind_of(other.method):
+        if kind_of(self.method) != kind_of(other.method) or self.total > MUCH_SMALLER * other.total:
             return math.inf
         apart = 2.0 * (self.strategy != other.strategy) + 1.0 * (self.ranks != other.ranks)
         apart += 1.0 * (self.recompute != other.recompute) + 0.25 * (self.method != other.method)

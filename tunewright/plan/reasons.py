@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tunewright.config.schema import STRATEGIES
-from tunewright.plan.choose import ALIKE
+from tunewright.plan.choose import ALIKE, best_of
 from tunewright.plan.option import Option
 from tunewright.text import listed, size
 
@@ -26,13 +26,13 @@ def described(way: Option) -> str:
     return f"{way.method} under {way.strategy} on {ranks}, {rows} at a time{recompute}"
 
 
-def reason(ways: Sequence[Option], best: Option) -> str:
-    """Say why a way is taken."""
+def reason(ways: Sequence[Option], best: Option, *, alone: str = "as configured") -> str:
+    """Say why a way is taken; `alone`: where the settings leave no other."""
     own = [way for way in ways if way.method == best.method]
     open_ways = [way for way in own if way.configured and way.refusal is None]
     fitting = [way for way in open_ways if way.fits]
     if len(open_ways) == 1:
-        return f"as configured{_faster(own, best)}."
+        return f"{alone}{_faster(own, best)}."
     told = [f"the fastest of {len(fitting)} ways that fit" if len(fitting) > 1 else "the only way that fits"]
     told += _too_large(open_ways, best)
     others = [way for way in fitting if way.strategy != best.strategy]
@@ -64,7 +64,7 @@ def _too_large(ways: Sequence[Option], best: Option) -> list[str]:
 
 def _faster(own: Sequence[Option], best: Option) -> str:
     """Point at a way that settings rule out and that is faster."""
-    way = min((way for way in own if way.fits), key=lambda way: way.seconds, default=best)
+    way = best_of(own) or best
     if way.configured or best.seconds < WORTH * way.seconds:
         return ""
     return f"; {settings(way)} would take {way.seconds / best.seconds:.0%} of the time"
