@@ -49,6 +49,7 @@ class FakeStep:
     ) -> None:
         self.mode, self.model, self.weights, self.ready = mode, model, weights, ready
         self.layers, self.repeated, self.loss = layers, repeated, OWN_LOSS if own_loss else None
+        self.total = len(layers) + sum(group.more * (group.end - group.first) for group in repeated)
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.times: Mapping[nn.Module, int] = {
             module: 1 + group.more
@@ -70,7 +71,7 @@ class FakeStep:
                 stack.callback(hook.remove)
             for tensor in self.weights:
                 allocations.leave_out(tensor)
-            marks = stack.enter_context(_Marks(allocations, self.base, self.layers))
+            marks = stack.enter_context(_Marks(allocations, self.base, self.layers, self.total))
             stack.enter_context(self._kernels())
             stack.enter_context(self.mode)
             stack.enter_context(allocations)
@@ -105,8 +106,9 @@ class FakeStep:
 class _Marks:
     """Notes what is held where layers begin: in the forward pass before each, in the backward pass behind each."""
 
-    def __init__(self, allocations: Allocations, base: Any, layers: nn.ModuleList) -> None:
-        self.allocations, self.base, self.layers = allocations, base, layers
+    def __init__(self, allocations: Allocations, base: Any, layers: nn.ModuleList, total: int) -> None:
+        """`total` is how many layers there are with those that are not run."""
+        self.allocations, self.base, self.layers, self.total = allocations, base, layers, total
         self.forward = True
         self._before: dict[int, tuple[int, State]] = {}  # a layer's number: how many states there were, and the last
         self._behind: dict[int, tuple[int, State]] = {}
@@ -151,10 +153,14 @@ class _Marks:
     def _behind_layer(self, number: int, _: Any) -> None:
         self._behind[number] = self._mark()
 
-    def _left_layers(self, stack: Any, args: Any, output: Any) -> None:
+    def _left_layers(self, stack: Any, args: Any, output: Any) -> Any:
         if self.forward:
             self.allocations.enter_head()
             self._when_differentiated(output, self.allocations.leave_head)
+            if logits := getattr(output, "router_logits", None):  # the router's loss is of all layers at once
+                wanted = round(len(logits) * self.total / len(self.layers))
+                output.router_logits = tuple(logits[number % len(logits)] for number in range(wanted))
+        return output
 
     def _mark(self) -> tuple[int, State]:
         return len(self.allocations.states), self.allocations.now

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from tunewright.errors import first_line
+from tunewright.errors import ConfigError, TunewrightError, first_line
 from tunewright.files import write_json
 from tunewright.plan.footprint import Batch, Footprint, Pass, Weights
 from tunewright.trainer.model.config_json import model_numbers
@@ -94,7 +94,7 @@ def work_out(config: DictConfig, kind: str, batches: Sequence[Batch], *, every_l
     Raises:
         ConfigError, StorageError: see `make_footprint`.
     """
-    from tunewright.trainer.footprint.fake_model import make_fake, meta_model
+    from tunewright.trainer.footprint.fake_model import make_fake
     from tunewright.trainer.footprint.fake_step import FakeStep
     from tunewright.trainer.footprint.repetition import keep_only, kept_layers, kind_of
     from tunewright.trainer.model.layers import decoder_layers
@@ -107,11 +107,11 @@ def work_out(config: DictConfig, kind: str, batches: Sequence[Batch], *, every_l
     for padded in sorted({batch.padded for batch in batches} or {not config.train.padding_free}):
         config = config.copy()
         config.train.padding_free = not padded
-        model, ready = meta_model(config, device)
+        model, ready = _built(config, device)
         layers = decoder_layers(model)
         weights = weigh(model, layers)
         kept, repeated = kept_layers([kind_of(layer, number) for number, layer in enumerate(layers)])
-        if every_layer or ready.router_loss is not None:  # which is of all layers at once
+        if every_layer:
             kept, repeated = list(range(len(layers))), []
         keep_only(model, layers, kept)
         mode = PlannedDevice(device)
@@ -125,6 +125,20 @@ def work_out(config: DictConfig, kind: str, batches: Sequence[Batch], *, every_l
                 return Footprint(kind, weights, [], f"{type(error).__name__}: {first_line(error)}")
     assert weights is not None
     return Footprint(kind, weights, passes)
+
+
+def _built(config: DictConfig, device: str) -> Any:
+    from tunewright.trainer.footprint.fake_model import meta_model
+
+    try:
+        return meta_model(config, device)
+    except TunewrightError:
+        raise
+    except Exception as error:  # of PEFT or of a model's own code, which would end the training too
+        raise ConfigError(
+            f"`model.path` is '{config.model.path}', which cannot be made ready for method={config.method.name}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def weigh(model: Any, layers: nn.ModuleList) -> Weights:
