@@ -175,7 +175,7 @@ def test_half_the_micro_batch_trains_where_the_whole_one_has_no_room(
     (tmp_path / "fault").mkdir()
     (tmp_path / "fault" / "sitecustomize.py").write_text(LIMIT_OF_A_RANK)
     settings = ["model=folder", f"model.path={small_model}", "data.weights=[20]", "data.eval_names=[]"]
-    settings += ["data.packing=true", "data.cutoff_len=32768", "train.global_batch_size=4", "train.max_steps=4"]
+    settings += ["data.packing=true", "data.cutoff_len=16384", "train.global_batch_size=4", "train.max_steps=4"]
     settings += ["train.save_steps=1", "train.logging_steps=1"]
     running = start("limited", *settings, PYTHONPATH=str(tmp_path / "fault"))
     assert running.process.wait(timeout=400) == 0, running.told()
