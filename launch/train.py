@@ -20,13 +20,13 @@ from tunewright.config.compose import compose_config, expand_sweep
 from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher, Resume
 from tunewright.errors import ConfigError, MemoryShortage
-from tunewright.launch.choosing import choose, choose_anew
+from tunewright.launch.choosing import choose, choose_anew, fit, planned
 from tunewright.launch.command import Command, build_command, write_accelerate_config
 from tunewright.launch.convert import ensure_readable
 from tunewright.launch.supervise import run_ranks
 from tunewright.launch.writable_cache import use_writable_cache
 from tunewright.plan.auto import MICRO_BATCH, settle
-from tunewright.plan.batch_plan import BatchPlan
+from tunewright.plan.batch_plan import BatchPlan, batch_plan
 from tunewright.plan.conversion import Start, start_from
 from tunewright.plan.deepspeed_rules import account
 from tunewright.plan.devices import Devices, find_devices
@@ -162,7 +162,10 @@ def run_job(
 
     make_ready = make_ready or ensure_prepared
     code = _attempt(job, say, make_ready, start)
-    smaller = halved(job) if code == MemoryShortage.exit_code else None
+    if code != MemoryShortage.exit_code:
+        return code
+    say(planned(job.config, job.devices, find_prepared(job.config) or make_ready(job.config)))
+    smaller = halved(job)
     if smaller is None:
         return code
     again = replace(plan_job(smaller, job.devices), decided=[])
@@ -212,6 +215,11 @@ def _attempt(
     for text in (*job.decided, *claimed.remarks):
         say(text)
     prepared = make_ready(config)
+    if told := fit(config, job.devices, job.plan, prepared):
+        say(told)
+        data = config.data
+        plan = batch_plan(config.train, job.plan.world_size, cutoff_len=data.cutoff_len, packing=data.packing)
+        job = replace(job, plan=plan)
     inputs = {**planned_inputs(job.plan), **prepared_inputs(config, prepared)}
     allowed = check_inputs(claimed, inputs, config.resume_allow)
     if allowed:

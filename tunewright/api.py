@@ -89,7 +89,7 @@ def train(
         Preempted: SIGTERM or another signal that asks to stop; `resume=auto` goes on from the checkpoint that it left.
         KeyboardInterrupt: Ctrl-C.
     """
-    from tunewright.launch.choosing import choose
+    from tunewright.launch.choosing import choose, planned
     from tunewright.launch.supervise import INTERRUPTED
     from tunewright.launch.train import check_data as check_prepared
     from tunewright.launch.train import halved, plan_job, run_job
@@ -148,7 +148,7 @@ def train(
                 )
         except MemoryShortage as error:
             if halved(job) is None:
-                raise
+                raise MemoryShortage(f"{error}\n{planned(job.config, devices, prepared)}") from error
             tell(str(error))
             _let_go(error)
             return error.exit_code
