@@ -23,7 +23,7 @@ from tunewright.trees import digest, plain
 if TYPE_CHECKING:
     from torch import nn
 
-FORMAT = 1  # of the kept files, and of what is counted in them
+FORMAT = 2  # of the kept files, and of what is counted in them
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -154,7 +154,8 @@ def weigh(model: Any, layers: nn.ModuleList) -> Weights:
     inside = [sum(sizes[id(parameter)] for parameter in layer.parameters()) for layer in layers]
     hidden = int(model.config.get_text_config().hidden_size)
     # transformers fills in 10 x hidden for `stage3_param_persistence_threshold` of "auto".
-    small = sum(size for size in sizes.values() if size < 10 * hidden)
+    small = sum(size for size in sizes.values() if size <= 10 * hidden)
+    head = model.get_output_embeddings()
     packed = sum(_state_bytes(parameter) for parameter in frozen) + sum(
         _int8_scales(module) for module in model.modules()
     )
@@ -168,6 +169,7 @@ def weigh(model: Any, layers: nn.ModuleList) -> Weights:
         small=small,
         hidden=hidden,
         shapes=[(list(shape), count) for shape, count in Counter(tuple(p.shape) for p in trained).items()],
+        head=0 if head is None else sum(shape_of(parameter).numel() for parameter in head.parameters()),
     )
 
 

@@ -53,6 +53,7 @@ class Weights:
     small: int  # in tensors that ZeRO-3 leaves whole on each rank (`stage3_param_persistence_threshold`)
     hidden: int  # the model's width, by which transformers fills in DeepSpeed's "auto"
     shapes: list[tuple[list[int], int]]  # of trained tensors, each with how many there are, for optimisers
+    head: int = 0  # of `outside`, what makes the logits, which may be the embedding as well
 
 
 @dataclass(frozen=True)

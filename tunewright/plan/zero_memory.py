@@ -170,7 +170,7 @@ def gathered(job: Job, zero: Settings) -> int:
     """
     weights = job.footprint.weights
     far = zero.number("stage3_max_reuse_distance")
-    head = weights.outside // 2 if weights.outside else 0
+    head = weights.head
     times = 3 if job.found.batch.recompute else 2  # a layer is met again in the backward pass, or when made again
     kept, distance = (head if head < far else 0), 2 * head
     for layer in reversed(weights.layers):
