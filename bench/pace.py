@@ -1,6 +1,6 @@
 """Steps/s as planned from lists, as planned after `tunewright plan --measure`, and as a run then has them.
 
-    python bench/pace.py [--only lora,zero3] [--steps 14] [--docs]
+    python bench/pace.py [--only lora,zero3] [--steps 14] [--docs]    # `make bench-pace`
 
 Each cell starts with an empty cache, so that nothing is known but what its own measuring saw: some steps of the largest
 micro-batch, and some of rows of average length. The run trains on other rows, of many lengths. `--docs` writes the
@@ -125,7 +125,7 @@ def section(result: dict[str, Any]) -> str:
     numbers = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, no GPU; {numbers}; "
-        f"{found[0]['when']}, `python bench/pace.py --docs`.",
+        f"{found[0]['when']}, `make bench-pace ARGS=--docs`.",
         "",
         "| tokens/s | planned from lists | planned after `--measure` | a run | after `--measure` / run |",
         "|---|---:|---:|---:|---:|",
@@ -136,10 +136,11 @@ def section(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_docs(result: dict[str, Any]) -> None:
+def page_with(result: dict[str, Any]) -> str:
+    """Return docs/planning.md with the result in it."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{section(result)}\n\n{END}{after}", encoding="utf-8")
+    return f"{before}{BEGIN}\n\n{section(result)}\n\n{END}{after}"
 
 
 def main() -> None:
@@ -162,7 +163,7 @@ def main() -> None:
             result["cells"] = [cells[name_of(one)] for one in CELLS if name_of(one) in cells]
             args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.docs:
-        write_docs(result)
+        PAGE.write_text(page_with(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

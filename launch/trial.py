@@ -54,7 +54,6 @@ WORDS = (
 )
 # Of the average: rows differ, so that padded ones hold about twice the tokens (docs/benchmarks.md).
 LENGTHS = (0.4, 0.7, 1.0, 1.9)
-IN_A_ROW = 24  # tokens of a chat template and a question, of short rows
 
 
 def measure(
@@ -155,10 +154,9 @@ def _trial(config: DictConfig, longest: int, mean: float, ranks: int, folder: Pa
 def _write_rows(file: Path, rows: int, longest: int, mean: float, seed: int) -> None:
     """Write the rows of all steps, so that those of the first half of the steps are cut to the longest allowed."""
     order = epoch_order(2 * STEPS * rows, seed, 0)
-    answers = [""] * len(order)
+    texts = [""] * len(order)  # plain ones, because not every model has a chat template
     for place, row in enumerate(order.tolist()):
         average = round(mean * LENGTHS[place % len(LENGTHS)])
-        words = longest if place < STEPS * rows else max(average - IN_A_ROW, 1)  # each is a token at least
-        answers[row] = " ".join(WORDS[(row + number) % len(WORDS)] for number in range(words))
-    texts = [{"instruction": f"Say {number}.", "output": answer} for number, answer in enumerate(answers)]
-    file.write_text(json.dumps(texts), encoding="utf-8")
+        words = longest if place < STEPS * rows else max(average, 1)  # each is a token at least
+        texts[row] = " ".join(WORDS[(row + number) % len(WORDS)] for number in range(words))
+    file.write_text(json.dumps([{"text": text} for text in texts]), encoding="utf-8")

@@ -17,8 +17,8 @@ from tunewright.trainer.flops import FlopCounter
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The files of bench/ are scripts, which find each other beside them; last, so that they hide nothing else.
 sys.path.append(str(REPOSITORY / "bench"))
-contenders, judge, measure, report, train, workload = map(
-    importlib.import_module, ("contenders", "judge", "measure", "report", "train", "workload")
+contenders, judge, measure, pace, report, train, workload = map(
+    importlib.import_module, ("contenders", "judge", "measure", "pace", "report", "train", "workload")
 )
 Step = judge.Step
 
@@ -162,6 +162,18 @@ def test_the_pages_show_the_committed_result() -> None:
     assert report.marked(found) == []
     for page, text in ((report.PAGE, report.section(found)), (report.README, report.readme_table(found))):
         assert page.read_text(encoding="utf-8") == report.between(page, text)
+
+
+def test_a_measured_plan_is_shown_beside_the_run() -> None:
+    """And where a result is committed, the page on planning shows that one."""
+    cell = {"cell": "39m, lora, zero3", "listed": 900.4, "planned": 1190.0, "seen": 1400.0, "when": "2026-11-28"}
+    machine = {"cpu": "AMD EPYC", "cores": 2, "memory_gib": 24}
+    shown = pace.section({"machine": machine, "versions": {"torch": "2.15.0"}, "cells": [cell]})
+    assert shown.endswith("| 39m, lora, zero3 | 900 | 1,190 | 1,400 | 85% |")
+    if pace.RESULT.is_file():
+        found = json.loads(pace.RESULT.read_text(encoding="utf-8"))
+        assert pace.PAGE.read_text(encoding="utf-8") == pace.page_with(found)
+        assert all(0.75 <= one["planned"] / one["seen"] <= 1.25 for one in found["cells"])
 
 
 def test_choices_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,6 +146,19 @@ def test_what_was_seen_of_the_same_way_counts_and_of_a_like_one_its_share(tmp_pa
     assert known.memory_ratio(replace(way, method="full")) is None
 
 
+def test_a_slower_run_takes_the_place_of_no_faster_one(tmp_path: Path) -> None:
+    config = _single(tmp_path)
+    way = way_of(config, HERE, LORA, WEIGHTS.trained + WEIGHTS.frozen, recompute=True)
+    for seconds in (2.0, 3.0, 1.0, 1.5):  # while other things ran, or not
+        keep(str(tmp_path), Reached(way, [Point(440.0, 1e13, seconds)], 1e14))
+    assert [record.points[0].seconds for record in known_here(config, HERE).records] == [1.0]
+    for seconds in (1.0, 2.0):
+        keep(str(tmp_path), Reached(way, [Point(440.0, 1e13, seconds)], 1e14, measured=True))
+    seen = known_here(config, HERE).of(way)
+    assert seen is not None
+    assert seen.points[0].seconds == 2.0
+
+
 def test_shares_without_a_run_are_those_of_the_benchmarks() -> None:
     """Short rows, one device; benchmarks that are made again differ by a tenth."""
     result = json.loads((Path(__file__).parents[2] / "bench" / "results" / "train.json").read_text(encoding="utf-8"))

@@ -93,7 +93,7 @@ def pace_of(
         if speed.nearest and speed.nearest.way.ranks == way.ranks and speed.nearest.way.strategy == way.strategy:
             seconds = compute * plan.accumulation  # what was sent is in the share already
         else:
-            seconds = _step(compute, plan.accumulation, traffic, weights, way)
+            seconds = _step(compute, plan.accumulation, traffic, weights, way, on_cpu=machine.kind == "cpu")
         compute, reason = compute * plan.accumulation, speed.reason
     known_steps = rows is not None or bool(config.train.max_steps)
     return Pace(
@@ -118,15 +118,11 @@ def _speed(way: Way, machine: Machine, known: Known) -> Speed:
     told = f"{rate / 1e12:.3g} TFLOP/s a rank ({whose})"
     if nearest and nearest.share:
         run = nearest.way
-        return Speed(
-            rate,
-            nearest.share,
-            f"{nearest.share:.0%} of {told}, as {run.method} under {run.strategy} reached here",
-            nearest,
-        )
+        as_run = f"{nearest.share:.0%} of {told}, as {run.method} under {run.strategy} reached here"
+        return Speed(rate, nearest.share, as_run, nearest)
     shares = SHARES[kind]
     share = shares.get("prompt" if way.method in PROMPT_LEARNING else way.method, OTHER)
-    return Speed(rate, share, f"{share:.0%} of {told}: docs/planning.md")
+    return Speed(rate, share, f"{share:.0%} of {told}, which docs/planning.md takes where nothing has run")
 
 
 def _compute(flops: float, weights: Weights, machine: Machine, speed: Speed, recompute: bool) -> float:
@@ -146,11 +142,12 @@ def _compute(flops: float, weights: Weights, machine: Machine, speed: Speed, rec
     return max(seconds, read, passes * len(weights.layers) * LAYER_START)
 
 
-def _step(compute: float, micro_batches: int, traffic: Traffic, weights: Weights, way: Way) -> float:
+def _step(compute: float, micro_batches: int, traffic: Traffic, weights: Weights, way: Way, *, on_cpu: bool) -> float:
     """Return the seconds of a step whose micro-batches compute for so long."""
     if way.strategy in PARTITIONED:
         modules = MODULES_LORA if way.method in ("lora", "qlora") else MODULES
-        busy = compute + HOOK * modules * len(weights.layers) * (3 if way.recompute else 2)
+        hooks = HOOK * modules * len(weights.layers) * (3 if way.recompute else 2)
+        busy = compute + hooks if on_cpu else max(compute, hooks)  # a GPU computes while Python goes on
         longer, shorter = max(busy, traffic.micro_hidden), min(busy, traffic.micro_hidden)
         return micro_batches * (longer + (1 - HIDDEN) * shorter) + traffic.exposed + traffic.update
     backward = compute / 2

@@ -93,6 +93,11 @@ class Reached:
         return max(one.seconds + slope * (tokens - one.tokens), two.seconds * min(tokens / two.tokens, 1.0))
 
     @property
+    def of_a_token(self) -> float:
+        """Seconds of a rank for one of its tokens, of all points together."""
+        return sum(point.seconds for point in self.points) / sum(point.tokens for point in self.points)
+
+    @property
     def share(self) -> float | None:
         """FLOP/s by those of the best matrix product, of all points together."""
         seconds = sum(point.seconds for point in self.points)
@@ -155,14 +160,19 @@ def way_of(config: DictConfig, machine: Machine, trained: int, total: int, *, re
 
 
 def keep(cache_dir: str, record: Reached) -> None:
-    """Write what was seen into the cache, in place of what was seen of the same way in the same manner.
+    """Write what was seen into the cache: what was measured in place of what was before, a run where it was faster.
+
+    A busy moment makes a run slow, and nothing makes one fast.
 
     Raises:
         OSError: the cache cannot be written.
     """
     folder = _folder(cache_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{digest([asdict(record.way), record.measured])}.json", asdict(record))
+    file = folder / f"{digest([asdict(record.way), record.measured])}.json"
+    before = _read(file)
+    if record.measured or before is None or record.of_a_token < before.of_a_token:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(record))
 
 
 def known_here(config: DictConfig, machine: Machine) -> Known:
