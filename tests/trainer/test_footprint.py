@@ -107,6 +107,7 @@ CELLS = {
     "LoRA, dropout": ("llama", ["method.dropout=0.1"], False, False),
     "DoRA": ("llama", ["method.dora=true"], False, False),
     "QLoRA": ("llama", ["method=qlora"], False, False),
+    "QLoRA, DoRA": ("qwen2", ["method=qlora", "method.dora=true"], False, False),
     "QLoRA, 8 bits": ("llama", ["method=qlora", "method.bits=8"], False, False),
     "QLoRA, recomputed": ("gemma", ["method=qlora"], False, True),
     "freeze": ("gemma", ["method=freeze"], False, False),
@@ -204,3 +205,14 @@ def test_it_is_kept(shape: Callable[..., Any]) -> None:
     added = make_footprint(config, "cuda", more)
     assert added.passes[0] == made[0].passes[0]
     assert find_footprint(config, "cuda", more) == added
+
+
+def test_a_pass_that_needs_values_is_missing(shape: Callable[..., Any]) -> None:
+    """Keys and values before a row cannot be had again where layers recompute."""
+    config = shape("qwen2", "method=prefix_tuning", "train.padding_free=false")
+    runs, fails = Batch(1, 32, True, False), Batch(1, 32, True, True)
+    footprint = make_footprint(config, "cpu", [fails, runs])
+    assert [found.batch for found in footprint.passes] == [runs]
+    assert footprint.failed == (fails,)
+    assert "must match" in str(footprint.problem) or "broadcast" in str(footprint.problem)
+    assert find_footprint(config, "cpu", [runs, fails]) == footprint

@@ -71,12 +71,14 @@ class Allocations(TorchDispatchMode):
         self._note()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
+        name, kwargs = func._schema.name, kwargs or {}
         selected = _mask(args) if name == "aten::index" else None
-        if selected is None:
-            made = func(*args, **(kwargs or {}))
-        else:
+        if selected is not None:
             made = args[0].new_empty(self._masked, *args[0].shape[selected.dim() :])
+        elif name == "aten::bincount":  # of the tokens of experts, in transformers 5.17
+            made = args[0].new_empty(args[2] if len(args) > 2 else kwargs["minlength"])
+        else:
+            made = func(*args, **kwargs)
         part = SCRATCH if _unpacks(name, args, made) else self._part
         new = False
         for tensor in tree_leaves(made):

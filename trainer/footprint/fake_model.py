@@ -115,7 +115,12 @@ def make_fake(model: nn.Module, mode: PlannedDevice) -> list[torch.Tensor]:
 def _fake(tensor: torch.Tensor, mode: PlannedDevice) -> torch.Tensor:
     with mode:
         new = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-        return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        if not isinstance(tensor, nn.Parameter):
+            return new
+        parameter = nn.Parameter(new, tensor.requires_grad)
+    if type(tensor) is not nn.Parameter:  # PEFT knows bitsandbytes' by the name of their class
+        parameter.__class__ = type(type(tensor).__name__, (FakeTensor,), {})
+    return parameter
 
 
 def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import bitsandbytes
 import torch
 from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Params4bit
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from tunewright.trainer.model.quantization import quantization_config
@@ -47,11 +48,11 @@ def _pack_4bit(module: Any, dtype: torch.dtype) -> None:
         offset=torch.empty(()) if state2 else None,
         state2=state2,
     )
-    weight: Any = torch.nn.Parameter(torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8), False)
-    weight.quant_state, weight.bnb_quantized = state, True
-    for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
-        setattr(weight, name, getattr(given, name))
-    module.weight, module.quant_state = weight, state
+    names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    options = {name: getattr(given, name) for name in names}
+    packed = torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8)
+    module.weight = Params4bit(packed, quant_state=state, module=module, bnb_quantized=True, **options)
+    module.quant_state = state
 
 
 def _pack_8bit(module: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,28 +38,28 @@ def find_footprint(config: DictConfig, kind: str, batches: Sequence[Batch]) -> F
         ConfigError, StorageError: see `model_numbers`.
     """
     found = _read(_file(config, kind))
-    if found is None or (found.problem is None and not {found.batch for found in found.passes} >= set(batches)):
-        return None
-    return found
+    return found if found is not None and found.covers(batches) else None
 
 
 def make_footprint(config: DictConfig, kind: str, batches: Sequence[Batch]) -> Footprint:
     """Find out what batches hold and compute, which imports torch and transformers, and keep it.
 
-    An architecture that cannot run without values has a `problem` instead.
+    Where an architecture cannot run without values, a pass is missing, and there is a `problem`.
 
     Raises:
         ConfigError, StorageError: the model's config.json cannot be had or used.
     """
     file = _file(config, kind)
     found = _read(file)
-    known = found.passes if found is not None else []
-    missing = [batch for batch in dict.fromkeys(batches) if batch not in [one.batch for one in known]]
-    if found is None or (missing and found.problem is None):
-        found = work_out(config, kind, missing)
-        found = replace(found, passes=found.passes and [*known, *found.passes])
+    missing = [batch for batch in dict.fromkeys(batches) if found is None or not found.covers([batch])]
+    if found is None or missing:
+        new = work_out(config, kind, missing)
+        if found is not None:
+            problem = new.problem or found.problem
+            new = replace(new, passes=found.passes + new.passes, failed=found.failed + new.failed, problem=problem)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, found.as_json())
+        write_json(file, new.as_json())
+        found = new
     return found
 
 
@@ -101,9 +102,11 @@ def work_out(config: DictConfig, kind: str, batches: Sequence[Batch], *, every_l
     from tunewright.trainer.model.planned_device import PlannedDevice
 
     quiet_libraries()
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it tells of problems with a trace
     device = "cpu" if kind == "cpu" else "cuda"
     passes: list[Pass] = []
-    weights = None
+    failed: list[Batch] = []
+    weights, problem = None, None
     for padded in sorted({batch.padded for batch in batches} or {not config.train.padding_free}):
         config = config.copy()
         config.train.padding_free = not padded
@@ -122,9 +125,10 @@ def work_out(config: DictConfig, kind: str, batches: Sequence[Batch], *, every_l
             try:
                 passes.append(step.run(batch))
             except Exception as error:  # of a model's own code: whatever it does that needs values
-                return Footprint(kind, weights, [], f"{type(error).__name__}: {first_line(error)}")
+                failed.append(batch)
+                problem = f"{type(error).__name__}: {first_line(error)}"
     assert weights is not None
-    return Footprint(kind, weights, passes)
+    return Footprint(kind, weights, passes, tuple(failed), problem)
 
 
 def _built(config: DictConfig, device: str) -> Any:

@@ -6,6 +6,7 @@ importing torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,7 +64,12 @@ class Footprint:
     device: str  # "cpu", "cuda" or "rocm"
     weights: Weights
     passes: list[Pass]
-    problem: str | None = None  # why this architecture's passes could not be found out: there are none then
+    failed: tuple[Batch, ...] = ()  # whose passes could not be found out
+    problem: str | None = None  # of the last of them
+
+    def covers(self, batches: Iterable[Batch]) -> bool:
+        """Tell whether all that can be known of the batches is."""
+        return {*(found.batch for found in self.passes), *self.failed} >= set(batches)
 
     def of(self, batch: Batch) -> Pass:
         return next(found for found in self.passes if found.batch == batch)
@@ -78,4 +84,5 @@ class Footprint:
             for one in told["passes"]
         ]
         weights = {**told["weights"], "shapes": [(shape, count) for shape, count in told["weights"]["shapes"]]}
-        return cls(told["device"], Weights(**weights), passes, told["problem"])
+        failed = tuple(Batch(**batch) for batch in told["failed"])
+        return cls(told["device"], Weights(**weights), passes, failed, told["problem"])
