@@ -128,6 +128,16 @@ def planned(config: DictConfig, devices: Devices, prepared: Prepared) -> str:
     return f"Planned for rows of up to {longest:,} tokens: {size(memory.needed)} a rank ({memory.by_part()})."
 
 
+def head(config: DictConfig, devices: Devices, prepared: Prepared) -> list[str]:
+    """Return what is told of a plan at the head of a run: a line, where its model has been looked at already."""
+    from tunewright.launch.planning import headline
+    from tunewright.launch.row_counts import Rows
+    from tunewright.trainer.data.token_cache import epoch_size
+
+    rows = Rows() if config.data.streaming else Rows(*epoch_size(prepared.cache, config))
+    return headline(_by_rows(config, _longest(config, prepared)), devices, rows)
+
+
 def _by_rows(config: DictConfig, longest: int) -> DictConfig:
     """Return the configuration for rows that are no longer than the longest."""
     asked = config.copy()

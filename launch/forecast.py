@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from tunewright.errors import StorageError
 from tunewright.launch.ask_torch import ensure_architecture, ensure_footprints
-from tunewright.launch.planning import planned
+from tunewright.launch.planning import headline
 from tunewright.launch.row_counts import TrainingRows, rows_of, training_rows
 from tunewright.plan.batch_plan import BatchPlan, planned_steps
 from tunewright.plan.devices import Devices
@@ -36,10 +36,10 @@ def forecast(config: DictConfig, plan: BatchPlan, devices: Devices) -> Iterator[
     except StorageError as error:
         yield f"Rows and steps are not known here: {error}"
         yield plan.describe()
-        yield from planned(config, devices)
+        yield from headline(config, devices)
     else:
         yield from steps(config, plan, rows)
-        yield from planned(config, devices, rows_of(config, rows))
+        yield from headline(config, devices, rows_of(config, rows))
 
 
 def steps(config: DictConfig, plan: BatchPlan, rows: TrainingRows | None) -> Iterator[str]:

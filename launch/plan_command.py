@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from tunewright.config.compose import compose_config
+from tunewright.config.schema import Source
 from tunewright.errors import ConfigError, MemoryShortage
 from tunewright.launch.plan_page import write_plan
 from tunewright.launch.plan_text import plan_json, plan_text
@@ -36,8 +37,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     config = compose_config(args.overrides, args.config_dir, choose=None)
     here = find_devices()
     machine = parse_machine(args.devices) if args.devices else machine_here(here, config)
-    if machine.kind == "cpu":
-        settle(config)  # as training does there
+    if machine.kind == "cpu" or config.model.source is Source.embedded:
+        settle(config)  # as training does, where there is nothing to choose
     plan = make_plan(config, machine, here.cores, price=args.price)
     if args.measure and plan.best:
         _measure(plan, plan.best)

@@ -83,7 +83,7 @@ def make_plan(
     if ways and all(way.refusal for way in ways if way.configured):
         raise ConfigError(shortage(ways))
     best = chosen(ways)
-    alone = "as `auto` is on a CPU" if config.automatic and not devices.gpu else "as configured"
+    alone = "as `auto` is on a CPU and for the embedded model" if config.automatic else "as configured"
     return Plan(
         config=config,
         machine=machine,
@@ -130,10 +130,10 @@ def _takes(ways: Sequence[Option]) -> str:
     return f"{size(best.memory.needed)} of {size(best.room)} a rank{pace}, with {settings(best)}"
 
 
-def planned(config: DictConfig, devices: Devices, rows: Rows | None = None) -> list[str]:
-    """Return what is planned for a configuration that leaves nothing open; nothing where its model is not known yet.
+def headline(config: DictConfig, devices: Devices, rows: Rows | None = None) -> list[str]:
+    """Return a line about what is planned for a configuration that leaves nothing open.
 
-    Nothing is asked: a start does not wait for it.
+    Nothing is asked, because no start waits for it: of a model that is not known yet there is no line.
     """
     architecture, machine = find_architecture(config), machine_here(devices, config)
     if architecture is None:

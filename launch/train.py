@@ -20,7 +20,7 @@ from tunewright.config.compose import compose_config, expand_sweep
 from tunewright.config.deepspeed_file import deepspeed_file
 from tunewright.config.schema import Launcher, Resume
 from tunewright.errors import ConfigError, MemoryShortage
-from tunewright.launch.choosing import choose, choose_anew, fit, planned
+from tunewright.launch.choosing import choose, choose_anew, fit, head, planned
 from tunewright.launch.command import Command, build_command, write_accelerate_config
 from tunewright.launch.convert import ensure_readable
 from tunewright.launch.supervise import run_ranks
@@ -220,6 +220,8 @@ def _attempt(
         data = config.data
         plan = batch_plan(config.train, job.plan.world_size, cutoff_len=data.cutoff_len, packing=data.packing)
         job = replace(job, plan=plan)
+    for text in head(config, job.devices, prepared):
+        say(text)
     inputs = {**planned_inputs(job.plan), **prepared_inputs(config, prepared)}
     allowed = check_inputs(claimed, inputs, config.resume_allow)
     if allowed:

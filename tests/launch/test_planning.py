@@ -14,10 +14,12 @@ import pytest
 from tunewright.config.compose import compose_config
 from tunewright.launch.plan_page import plan_html
 from tunewright.launch.plan_text import plan_json, plan_text
-from tunewright.launch.planning import Plan, make_plan
+from tunewright.launch.planning import Plan, headline, make_plan
+from tunewright.launch.row_counts import Rows
+from tunewright.plan.devices import Devices
 from tunewright.plan.held import PARTS, Memory
 from tunewright.plan.machine import parse_machine
-from tunewright.plan.ways import batches, devices_of
+from tunewright.plan.ways import batches, devices_of, largest_batch
 from tunewright.trainer.footprint.footprints import make_footprint
 from tunewright.trainer.model.meta_model import find_architecture, make_architecture
 
@@ -68,6 +70,18 @@ def test_zero3_is_for_a_70b_on_eight_cards_of_80_gb_and_never_for_a_7b() -> None
         small = planned(machine, "model=qwen2_5_7b", f"method={method}").best
         assert small
         assert small.strategy in strategies
+
+
+def test_a_line_is_told_of_what_is_known_and_nothing_is_asked(tmp_path: Path) -> None:
+    config = compose_config([f"data.cache_dir={tmp_path}", "data.cutoff_len=64", "train.micro_batch_size=1"])
+    devices = Devices("cpu", 0, 2)
+    assert headline(config, devices) == []
+    architecture = make_architecture(config)
+    assert headline(config, devices) == []
+    make_footprint(config, "cpu", [largest_batch(config, devices, architecture)])
+    (line,) = headline(config, devices, Rows(100, 5000))
+    told = r"Planned: [\d.]+ MiB of [\d.]+ GiB a rank \(.*activations .*\); [\d,]+ tokens/s, [\d:]+ for 21 steps \(.*\)"
+    assert re.fullmatch(told, line)
 
 
 class Page(HTMLParser):
