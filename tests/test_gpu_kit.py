@@ -66,7 +66,8 @@ def test_a_lever_whose_package_is_not_there_is_told_and_is_no_failure(tmp_path: 
 
 
 def test_a_run_that_was_cut_tells_what_it_had_done(tmp_path: Path) -> None:
-    done = row(0, "tunewright", [11.8, 11.5], planned_gib=21.0, peak_allocated_gib=20.0)
+    planned = {"planned_gib": 21.0, "peak_allocated_gib": 20.0, "planned_tokens_per_second": 900.0}
+    done = row(0, "tunewright", [11.8, 11.5], **planned)
     begun = {"number": 1, "name": "TRL, defaults", "group": "8b LoRA, 4k", "contender": "TRL, defaults", "begun": True}
     write(tmp_path / "speed.jsonl", [{**done, "begun": True}, done, begun])
     write(tmp_path / "smoke.jsonl", [{"name": "kernel a", "ok": True, "error": 0.001}])
@@ -74,7 +75,7 @@ def test_a_run_that_was_cut_tells_what_it_had_done(tmp_path: Path) -> None:
     assert "- speed: cut after 230 s" in text
     assert "| tunewright | 1,000 | 100.0 | 50.0% |" in text
     assert "| TRL, defaults | | | | | | | did not end: a crash, or its time was up |" in text
-    assert "8b LoRA, 4k, tunewright: 21.0 GiB planned, 20.0 allocated, +5%" in text
+    assert "8b LoRA, 4k, tunewright: 21.0 GiB planned, 20.0 allocated, +5%; 900 tokens/s planned" in text
     assert "1 of 1 checks hold" in text
     assert check.holds(tmp_path)
 

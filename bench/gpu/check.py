@@ -201,7 +201,9 @@ def speed_table(rows: list[dict[str, Any]]) -> list[str]:
         planned, allocated = row.get("planned_gib"), row.get("peak_allocated_gib")
         if planned and allocated:
             sizes = f"{planned:.1f} GiB planned, {allocated:.1f} allocated, {planned / allocated - 1:+.0%}"
-            lines.append(f"\n{row['group']}, {row['name']}: {sizes}")
+            rate, seen = row["planned_tokens_per_second"], row["tokens_per_second"]
+            rates = f"{rate:,.0f} tokens/s planned from lists, {seen:,.0f} seen, {rate / seen - 1:+.0%}"
+            lines.append(f"\n{row['group']}, {row['name']}: {sizes}; {rates}")
     return lines + [f"\n{row['name']}: {row['said']}" for row in rows if row.get("said")]
 
 

@@ -159,29 +159,33 @@ def figures(cell: Cell, job: Job, load: Workload, clock: Clock, peak_flops: floa
     return found
 
 
-def planned_gib(cell: Cell, job: Job, load: Workload) -> float | None:
-    """What `tunewright plan` expects to be allocated at most, where a micro-batch is one row: of the longest."""
+def planned_figures(cell: Cell, job: Job, load: Workload) -> dict[str, float]:
+    """What `tunewright plan` expects to be allocated at most, where a micro-batch is one row: of the longest.
+
+    And how fast it expects a step to be where no run on the machine has told it.
+    """
     if (cell.contender, cell.strategy, cell.lever) != (cells.OURS, "single", ()):
-        return None
+        return {}
     if job.per_device > 1 and torch.cuda.is_available():
-        return None
+        return {}
     from tunewright.config.compose import compose_config
     from tunewright.plan.batch_plan import batch_plan
     from tunewright.plan.devices import find_devices
     from tunewright.plan.footprint import Batch
-    from tunewright.plan.machine import Machine
+    from tunewright.plan.machine import machine_here
     from tunewright.plan.memory import memory_of
+    from tunewright.plan.pace import pace_of
+    from tunewright.plan.reached import Known
     from tunewright.trainer.footprint.footprints import make_footprint
 
-    config, kind, batch = (
-        compose_config(settings(job)),
-        find_devices().kind,
-        Batch(job.per_device, load.longest, False, False),
-    )
-    footprint = make_footprint(config, kind, [batch])
-    machine = Machine(kind, "", 1, 0, None, None, 1, None, True)
-    memory = memory_of(config, footprint, footprint.of(batch), batch_plan(config.train, 1), machine)
-    return (memory.needed - memory.context - memory.slack) / GIB
+    config, devices = compose_config(settings(job)), find_devices()
+    batch = Batch(job.per_device, load.longest, False, False)
+    footprint = make_footprint(config, devices.kind, [batch])
+    told = config, footprint, footprint.of(batch), batch_plan(config.train, 1), machine_here(devices, config).of(1)
+    memory = memory_of(*told)
+    pace = pace_of(*told, rows=job.steps * job.batch, tokens=sum(load.tokens), known=Known())
+    gib = (memory.needed - memory.context - memory.slack) / GIB
+    return {"planned_gib": gib, "planned_tokens_per_second": pace.tokens_per_second}
 
 
 def forget() -> None:
@@ -258,7 +262,7 @@ def main() -> int:
                 job, load = job_of(cell, Path(scratch), loads)
                 clock, said = run_cell(cell, job)
                 line |= {"said": said, **figures(cell, job, load, clock, gpu_peak())}
-                line["planned_gib"] = planned_gib(cell, job, load)
+                line |= planned_figures(cell, job, load)
             except Exception as error:  # one cell that cannot run must not take the others along
                 traceback.print_exc()
                 line["error"] = f"{type(error).__name__}: {error}"[:600]
