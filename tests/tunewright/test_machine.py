@@ -9,6 +9,7 @@ import pytest
 
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError
+from tunewright.plan import machine
 from tunewright.plan.device_table import DEVICES, find_device
 from tunewright.plan.devices import Devices
 from tunewright.plan.machine import machine_here, parse_machine
@@ -106,6 +107,17 @@ def test_gpus_here_are_those_that_their_driver_tells_of(tmp_path: Path, monkeypa
     found = machine_here(Devices("cuda", 2, 16), compose_config(["strategy=single"], None))
     assert (found.name, found.count, found.memory, found.here) == ("A100-80GB", 2, 70000 * 2**20, True)
     assert found.link == 240e9
+
+
+def test_amd_gpus_are_read_from_their_driver_s_files(tmp_path: Path) -> None:
+    for number, used in enumerate((0, 4 * 2**30)):
+        card = tmp_path / f"card{number}" / "device"
+        card.mkdir(parents=True)
+        (card / "mem_info_vram_total").write_text(f"{64 * 2**30}\n")
+        (card / "mem_info_vram_used").write_text(f"{used}\n")
+        (card / "product_name").write_text("AMD Instinct MI250X/MI250\n")
+    (tmp_path / "card2-DP-1").mkdir()  # a screen's socket
+    assert machine._ask_amd(tmp_path) == ("AMD Instinct MI250X/MI250", 60 * 2**30, True)
 
 
 def test_gpus_whose_driver_tells_nothing_have_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
