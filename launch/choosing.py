@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,12 @@ from tunewright.plan.auto import (
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.plan.devices import Devices
 from tunewright.plan.machine import Machine, free_memory, machine_here
+from tunewright.plan.reasons import settings
 from tunewright.plan.rules import check
 from tunewright.text import size
 
 if TYPE_CHECKING:
     from tunewright.launch.planning import Plan
-    from tunewright.plan.option import Option
     from tunewright.trainer.prepared import Prepared
 
 INTERPRETER = 2**30  # bytes of a rank with its libraries, at most
@@ -40,13 +41,21 @@ CHUNK = 2048  # positions of which there are logits at once, at most
 ROUND = 128  # tokens: longest rows that differ by less share a footprint
 
 
-def choose(config: DictConfig, devices: Devices, machine: Machine | None = None, *, here: bool = False) -> Choice:
+def choose(
+    config: DictConfig,
+    devices: Devices,
+    machine: Machine | None = None,
+    *,
+    here: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Choice:
     """Return what was chosen for the run that this configuration continues, else what is chosen for these devices.
 
     Args:
         config: with settings left open; it is changed.
         machine: that the devices belong to, where it is not this one.
         here: training must happen in this process.
+        say: takes what was chosen by a plan, and why.
 
     Raises:
         ConfigError, StorageError, MemoryShortage: see `choose_anew`.
@@ -54,11 +63,17 @@ def choose(config: DictConfig, devices: Devices, machine: Machine | None = None,
     alone = here and STRATEGY in open_settings(config)
     if alone:
         config.strategy.name, config.strategy.launcher = "single", Launcher.single
-    found = chosen_before(config) or choose_anew(config, devices, machine)
+    found = chosen_before(config) or choose_anew(config, devices, machine, say=say)
     return replace(found, strategy="single") if alone else found
 
 
-def choose_anew(config: DictConfig, devices: Devices, machine: Machine | None = None) -> Choice:
+def choose_anew(
+    config: DictConfig,
+    devices: Devices,
+    machine: Machine | None = None,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Choice:
     """Return the fastest way to run on these devices that fits, by `data.cutoff_len`: the rows are not known yet.
 
     On a CPU all ways share one memory, so that there is nothing to choose before `fit` knows the rows.
@@ -75,8 +90,13 @@ def choose_anew(config: DictConfig, devices: Devices, machine: Machine | None = 
     write(trial, plain)
     OmegaConf.resolve(trial)
     check(trial, devices)  # at once: a plan may take seconds
-    best = _best(config, devices, machine)
-    return Choice(best.strategy, best.micro_batch, best.recompute) if best else plain
+    plan = _plan_that_fits(config, devices, machine)
+    best = plan.best
+    if best is None:
+        say(f"Memory is not planned: {plan.footprint.problem or 'the devices do not tell how much they have.'}")
+        return plain
+    say(f"Chosen: {settings(best)}: {plan.verdict}")
+    return Choice(best.strategy, best.micro_batch, best.recompute)
 
 
 def fit(config: DictConfig, devices: Devices, plan: BatchPlan, prepared: Prepared) -> str | None:
@@ -104,7 +124,7 @@ def fit(config: DictConfig, devices: Devices, plan: BatchPlan, prepared: Prepare
         asked.train.micro_batch_size = AUTO
     if RECOMPUTE in config.automatic:
         asked.train.gradient_checkpointing = AUTO
-    best = _best(asked, devices)
+    best = _plan_that_fits(asked, devices).best
     if best is None or (best.micro_batch, best.recompute) == (train.micro_batch_size, train.gradient_checkpointing):
         return None
     train.micro_batch_size, train.gradient_checkpointing = best.micro_batch, best.recompute
@@ -116,7 +136,7 @@ def fit(config: DictConfig, devices: Devices, plan: BatchPlan, prepared: Prepare
 
 
 def planned(config: DictConfig, devices: Devices, prepared: Prepared) -> str:
-    """Say what a configuration that leaves nothing open was planned to hold, by part."""
+    """Say what a configuration that leaves nothing open was planned to hold, by part; it may have to be asked."""
     longest = _longest(config, prepared)
     try:
         plan = _plan(_by_rows(config, longest), devices)
@@ -161,18 +181,17 @@ def _plan(config: DictConfig, devices: Devices, machine: Machine | None = None, 
     return make_plan(config.copy(), machine or machine_here(devices, config), devices.cores, whole=whole)
 
 
-def _best(config: DictConfig, devices: Devices, machine: Machine | None = None) -> Option | None:
-    """Return the best way that the settings leave open; None where devices or model do not tell what is needed.
+def _plan_that_fits(config: DictConfig, devices: Devices, machine: Machine | None = None) -> Plan:
+    """Return the plan, whose best way is None where devices or model do not tell what there is and what is needed.
 
     Raises:
-        MemoryShortage: nothing fits.
+        MemoryShortage: nothing fits that the settings leave open.
     """
     plan = _plan(config, devices, machine)
     if plan.best or plan.footprint.problem or not plan.machine.memory:
-        return plan.best
-    raise MemoryShortage(
-        _plan(config, devices, machine, whole=True).verdict
-    )  # with what is nearest, another method among them
+        return plan
+    # With what is nearest: perhaps another method.
+    raise MemoryShortage(_plan(config, devices, machine, whole=True).verdict)
 
 
 def _is_small(config: DictConfig) -> bool:

@@ -173,9 +173,7 @@ def check_one_folder(config: DictConfig, claimed: Claim, mark: str) -> None:
 
 def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
     """Compose from the command line; the strategy is what the launcher around this process started."""
-    argv = [item for item in argv if item != f"strategy={AUTO}"]  # the launcher has chosen
-    overrides = [*_strategy_of_environment(argv), *argv, f"cluster.num_processes={world_size()}"]
-    config = compose_config(overrides)
+    config = compose_config(overrides_of(argv))
     plan, decided = check_all(config, find_devices())
     decided += overruled(config, plan)
     if config.strategy.launcher is Launcher.deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
@@ -190,6 +188,12 @@ def _from_overrides(argv: list[str]) -> tuple[DictConfig, Claim]:
     for text in (*decided, *claimed.remarks):
         _say(redact(text))
     return config, claimed
+
+
+def overrides_of(argv: list[str]) -> list[str]:
+    """Return what is typed, with what the launcher has decided."""
+    typed = [item for item in argv if item != f"strategy={AUTO}"]
+    return [*_strategy_of_environment(typed), *typed, f"cluster.num_processes={world_size()}"]
 
 
 def overruled(config: DictConfig, plan: BatchPlan) -> list[str]:

@@ -118,10 +118,16 @@ def _own_deepspeed_file(config: DictConfig) -> list[str]:
     return [account(file, config, ensure_accepted(config))]
 
 
-def sweep_jobs(overrides: Sequence[str], extra_dir: Path | None, *, multirun: bool) -> list[DictConfig]:
+def sweep_jobs(
+    overrides: Sequence[str],
+    extra_dir: Path | None,
+    *,
+    multirun: bool,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[DictConfig]:
     """Return the configuration of each run, all of them checked for type and spelling before the first is used."""
     devices = find_devices()
-    chosen = partial(choose, devices=devices)
+    chosen = partial(choose, devices=devices, say=say)
     if not multirun:
         return [compose_config(overrides, extra_dir, chosen)]
     points = list(expand_sweep(overrides))
@@ -265,7 +271,7 @@ def train(
     say: Callable[[str], None] = print,
 ) -> int:
     """Run one training, or a sweep of them one after the other, and return the exit code of the first that fails."""
-    return train_each(sweep_jobs(overrides, extra_dir, multirun=multirun), dry_run=dry_run, say=say)
+    return train_each(sweep_jobs(overrides, extra_dir, multirun=multirun, say=say), dry_run=dry_run, say=say)
 
 
 def train_each(configs: Sequence[DictConfig], *, dry_run: bool = False, say: Callable[[str], None] = print) -> int:

@@ -103,7 +103,7 @@ def train(
     if isinstance(loss, str):
         settings += override_list([{"train.loss": loss}])
     devices = find_devices()
-    chosen = partial(choose, devices=devices, here=bool(own or objective))
+    chosen = partial(choose, devices=devices, here=bool(own or objective), say=say)
     config = _compose(settings, dataset, eval_dataset, config_dir, chosen)
     if metrics and not (config.data.eval_names or config.data.eval_split or config.data.eval_size):
         raise ConfigError("`metrics` judge answers to held-out rows: give `eval_dataset` too, or set `data.eval_size`.")

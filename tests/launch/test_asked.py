@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError
 from tunewright.launch.asked import Asked, check_asked, launch_arguments, read
+from tunewright.launch.rank import overrides_of
 
 
 @pytest.mark.parametrize(
@@ -66,3 +68,15 @@ def test_ranks_that_would_train_alone_are_refused(
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ConfigError, match="--deepspeed_multinode_launcher standard"):
         check_asked(asked)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "single"), (2, "ddp")])
+@pytest.mark.parametrize("typed", [[], ["strategy=auto"]])
+def test_a_launcher_of_ones_own_has_chosen_the_strategy(
+    ranks: int, strategy: str, typed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    config = compose_config(overrides_of([*typed, "train.epochs=1"]))
+    assert config.name == f"tiny-demo-lora-{strategy}"
+    assert config.train.micro_batch_size == 4

@@ -69,8 +69,11 @@ def test_on_gpus_a_run_is_called_after_the_fastest_that_fits(machine: str, overr
     asked = compose_config(settings, choose=None)
     architecture = find_architecture(asked) or make_architecture(asked)
     make_footprint(asked, there.kind, batches(asked, devices, architecture))  # in this process, for speed
-    config = compose_config(settings, choose=lambda config: choose(config, devices, there))
+    said: list[str] = []
+    config = compose_config(settings, choose=lambda config: choose(config, devices, there, say=said.append))
     assert config.name == name
+    assert said == [line for line in said if line.startswith(f"Chosen: strategy={config.strategy.name} train.micro_")]
+    assert len(said) == 1
     plan = check(config, devices)
     assert plan.global_batch == 16
     assert plan.world_size == (1 if "single" in name else 8)
