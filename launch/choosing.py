@@ -93,7 +93,8 @@ def choose_anew(
     plan = _plan_that_fits(config, devices, machine)
     best = plan.best
     if best is None:
-        say(f"Memory is not planned: {plan.footprint.problem or 'the devices do not tell how much they have.'}")
+        unknown = "the model" if plan.machine.memory else "how much the devices have"
+        say(f"Memory is not planned, {unknown} is not known: {plan.footprint.problem or plan.machine.name}")
         return plain
     say(f"Chosen: {settings(best)}: {plan.verdict}")
     return Choice(best.strategy, best.micro_batch, best.recompute)
@@ -188,7 +189,8 @@ def _plan_that_fits(config: DictConfig, devices: Devices, machine: Machine | Non
         MemoryShortage: nothing fits that the settings leave open.
     """
     plan = _plan(config, devices, machine)
-    if plan.best or plan.footprint.problem or not plan.machine.memory:
+    known = plan.machine.memory and any(way.memory for way in plan.ways if way.configured)
+    if plan.best or not known:
         return plan
     # With what is nearest: perhaps another method.
     raise MemoryShortage(_plan(config, devices, machine, whole=True).verdict)

@@ -24,7 +24,7 @@ from tunewright.trees import digest, plain
 if TYPE_CHECKING:
     from torch import nn
 
-FORMAT = 2  # of the kept files, and of what is counted in them
+FORMAT = 3  # of the kept files, and of what is counted in them
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
