@@ -31,7 +31,7 @@ data_choice = $(if $(wildcard configs/hydra/data/$(1).yaml),data=$(1),data=regis
 train = $(BIN)/tunewright train model=$(MODEL) $(call data_choice,$(DATA)) $(if $(NPROC),cluster.num_processes=$(NPROC)) \
 	$(if $(NAME),name=$(NAME)) $(1) $(ARGS)
 
-.PHONY: help setup demo test test-chaos test-slow test-gpu test-versions gpu-check gpu-rehearsal docs-check lint datagen check zero2 zero3 single compare tensorboard chat bench bench-check bench-zero bench-pace bench-start bench-data bench-datagen clean
+.PHONY: help setup demo test test-chaos test-slow test-gpu test-versions gpu-check gpu-rehearsal docs-check lint datagen check zero2 zero3 single compare tensorboard chat bench bench-check bench-zero bench-memory bench-pace bench-start bench-data bench-datagen clean
 
 help:  ## list the targets
 	@echo "make TARGET [MODEL=tiny] [DATA=demo] [NPROC=2] [NAME=my-run] [ARGS=\"key=value ...\"]"
@@ -119,6 +119,9 @@ bench-check: setup  ## whether a ratio of the newest bench result is below that 
 
 bench-zero: setup  ## what ZeRO-3 costs beside ZeRO-2, and which settings of DeepSpeed lower it
 	$(BIN)/python bench/zero.py $(ARGS)
+
+bench-memory: setup  ## the most that a rank holds in memory, beside what is planned: make bench-memory ARGS="--only tiny,lora"
+	$(BIN)/python bench/memory.py $(ARGS)
 
 bench-pace: setup  ## steps a second as planned, as planned after measuring, and of a run then
 	$(BIN)/python bench/pace.py $(ARGS)

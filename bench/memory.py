@@ -236,7 +236,7 @@ def _ranks(folder: Path, ranks: int, timeout: float) -> Iterator[tuple[int, dict
                     if ranks > 1:
                         return
                 elif len(done[figures["cell"]]) == ranks:
-                    keys = ("rest", "pass", "step", "rss", "seconds")
+                    keys = ("pass", "step", "rss")
                     yield figures["cell"], {key: max(found[key] for found in done[figures["cell"]]) for key in keys}
             if not running or time.monotonic() - last > timeout:
                 return
@@ -255,7 +255,7 @@ def _free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def plan(cell: Cell, root: Path, rows: Path, number: int) -> tuple[int, dict[str, int]]:
+def plan(cell: Cell, root: Path, rows: Path, number: int = 0) -> tuple[int, dict[str, int]]:
     """Return the bytes that are planned for a cell without interpreter and libraries, and its parts."""
     from tunewright.config.compose import compose_config
     from tunewright.launch.train import check_all
@@ -284,14 +284,14 @@ def plan_all(chosen: list[Cell], root: Path, out: Path) -> None:
         if found is None or "failed" in found:
             continue
         try:
-            found["planned"], found["parts"] = plan(cell, root, rows, number)
+            found["planned"], parts = plan(cell, root, rows, number)
         except Exception as error:
             found.pop("planned", None)
             print(f"{cell.id}: {type(error).__name__}: {error}", flush=True)
             continue
         off = off_by(found)
         if abs(off) > WITHIN:
-            print(f"{cell.id}: {off:+.0%}, {found['planned']:,} for {measured(found):,}", flush=True)
+            print(f"{cell.id}: {off:+.0%}, {found['planned']:,} for {measured(found):,}: {parts}", flush=True)
     write(result, out)
 
 
@@ -306,41 +306,52 @@ def off_by(found: dict[str, Any]) -> float:
 
 def section(result: dict[str, Any]) -> str:
     """Return the table of docs/planning.md."""
-    known = [found for found in result["cells"].values() if "planned" in found]
-    lines = [f"{len(known)} cells, {sum(abs(off_by(found)) <= WITHIN for found in known)} of them within {WITHIN:.0%}."]
+    known = [(cell_of(found), found) for found in result["cells"].values() if "planned" in found]
+    near = sum(abs(off_by(found)) <= WITHIN for _, found in known)
+    lines = [f"{near} of {len(known)} cells are within {WITHIN:.0%}. By method and strategy, off by (cells):"]
     for size in SIZES:
-        lines += ["", f"**{size}**: planned against measured, by method and strategy.", ""]
-        lines += [f"| | {' | '.join(f'`{strategy}`' for strategy in STRATEGIES)} |"]
-        lines += ["|---|" + "---:|" * len(STRATEGIES)]
+        here = [(cell, found) for cell, found in known if cell.size == size]
+        strategies = [name for name in STRATEGIES if any(cell.strategy == name for cell, _ in here)]
+        lines += ["", f"| {size} | {' | '.join(f'`{name}`' for name in strategies)} |"]
+        lines += ["|---|" + "---:|" * len(strategies)]
         for method in METHODS:
             shown = []
-            for strategy in STRATEGIES:
-                offs = [
-                    off_by(found)
-                    for found in known
-                    if (cell_of(found).size, cell_of(found).method, cell_of(found).strategy) == (size, method, strategy)
-                ]
-                shown.append(f"{min(offs):+.0%} to {max(offs):+.0%} ({len(offs)})" if offs else "")
+            for strategy in strategies:
+                offs = [off_by(found) for cell, found in here if (cell.method, cell.strategy) == (method, strategy)]
+                ends = dict.fromkeys(_percent(end) for end in (min(offs), max(offs))) if offs else {}
+                shown.append(f"{' to '.join(ends)} ({len(offs)})" if offs else "")
             if any(shown):
-                lines.append(f"| `{method}` | {' | '.join(shown)} |")
-    outside = sorted((found for found in known if abs(off_by(found)) > WITHIN), key=lambda found: -abs(off_by(found)))
+                lines.append(f"| {_method(method)} | {' | '.join(shown)} |")
+    large = [found["rss"] / measured(found) for cell, found in known if cell.size == "300m"]
+    if large:
+        lines += ["", f"What the process held of the machine's memory, in the cells of 300m: {min(large):.2f} to "]
+        lines[-1] += f"{max(large):.2f} times what the allocator counted."
+    outside = sorted((one for one in known if abs(off_by(one[1])) > WITHIN), key=lambda one: -abs(off_by(one[1])))
     if outside:
-        lines += ["", "Outside:", "", "| cell | planned | measured | off by |", "|---|---:|---:|---:|"]
-    for found in outside:
+        lines += ["", "| outside | planned | measured | off by |", "|---|---:|---:|---:|"]
+    for cell, found in outside:
         sizes = f"{found['planned'] / 2**20:,.1f} MiB | {measured(found) / 2**20:,.1f} MiB"
-        lines.append(f"| {cell_of(found).id} | {sizes} | {off_by(found):+.0%} |")
+        lines.append(f"| {cell.id} | {sizes} | {off_by(found):+.0%} |")
     return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{share:+.0%}" if round(100 * share) else "0%"
+
+
+def _method(name: str) -> str:
+    return "`qlora`, 8 bits" if name == "qlora8" else f"`{name}`"
 
 
 def cell_of(found: dict[str, Any]) -> Cell:
     return Cell(**{item.name: found[item.name] for item in fields(Cell) if item.name in found})
 
 
-def write_docs(result: dict[str, Any]) -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
+def with_section(page: str, result: dict[str, Any]) -> str:
+    """Return the page's text with the table in its place."""
+    head, _, rest = page.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    PAGE.write_text(f"{head}{BEGIN}\n\n{section(result)}\n\n{END}{tail}", encoding="utf-8")
+    return f"{head}{BEGIN}\n\n{section(result)}\n\n{END}{tail}"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -378,7 +389,7 @@ def main() -> None:
     if args.plan:
         plan_all(chosen, args.root, args.out)
     if args.docs:
-        write_docs(read(args.out))
+        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), read(args.out)), encoding="utf-8")
     if args.plan or args.docs:
         return
     chosen = [cell for cell in chosen if args.again or cell.id not in result["cells"]]
