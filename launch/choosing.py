@@ -31,6 +31,7 @@ from tunewright.text import size
 
 if TYPE_CHECKING:
     from tunewright.launch.planning import Plan
+    from tunewright.launch.row_counts import Rows
     from tunewright.trainer.prepared import Prepared
 
 INTERPRETER = 2**30  # bytes of a rank with its libraries, at most
@@ -125,7 +126,7 @@ def fit(config: DictConfig, devices: Devices, plan: BatchPlan, prepared: Prepare
         asked.train.micro_batch_size = AUTO
     if RECOMPUTE in config.automatic:
         asked.train.gradient_checkpointing = AUTO
-    best = _plan_that_fits(asked, devices).best
+    best = _plan_that_fits(asked, devices, rows=_rows(config, prepared)).best
     if best is None or (best.micro_batch, best.recompute) == (train.micro_batch_size, train.gradient_checkpointing):
         return None
     train.micro_batch_size, train.gradient_checkpointing = best.micro_batch, best.recompute
@@ -152,11 +153,15 @@ def planned(config: DictConfig, devices: Devices, prepared: Prepared) -> str:
 def head(config: DictConfig, devices: Devices, prepared: Prepared) -> list[str]:
     """Return what is told of a plan at the head of a run: a line, where its model has been looked at already."""
     from tunewright.launch.planning import headline
+
+    return headline(_by_rows(config, _longest(config, prepared)), devices, _rows(config, prepared))
+
+
+def _rows(config: DictConfig, prepared: Prepared) -> Rows:
     from tunewright.launch.row_counts import Rows
     from tunewright.trainer.data.token_cache import epoch_size
 
-    rows = Rows() if config.data.streaming else Rows(*epoch_size(prepared.cache, config))
-    return headline(_by_rows(config, _longest(config, prepared)), devices, rows)
+    return Rows() if config.data.streaming else Rows(*epoch_size(prepared.cache, config))
 
 
 def _by_rows(config: DictConfig, longest: int) -> DictConfig:
@@ -176,19 +181,28 @@ def _longest(config: DictConfig, prepared: Prepared) -> int:
     return int(prepared.cache.lengths("train").max(initial=1)) + virtual
 
 
-def _plan(config: DictConfig, devices: Devices, machine: Machine | None = None, *, whole: bool = False) -> Plan:
+def _plan(
+    config: DictConfig,
+    devices: Devices,
+    machine: Machine | None = None,
+    *,
+    whole: bool = False,
+    rows: Rows | None = None,
+) -> Plan:
     from tunewright.launch.planning import make_plan
 
-    return make_plan(config.copy(), machine or machine_here(devices, config), devices.cores, whole=whole)
+    return make_plan(config.copy(), machine or machine_here(devices, config), devices.cores, whole=whole, rows=rows)
 
 
-def _plan_that_fits(config: DictConfig, devices: Devices, machine: Machine | None = None) -> Plan:
+def _plan_that_fits(
+    config: DictConfig, devices: Devices, machine: Machine | None = None, rows: Rows | None = None
+) -> Plan:
     """Return the plan, whose best way is None where devices or model do not tell what there is and what is needed.
 
     Raises:
         MemoryShortage: nothing fits that the settings leave open.
     """
-    plan = _plan(config, devices, machine)
+    plan = _plan(config, devices, machine, rows=rows)
     known = plan.machine.memory and any(way.memory for way in plan.ways if way.configured)
     if plan.best or not known:
         return plan

@@ -48,13 +48,20 @@ class Plan:
 
 
 def make_plan(
-    config: DictConfig, machine: Machine, cores: int, *, whole: bool = True, price: float | None = None
+    config: DictConfig,
+    machine: Machine,
+    cores: int,
+    *,
+    whole: bool = True,
+    price: float | None = None,
+    rows: Rows | None = None,
 ) -> Plan:
     """Plan a configuration for a machine.
 
     Args:
         price: of a device for an hour.
         whole: look at other methods too, and at what more would take; else only at what the settings leave open.
+        rows: that train; they are counted where they are not given and the plan is to be whole.
 
     Raises:
         ConfigError: the model is not known, or what is configured cannot run.
@@ -69,7 +76,7 @@ def make_plan(
         beyond = batches(_longer(config), devices, architecture)
         looked_at += [batch for batch in beyond if batch.rows == 1]
     footprints = ensure_footprints(configs, machine.kind, looked_at)
-    rows = count_rows(config) if whole else Rows()
+    rows = rows or (count_rows(config) if whole else Rows())
     look = partial(
         options,
         machine=machine,

@@ -183,7 +183,14 @@ def test_the_fastest_that_fits_is_taken() -> None:
 
 def test_of_ways_that_are_as_fast_the_simplest_is_taken() -> None:
     ways = [way(strategy=name, gib=gib) for name, gib in (("zero2", 9), ("ddp", 10), ("zero1", 9.5))]
-    assert chosen([*ways, way(recompute=True, gib=2), way(micro_batch=4)]) is ways[1]
+    assert chosen([*ways, way(recompute=True, gib=2), way(micro_batch=1)]) is ways[1]
+
+
+def test_of_micro_batches_that_are_as_fast_the_largest_is_taken_while_much_memory_stays_free() -> None:
+    sizes = [way(micro_batch=rows, gib=gib) for rows, gib in ((1, 20), (2, 35), (4, 63), (8, 75))]
+    assert chosen(sizes) is sizes[2]
+    tight = [way(micro_batch=4, gib=74), way(micro_batch=2, gib=70)]
+    assert chosen(tight) is tight[1]
 
 
 def test_some_memory_stays_free_where_it_can() -> None:

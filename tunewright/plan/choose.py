@@ -38,6 +38,7 @@ from tunewright.plan.ways import (
 
 FREE = 0.1  # of a rank's memory, which a run leaves free that finds out itself how few layers have to recompute
 SPARE = 0.05  # of a rank's memory, left free where something as good leaves it: a plan is no measurement
+AMPLE = 0.8  # of a rank's memory: up to here more rows at once cost nothing
 ALIKE = 1.02  # times the seconds of the fastest: what differs by less is as fast
 
 
@@ -157,12 +158,13 @@ def ranked(ways: Sequence[Option], best: Option | None) -> list[Option]:
     not fit behind them, the least first, and the refused last.
     """
     method = ways[0].method if ways else ""
-    shown: dict[str, Option] = {}
-    for way in sorted(ways, key=lambda way: (way is not best, *_order(way))):
+    groups: dict[str, list[Option]] = {}
+    for way in ways:
         if way.method == method or way.refusal is None:
-            shown.setdefault(way.strategy if way.method == method else way.method, way)
+            groups.setdefault(way.strategy if way.method == method else way.method, []).append(way)
+    shown = [best if best and best in group else best_of(group) or min(group, key=_order) for group in groups.values()]
     found: list[Option] = []
-    rest = sorted(shown.values(), key=_order)
+    rest = sorted(shown, key=_order)
     while rest:  # those that are as fast as the first together, the simplest of them first
         alike = [way for way in rest if way.fits and way.seconds <= ALIKE * rest[0].seconds]
         alike = sorted(alike, key=_simple) or rest
@@ -178,4 +180,9 @@ def _order(way: Option) -> tuple[float, ...]:
 
 
 def _simple(way: Option) -> tuple[float, ...]:
-    return (STRATEGIES.index(way.strategy), way.recompute, way.micro_batch)
+    """Order ways that are as fast: of micro-batches the largest that leaves much memory free, else the smallest.
+
+    Rows may be much shorter than the longest, which the plan is for, and then few of them leave a GPU waiting.
+    """
+    ample = way.share <= AMPLE
+    return (STRATEGIES.index(way.strategy), way.recompute, not ample, -way.micro_batch if ample else way.micro_batch)
