@@ -25,7 +25,6 @@ from tunewright.plan.auto import (
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.plan.devices import Devices
 from tunewright.plan.machine import Machine, free_memory, machine_here
-from tunewright.plan.reasons import settings
 from tunewright.plan.rules import check
 from tunewright.text import size
 
@@ -91,6 +90,8 @@ def choose_anew(
     write(trial, plain)
     OmegaConf.resolve(trial)
     check(trial, devices)  # at once: a plan may take seconds
+    from tunewright.plan.reasons import settings
+
     plan = _plan_that_fits(config, devices, machine)
     best = plan.best
     if best is None:
