@@ -155,9 +155,9 @@ def headline(config: DictConfig, devices: Devices, rows: Rows | None = None) -> 
 
 def _in_a_line(way: Option) -> str:
     assert way.memory is not None
-    told = f"Planned: {size(way.memory.needed)} of {size(way.room)} a rank ({way.memory.by_part()})"
+    told = f"Planned: {size(way.memory.needed)} of {size(way.room)} a rank ({way.memory.by_part(most=4)})"
     if way.pace is None:
         return told
     hours = way.pace.hours
     taken = "" if hours is None else f", {clock(3600 * hours)} for {way.pace.steps:,} steps"
-    return f"{told}; {way.pace.tokens_per_second:,.0f} tokens/s{taken} ({way.pace.reason})"
+    return f"{told}; {way.pace.tokens_per_second:,.0f} tokens/s{taken}: {way.pace.reason}"

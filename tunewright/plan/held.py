@@ -54,11 +54,11 @@ class Memory:
         """On the device."""
         return sum(getattr(self, part) for part in PARTS)
 
-    def by_part(self) -> str:
-        """Return what is held as text, the largest part first."""
+    def by_part(self, most: int = len(PARTS)) -> str:
+        """Return what is held as text, the largest part first, and so many of them at most."""
         parts = {name: getattr(self, part) for part, name in PARTS.items()}
         ordered = sorted(parts, key=lambda name: -parts[name])
-        return ", ".join(f"{name} {size(parts[name])}" for name in ordered if parts[name])
+        return ", ".join(f"{name} {size(parts[name])}" for name in ordered[:most] if parts[name])
 
 
 @dataclass(frozen=True)
