@@ -130,6 +130,18 @@ def test_it_is_what_the_profiler_sees(cell: str, shape: Callable[..., Any]) -> N
     assert planned(work_out(config, "cpu", [batch]), batch) == pytest.approx(seen(config, batch), rel=0.06)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_of_loops_two_rounds_are_enough(
+    method: str, shape: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms, the head and attention of long rows go through their blocks one after the other."""
+    monkeypatch.setattr("tunewright.trainer.model.cpu_norms.BLOCK", 2**13)
+    monkeypatch.setattr("tunewright.trainer.model.linear_cross_entropy.CHUNK", {"cpu": 2**16})
+    monkeypatch.setattr("tunewright.trainer.model.linear_cross_entropy.CHUNK_TRAINED", {"cpu": 2**16})
+    config, batch = shape("llama", f"method={method}"), Batch(3, 520, False, True)
+    assert planned(work_out(config, "cpu", [batch]), batch) == pytest.approx(seen(config, batch), rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "kind", "recompute"),
     [

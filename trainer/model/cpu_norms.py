@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from tunewright.trainer.model.planned_device import telling
 
 # Numbers of a block in float32: 0.5 MiB.
 BLOCK = 2**17
@@ -81,6 +84,6 @@ class _RmsNorm(torch.autograd.Function):
         return d_hidden.view_as(d_out), None if d_weight is None else d_weight.to(weight.dtype), None
 
 
-def _blocks(flat: torch.Tensor) -> list[slice]:
+def _blocks(flat: torch.Tensor) -> Sequence[slice]:
     size = max(BLOCK // flat.size(1), 1)
-    return [slice(first, first + size) for first in range(0, flat.size(0), size)]
+    return telling([slice(first, first + size) for first in range(0, flat.size(0), size)], flat)

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from tunewright.trainer.model.planned_device import telling
+
 # Queries of a block, about. Longer ones compute more scores that nothing looks at, shorter ones start more small
 # products.
 BLOCK = 128
@@ -70,7 +72,7 @@ class _CpuVarlenAttention(torch.autograd.Function):
         float_queries, float_keys = queries.float(), keys.float()
         unseen, exact = _Unseen(window), query.dtype == torch.bfloat16
         kept = []
-        for block, seen, length in _blocks(lengths, window):
+        for block, seen, length in _blocks(_told(lengths, query), window):
             with _read_as_bfloat16(exact):
                 scores = _scores(float_queries[:, block], float_keys[:, seen], scale)
             probabilities = _probabilities(scores, unseen, queries.size(2)).to(value.dtype)
@@ -91,7 +93,7 @@ class _CpuVarlenAttention(torch.autograd.Function):
         d_keys, d_values = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (keys, values))
         unseen, exact = _Unseen(ctx.window), queries.dtype == torch.bfloat16
         still_kept = iter(kept)
-        for block, seen, length in _blocks(ctx.lengths, ctx.window):
+        for block, seen, length in _blocks(_told(ctx.lengths, queries), ctx.window):
             if length <= KEPT:
                 probabilities = next(still_kept)
             else:
@@ -107,6 +109,11 @@ class _CpuVarlenAttention(torch.autograd.Function):
             d_keys[:, seen] += torch.bmm(d_scores.mT, queries[:, block].flatten(1, 2))
         d_query *= ctx.scale
         return d_query, d_keys.mul_(ctx.scale).to(keys.dtype)[None], d_values.to(values.dtype)[None], None, None, None
+
+
+def _told(lengths: list[int], query: torch.Tensor) -> list[int]:
+    """Return the documents to go through: those of which nothing is kept have one after the other the same memory."""
+    return lengths if lengths[0] <= KEPT else list(telling(lengths, query))
 
 
 def _blocks(lengths: list[int], window: int | None) -> Iterator[tuple[slice, slice, int]]:

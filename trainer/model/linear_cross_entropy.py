@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from transformers.utils import ModelOutput
 
 from tunewright.trainer.data.render import IGNORED
-from tunewright.trainer.model.planned_device import device_type
+from tunewright.trainer.model.planned_device import device_type, telling
 from tunewright.trainer.model.router_loss import own_coefficient, router_loss
 
 HeadLoss = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None", torch.Tensor], torch.Tensor]
@@ -165,7 +165,7 @@ class _CrossEntropySum(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         kind = "cpu" if device_type(hidden) == "cpu" else "gpu"
         rows = max((CHUNK_TRAINED if wants[1] else CHUNK)[kind] // weight.size(0), 1)
-        for first in range(0, hidden.size(0), rows):
+        for first in telling(range(0, hidden.size(0), rows), hidden):
             chunk = slice(first, first + rows)
             log_probs, target = _logits(hidden[chunk], weight, bias), targets[chunk, None]
             torch.log_softmax(log_probs, -1, out=log_probs)

@@ -7,8 +7,13 @@ CPU for PyTorch, and what computes otherwise on a GPU asks `device_type`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+Block = TypeVar("Block")
 
 
 class PlannedDevice(FakeTensorMode):
@@ -28,3 +33,11 @@ def planned(tensor: torch.Tensor) -> str | None:
     """Return the type of the device that a tensor is planned for, or None where it is a real one."""
     mode = tensor.fake_mode if isinstance(tensor, FakeTensor) else None
     return mode.type if isinstance(mode, PlannedDevice) else None
+
+
+def telling(blocks: Sequence[Block], tensor: torch.Tensor) -> Sequence[Block]:
+    """Return the blocks of a loop over a tensor: all, or where it has no memory the first two.
+
+    Of blocks of one size, each of which takes the memory of the one before it, these two tell what there is.
+    """
+    return blocks[:2] if planned(tensor) else blocks
