@@ -181,6 +181,13 @@ def test_the_fastest_that_fits_is_taken() -> None:
     assert chosen([replace(fast, refusal="no", memory=None), slow]) is slow
 
 
+def test_ways_are_compared_by_tokens_where_more_ranks_make_larger_steps() -> None:
+    steps = ("train.global_batch_size=null", "train.gradient_accumulation_steps=4", "data.cutoff_len=1024")
+    best = chosen(ways_of("8xH100-80GB", *OPEN, *steps, weights=7e9))
+    assert best
+    assert (best.strategy, best.ranks, best.micro_batch) == ("ddp", 8, 4)
+
+
 def test_of_ways_that_are_as_fast_the_simplest_is_taken() -> None:
     ways = [way(strategy=name, gib=gib) for name, gib in (("zero2", 9), ("ddp", 10), ("zero1", 9.5))]
     assert chosen([*ways, way(recompute=True, gib=2), way(micro_batch=1)]) is ways[1]

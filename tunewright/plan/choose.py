@@ -39,7 +39,7 @@ from tunewright.plan.ways import (
 FREE = 0.1  # of a rank's memory, which a run leaves free that finds out itself how few layers have to recompute
 SPARE = 0.05  # of a rank's memory, left free where something as good leaves it: a plan is no measurement
 AMPLE = 0.8  # of a rank's memory: up to here more rows at once cost nothing
-ALIKE = 1.02  # times the seconds of the fastest: what differs by less is as fast
+ALIKE = 1.02  # times the seconds of a token of the fastest: what differs by less is as fast
 
 
 def options(

@@ -64,5 +64,5 @@ class Option:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
-        return self.pace.seconds if self.pace else float("inf")
+        """Of a token: with `train.gradient_accumulation_steps` the steps of more ranks have more of them."""
+        return self.pace.seconds / self.pace.tokens_per_step if self.pace else float("inf")
