@@ -1,4 +1,4 @@
-"""Steps/s as planned from lists, as planned after `tunewright plan --measure`, and as a run then has them.
+"""Steps/s as planned before any run, as planned after `tunewright plan --measure`, and as a run then has them.
 
     python bench/pace.py [--only lora,zero3] [--steps 14] [--docs]    # `make bench-pace`
 
@@ -34,7 +34,7 @@ from tunewright.plan.footprint import Batch
 from tunewright.plan.machine import machine_here
 from tunewright.plan.memory import memory_of
 from tunewright.plan.pace import pace_of
-from tunewright.plan.reached import Known, with_ratio
+from tunewright.plan.reached import with_ratio
 from tunewright.trainer.peak import certain
 
 PAGE, RESULT = BENCH.parent / "docs" / "planning.md", BENCH / "results" / "pace.json"
@@ -91,7 +91,7 @@ def run_cell(cell: tuple[str, str, str, list[str]], cache: Path, steps: int) -> 
         found, here = footprint.of(batch), machine_here(devices, config)
         known_rows: dict[str, int] = {"rows": steps * BATCH, "tokens": sum(load.tokens)}
         planned = memory_of(config, footprint, found, plan, here)
-        listed = pace_of(config, footprint, found, plan, here, known=Known(), **known_rows)
+        listed = pace_of(config, footprint, found, plan, here, **known_rows)  # the cache is new: no run is known
         record = measure(
             config, footprint, found, planned, here, devices, mean=known_rows["tokens"] / known_rows["rows"]
         )
@@ -127,7 +127,7 @@ def section(result: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, no GPU; {numbers}; "
         f"{found[0]['when']}, `make bench-pace ARGS=--docs`.",
         "",
-        "| tokens/s | planned from lists | planned after `--measure` | a run | after `--measure` / run |",
+        "| tokens/s | planned before any run | planned after `--measure` | a run | after `--measure` / run |",
         "|---|---:|---:|---:|---:|",
     ]
     for cell in found:
