@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from io import StringIO
@@ -78,6 +80,9 @@ def ensure_footprints(configs: Sequence[DictConfig], kind: str, batches: Sequenc
 
 
 def _make_footprints() -> None:
+    # What libraries have to say of the model is said in the training.
+    warnings.simplefilter("ignore")
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels that nobody here asked for
     asked = json.load(sys.stdin)
     for text in asked["configs"]:
