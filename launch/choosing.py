@@ -162,7 +162,9 @@ def _rows(config: DictConfig, prepared: Prepared) -> Rows:
     from tunewright.launch.row_counts import Rows
     from tunewright.trainer.data.token_cache import epoch_size
 
-    return Rows() if config.data.streaming else Rows(*epoch_size(prepared.cache, config))
+    # Nobody knows a stream, and packs of many rows take a while to make: a pack has about cutoff_len tokens.
+    uncounted = config.data.streaming or config.data.packing
+    return Rows() if uncounted else Rows(*epoch_size(prepared.cache, config))
 
 
 def _by_rows(config: DictConfig, longest: int) -> DictConfig:
