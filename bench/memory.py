@@ -312,7 +312,8 @@ def section(result: dict[str, Any]) -> str:
     for size in SIZES:
         here = [(cell, found) for cell, found in known if cell.size == size]
         strategies = [name for name in STRATEGIES if any(cell.strategy == name for cell, _ in here)]
-        lines += ["", f"| {size} | {' | '.join(f'`{name}`' for name in strategies)} |"]
+        models = [model for model in ARCHITECTURES if any(cell.model == model for cell, _ in here)]
+        lines += ["", f"| {size}: {', '.join(models)} | {' | '.join(f'`{name}`' for name in strategies)} |"]
         lines += ["|---|" + "---:|" * len(strategies)]
         for method in METHODS:
             shown = []
