@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from tunewright.config.compose import compose_config
 from tunewright.errors import ConfigError
-from tunewright.launch.command import _environment, accelerate_config
+from tunewright.launch.command import accelerate_config, environment_of
 from tunewright.plan.devices import Devices, find_devices
 from tunewright.plan.rules import check, world_size
 from tunewright.plan.support import BEGIN, DEVICES, DOCUMENT, STRATEGIES, Combination, combinations, support_of, table
@@ -108,7 +108,7 @@ def _train_all(combinations: list[Combination], model: Path, root: Path) -> dict
     settings.write_text(yaml.safe_dump(accelerate_config(config, ranks)))
     done = subprocess.run(
         [*ACCELERATE, str(settings), str(Path(__file__).with_name("train_combinations.py")), str(root)],
-        env={**os.environ, **_environment(config, ranks, devices)},
+        env={**os.environ, **environment_of(config, ranks, devices)},
         capture_output=True,
         text=True,
         timeout=600,
