@@ -68,8 +68,10 @@ def ensure_footprints(configs: Sequence[DictConfig], kind: str, batches: Sequenc
     Raises:
         ConfigError, StorageError: a model's config.json cannot be had, or transformers cannot use it.
     """
-    missing = [config for config in configs if find_footprint(config, kind, batches) is None]
-    if missing:
+    for _ in range(2):  # of two that write at once one may lose
+        missing = [config for config in configs if find_footprint(config, kind, batches) is None]
+        if not missing:
+            break
         texts = [OmegaConf.to_yaml(config) for config in missing]
         asked = {"configs": texts, "kind": kind, "batches": [asdict(batch) for batch in batches]}
         ask(MODULE, "footprints", missing[0], given=json.dumps(asked))

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; the user's mistakes end without a traceback."""
     # While it is imported, it reports optional kernels that nobody here asked for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal whose encoding lacks a sign shows a question mark
     top = parser()
     given = sys.argv[1:] if argv is None else list(argv)
     args, rest = top.parse_known_args(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 
@@ -21,22 +22,30 @@ from tunewright.plan.devices import find_devices
 from tunewright.plan.machine import machine_here, parse_machine
 from tunewright.plan.memory import memory_of
 from tunewright.plan.option import Option
-from tunewright.plan.ways import at, largest_batch
+from tunewright.plan.rules import check
+from tunewright.plan.ways import at, devices_of, largest_batch
 
 
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     """Run `tunewright plan`, and return its exit code: that of `MemoryShortage` where nothing fits.
 
     Raises:
-        ConfigError, StorageError: see `make_plan`; or the page cannot be written, or its file is somebody's own.
+        ConfigError, StorageError: see `check` and `make_plan`; or the page cannot be written, or its file is somebody's
+            own.
     """
     if args.html:
         check_replaceable(args.html, args.html, "name another file with --html")
-    if args.measure and args.devices:
+    if args.measure and args.devices is not None:
         raise ConfigError(f"`--measure` trains on the devices here, and `--devices` is {args.devices}: leave one out.")
+    if args.price is not None and not 0 <= args.price < math.inf:
+        raise ConfigError(f"`--price` is {args.price:g}: write what a device costs for an hour, such as 2.5.")
     config = compose_config(args.overrides, args.config_dir, choose=None)
     here = find_devices()
-    machine = parse_machine(args.devices) if args.devices else machine_here(here, config)
+    elsewhere = parse_machine(args.devices) if args.devices is not None else None
+    trial = config.copy()
+    settle(trial)
+    check(trial, devices_of(elsewhere, here.cores) if elsewhere else here)  # what is wrong in every way to run
+    machine = elsewhere or machine_here(here, config)
     if machine.kind == "cpu" or config.model.source is Source.embedded:
         settle(config)  # as training does, where there is nothing to choose
     plan = make_plan(config, machine, here.cores, price=args.price)

@@ -207,6 +207,11 @@ def _joined(*parts: str) -> str:
     return "  ".join(part for part in parts if part)
 
 
+def writes(stream: TextIO, text: str) -> bool:
+    """Tell whether a stream's encoding has all signs of a text."""
+    return _encodable(text, stream) == text
+
+
 def _encodable(text: str, stream: TextIO) -> str:
     """Return text without what the stream cannot write."""
     encoding = stream.encoding or "utf-8"

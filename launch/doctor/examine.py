@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from tunewright.config.compose import compose_config
 from tunewright.config.deepspeed_file import deepspeed_file
+from tunewright.config.ranges import check_ranges
 from tunewright.config.schema import Launcher
 from tunewright.errors import ConfigError, first_line
 from tunewright.findings import FIX, NOTE, OK, Finding, fix
@@ -30,7 +31,7 @@ from tunewright.plan.auto import STRATEGY
 from tunewright.plan.devices import Devices, find_devices
 from tunewright.plan.rules import world_size
 from tunewright.redaction import redact
-from tunewright.terminal import tell
+from tunewright.terminal import tell, writes
 from tunewright.threads import waiting
 
 MODULE = "tunewright.trainer.device_checks"
@@ -52,6 +53,7 @@ GROUPS = (
     "ranks",
 )
 MARKS = {OK: ("✓", "green"), NOTE: ("!", "yellow"), FIX: ("✗", "bold red")}
+PLAIN = str.maketrans({"✓": "+", "✗": "x", "→": ">"})  # for a terminal whose encoding has no such signs
 PIPE_WIDTH = 120
 
 Check = Callable[[], list[Finding]]
@@ -71,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
         findings = [{key: redact(text) for key, text in asdict(finding).items()} for finding in found]
         tell(json.dumps({"to_fix": todo, "seconds": round(seconds, 1), "findings": findings}, indent=1))
     else:
-        tell(screen(found, seconds))
+        text = screen(found, seconds)
+        tell(text if writes(sys.stdout, "✓✗→") else text.translate(PLAIN))
     return min(todo, MOST)
 
 
@@ -86,9 +89,10 @@ def examine(overrides: Sequence[str], extra_dir: Path | None, ranks: int | None)
         ConfigError: see `run`.
     """
     config, devices = compose_config(overrides, extra_dir), find_devices()
-    ranks = ranks if ranks is not None else config.cluster.num_processes
+    check_ranges(config)
     if ranks is not None and ranks < 1:
         raise ConfigError(f"--ranks {ranks}: write a number from 1.")
+    ranks = ranks if ranks is not None else config.cluster.num_processes
     if ranks and devices.gpu and ranks > devices.count:
         raise ConfigError(f"{ranks} ranks need as many GPUs, and {devices.count} can be seen here.")
     device = Device(Path(config.data.cache_dir))
@@ -109,7 +113,7 @@ def _checks(config: DictConfig, devices: Devices, ranks: int | None, device: Dev
     folders = {"output_root": Path(config.output_root), "data.cache_dir": Path(config.data.cache_dir).expanduser()}
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     outlive = dict(folders)
-    folders["the Hub's cache"] = Path(home).expanduser()
+    folders["the Hub's cache"] = Path(os.path.expanduser(home))  # as the Hub's package does, with a home or without
     offline = config.offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     checks: dict[str, Check] = {
         "packages": installed.look,

@@ -28,6 +28,7 @@ from tunewright.launch.children import OUT_OF_MEMORY, kill, start
 from tunewright.launch.command import accelerate_config, accelerate_launch, environment_of
 from tunewright.plan.device_table import find_device
 from tunewright.plan.devices import Devices
+from tunewright.plan.machine import free_memory
 from tunewright.text import listed, size
 from tunewright.trainer.rank_check import STAGES
 
@@ -39,6 +40,7 @@ LATE = 5.0  # seconds between the first and the last to come that are worth a wo
 SLOW_LINK = 0.4  # of what such GPUs send to each other
 SLOWER = 0.75  # of the median rank's rate
 LOOK_SECONDS = 0.2
+RANK_BYTES = 400 * 2**20  # of memory that a rank has for itself, once it has imported torch
 TAIL_LINES = 12
 # torchrun's report of the failure that it saw first
 ROOT_CAUSE = re.compile(r"Root Cause.*?\brank\s*:\s*(\d+).*?\bexitcode\s*:\s*(-?\d+)", re.DOTALL)
@@ -89,6 +91,12 @@ def look(config: DictConfig, ranks: int, devices: Devices) -> list[Finding]:
     Args:
         config: of a strategy whose ranks are plain ones, `ddp`.
     """
+    free, needed = free_memory(), ranks * RANK_BYTES
+    if needed > free:  # all that runs here would be in danger
+        told = (
+            f"{ranks:,} ranks were not started: their libraries alone take about {size(needed)}, {size(free)} are free."
+        )
+        return [fix(GROUP, told, "Ask for fewer, as many as there are GPUs or cores.")]
     with TemporaryDirectory(prefix="tunewright-ranks-") as scratch:
         folder = Path(scratch)
         settings = folder / "accelerate.yaml"

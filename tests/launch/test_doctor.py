@@ -228,6 +228,14 @@ def test_a_rank_that_comes_late_and_computes_slowly() -> None:
 def test_ranks_that_are_asked_for_must_be_possible() -> None:
     with pytest.raises(ConfigError, match="--ranks 0: write a number from 1"):
         examine.examine([], None, 0)
+    with pytest.raises(ConfigError, match=r"`cluster\.num_processes` is 0: write a number from 1"):
+        examine.examine(["cluster.num_processes=0"], None, None)
+
+
+def test_more_ranks_than_there_is_memory_for_are_not_started() -> None:
+    (finding,) = meeting.look(compose_config(["strategy=ddp"]), 1_000_000, CPU)
+    assert finding.state == FIX
+    assert "1,000,000 ranks were not started" in finding.found
 
 
 def test_a_compiler_that_does_without_the_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tunewright.config.compose import compose_config
 from tunewright.launch.ask_torch import ensure_footprints
 from tunewright.plan.footprint import Batch, Footprint
 from tunewright.trainer.data.batches import FlatCollator, PaddedCollator
+from tunewright.trainer.footprint import footprints
 from tunewright.trainer.footprint.footprints import find_footprint, make_footprint, work_out
 from tunewright.trainer.footprint.repetition import Repeated, kept_layers
 from tunewright.trainer.loss import loss_sums
@@ -218,6 +219,10 @@ def test_it_is_kept(shape: Callable[..., Any], capsys: pytest.CaptureFixture[str
     added = make_footprint(config, "cuda", more)
     assert added.passes[0] == made[0].passes[0]
     assert find_footprint(config, "cuda", more) == added
+    kept = footprints._file(config, "cuda")
+    kept.write_bytes(kept.read_bytes()[:300])
+    assert find_footprint(config, "cuda", batches) is None, "half a file is none"
+    assert make_footprint(config, "cuda", batches) == made[0]
 
 
 def test_a_pass_that_needs_values_is_missing(shape: Callable[..., Any]) -> None:
@@ -229,3 +234,20 @@ def test_a_pass_that_needs_values_is_missing(shape: Callable[..., Any]) -> None:
     assert footprint.failed == (fails,)
     assert "must match" in str(footprint.problem) or "broadcast" in str(footprint.problem)
     assert find_footprint(config, "cpu", [runs, fails]) == footprint
+    alone = find_footprint(config, "cpu", [runs])
+    assert alone
+    assert alone.problem is None
+
+
+def test_what_another_process_keeps_meanwhile_stays(shape: Callable[..., Any]) -> None:
+    config, mine, theirs = shape("llama"), Batch(1, 16, False, False), Batch(1, 24, False, False)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def meanwhile(*asked: Any) -> Any:
+            patch.undo()
+            make_footprint(config, "cpu", [theirs])
+            return work_out(*asked)
+
+        patch.setattr(footprints, "work_out", meanwhile)
+        make_footprint(config, "cpu", [mine])
+    assert find_footprint(config, "cpu", [mine, theirs])

@@ -68,6 +68,7 @@ def test_every_yaml_key_is_typed() -> None:
         (["train.epochs=1,2"], ["--multirun"]),
         (["strategy"], ["Cannot read `strategy`", "'strategy'. Write overrides as key=value"]),
         (["name=${nothing}"], ["'nothing' not found"]),
+        (["data.cache_dir='~nobody-here/cache'"], ["`data.cache_dir` is ~nobody-here/cache", "export HOME"]),
     ],
 )
 def test_a_mistake_names_key_value_origin_and_the_closest_valid_name(overrides: list[str], said: list[str]) -> None:

@@ -24,6 +24,7 @@ from tunewright.plan.machine import machine_here, parse_machine
         ("4090", "RTX-4090", 1, 1),
         ("rtx4090", "RTX-4090", 1, 1),
         ("2x8xh100", "H100-80GB", 16, 8),
+        ("2 x 8 x H100", "H100-80GB", 16, 8),
         ("4*A100", "A100-80GB", 4, 4),
         ("8XA100-40GB-PCIe", "A100-40GB-PCIE", 8, 8),
     ],
@@ -62,7 +63,7 @@ def test_every_device_is_found_by_its_own_name() -> None:
 
 def test_the_network_between_hosts_is_told() -> None:
     assert parse_machine("2x8xH100@400Gb").network == 50e9
-    assert parse_machine("2x8xH100@25GB/s").network == 25e9
+    assert parse_machine("2 x 8xH100 @ 25GB/s").network == 25e9
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tunewright.terminal import Progress, begin_line, table
+from tunewright.terminal import Progress, begin_line, table, writes
 from tunewright.text import clip, clip_start, clock, display_width, one_line
 
 
@@ -196,3 +198,11 @@ def test_on_a_real_terminal_one_line_with_its_width(tmp_path: Path, columns: int
     assert row.startswith("a dataset 1/50"[: columns - 7])
     assert display_width(row) <= columns - 1
     assert ("a very" in row) == (columns >= 50)
+
+
+def test_an_encoding_that_lacks_a_sign(tunewright: Callable[..., Any], tmp_path: Path) -> None:
+    assert writes(io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), "✓")
+    assert not writes(io.TextIOWrapper(io.BytesIO(), encoding="gbk"), "✓")
+    done = tunewright("runs", tmp_path / "ü", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"There is no run in {tmp_path}/?.")

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +32,8 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 def find_footprint(config: DictConfig, kind: str, batches: Sequence[Batch]) -> Footprint | None:
     """Return what was found out before, of all these batches, without importing torch.
 
+    A `problem` is one of these batches.
+
     Args:
         kind: "cpu", "cuda" or "rocm".
 
@@ -38,7 +41,9 @@ def find_footprint(config: DictConfig, kind: str, batches: Sequence[Batch]) -> F
         ConfigError, StorageError: see `model_numbers`.
     """
     found = _read(_file(config, kind))
-    return found if found is not None and found.covers(batches) else None
+    if found is None or not found.covers(batches):
+        return None
+    return found if {*found.failed} & {*batches} else replace(found, problem=None)
 
 
 def make_footprint(config: DictConfig, kind: str, batches: Sequence[Batch]) -> Footprint:
@@ -54,13 +59,23 @@ def make_footprint(config: DictConfig, kind: str, batches: Sequence[Batch]) -> F
     missing = [batch for batch in dict.fromkeys(batches) if found is None or not found.covers([batch])]
     if found is None or missing:
         new = work_out(config, kind, missing)
-        if found is not None:
-            problem = new.problem or found.problem
-            new = replace(new, passes=found.passes + new.passes, failed=found.failed + new.failed, problem=problem)
+        found = _both(_read(file), new)  # others may have added to it meanwhile
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, new.as_json())
-        found = new
+        write_json(file, found.as_json())
     return found
+
+
+def _both(before: Footprint | None, new: Footprint) -> Footprint:
+    """Return a footprint with what was kept of other batches."""
+    if before is None:
+        return new
+    known = {*(one.batch for one in new.passes), *new.failed}
+    return replace(
+        new,
+        passes=[one for one in before.passes if one.batch not in known] + new.passes,
+        failed=(*(batch for batch in before.failed if batch not in known), *new.failed),
+        problem=new.problem or before.problem,
+    )
 
 
 def _file(config: DictConfig, kind: str) -> Path:
@@ -86,7 +101,9 @@ def _version(name: str) -> str | None:
 
 
 def _read(file: Path) -> Footprint | None:
-    return Footprint.from_json(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # there is none, or half of one
+        return Footprint.from_json(json.loads(file.read_text(encoding="utf-8")))
+    return None
 
 
 def work_out(config: DictConfig, kind: str, batches: Sequence[Batch], *, every_layer: bool = False) -> Footprint:

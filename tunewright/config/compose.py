@@ -126,12 +126,20 @@ def _resolved(config: DictConfig, overrides: list[Override]) -> DictConfig:
     """Resolve a configuration, and refuse what would show a secret, run others' code, or judge other data.
 
     Raises:
-        ConfigError: so it is, or a value refers to a setting that is not there.
+        ConfigError: so it is, or a value refers to a setting that is not there, or to a home that nobody has.
     """
     try:
         OmegaConf.resolve(config)
     except InterpolationResolutionError as error:
         raise ConfigError(f"A value refers to a setting that is not there: {first_line(error)}.") from error
+    cache = config.data.cache_dir
+    try:
+        Path(cache).expanduser()
+    except RuntimeError as error:  # a container's user number that no account has
+        raise ConfigError(
+            f"`data.cache_dir` is {cache}, and there is no such home folder: export HOME, or name a folder with "
+            f"TUNEWRIGHT_CACHE or data.cache_dir."
+        ) from error
     _check_preset(config, overrides)
     refuse_secrets(config)
     check_trust(config, overrides)

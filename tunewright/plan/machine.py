@@ -79,7 +79,8 @@ def parse_machine(text: str) -> Machine:
         ConfigError: it is written otherwise, or names a device that is not in the table.
     """
     match = re.fullmatch(
-        r"(?:(\d+)[xX*])??(?:(\d+)[xX*])?((?!\d+[xX*])[^@]+?)(?:@(\d+(?:\.\d+)?)(G[bB])(?:/s)?)?", text.strip()
+        r"(?:(\d+)[xX*])??(?:(\d+)[xX*])?((?!\d+[xX*])[^@]+?)(?:@(\d+(?:\.\d+)?)(G[bB])(?:/s)?)?",
+        re.sub(r"(?<=\d)\s*([xX*])\s+|\s*@\s*", lambda sign: sign[0].strip(), text.strip()),
     )
     if match is None:
         raise ConfigError(
