@@ -106,8 +106,11 @@ def test_all_linear_adapts_every_matrix_but_the_head(name: str, architecture: De
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_what_is_kept_is_what_was_found(name: str, architecture: Describe, tmp_path: Path) -> None:
-    (tmp_path / "kept.json").write_text(json.dumps(architecture(name).as_json()))
-    assert Architecture.read(tmp_path / "kept.json") == architecture(name)
+    kept, text = tmp_path / "kept.json", json.dumps(architecture(name).as_json())
+    kept.write_text(text)
+    assert Architecture.read(kept) == architecture(name)
+    kept.write_text(text[:30])
+    assert Architecture.read(kept) is None
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ class Architecture:
 
     @classmethod
     def read(cls, path: Path) -> Architecture | None:
-        if not path.is_file():
-            return None
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        with suppress(FileNotFoundError, ValueError, TypeError):  # there is none, or half of one
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        return None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
