@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -188,8 +189,13 @@ def halved(job: Job) -> DictConfig | None:
 
     With `gradient_accumulation_steps` the micro-batch says how many rows a step has, and stays.
     """
-    config, rows = job.config, job.plan.micro_batch
-    if MICRO_BATCH not in config.automatic or config.train.gradient_accumulation_steps or rows < 2:
+    config, train = job.config, job.config.train  # which `fit` may have changed after `job.plan` was made
+    if MICRO_BATCH not in config.automatic or train.gradient_accumulation_steps:
+        return None
+    rows = train.micro_batch_size
+    if train.global_batch_size:  # no rank gets more of a step at once
+        rows = min(rows, math.ceil(train.global_batch_size / job.plan.world_size))
+    if rows < 2:
         return None
     smaller = config.copy()
     smaller.train.micro_batch_size = rows // 2

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from tunewright.plan.auto import RECOMPUTE
 from tunewright.plan.batch_plan import BatchPlan
 from tunewright.plan.device_table import called, find_device
 from tunewright.plan.machine import processor
@@ -31,16 +32,17 @@ def keep_reached(
 ) -> None:
     """Keep the speed of a run that was not continued, so that all of its log lines are of this machine.
 
-    Not where something else ran on a CPU meanwhile, where only some layers recompute, or where it was too short.
+    Not where something else ran on a CPU meanwhile, where only some layers may recompute, or where it was too short.
 
     Args:
         parameters: how many are (trained, there).
         lines: of metrics.jsonl.
         peak: of all ranks (`Peak.at_end`).
     """
-    recompute, best = config.train.gradient_checkpointing, certain(peak)
+    recompute, best = bool(config.train.gradient_checkpointing), certain(peak)
+    partly = recompute and RECOMPUTE in config.automatic  # as few layers as memory asked for (`FitCheckpointing`)
     trained = [line for line in lines if "step_seconds" in line]
-    if recompute not in (True, False) or (best is None and device.type == "cpu") or len(trained) < 2:
+    if partly or (best is None and device.type == "cpu") or len(trained) < 2:
         return
     steps = trained[-1]["step"] - trained[0]["step"]
     if steps < LEAST_STEPS:

@@ -90,8 +90,9 @@ def _agree(one: float, other: float) -> bool:
 
 
 def _read(file: Path) -> float:
-    with suppress(OSError, ValueError, KeyError):  # none, or half of one
-        return float(json.loads(file.read_text(encoding="utf-8"))["flops_per_second"])
+    with suppress(OSError, ValueError, KeyError):  # none, half of one, or of an older version, which plans cannot read
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return float(told["flops_per_second"]) if told["dtype"] else 0.0
     return 0.0
 
 

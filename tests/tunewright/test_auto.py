@@ -125,6 +125,7 @@ def test_objects_of_this_process_keep_the_training_in_it(tmp_path: Path) -> None
     [
         ([], 2),
         (["train.global_batch_size=3"], 1),  # of which no more than 3 are in a micro-batch
+        (["cluster.num_processes=2", "train.global_batch_size=4"], 1),  # of which no rank has more than 2
         (["train.global_batch_size=null", "train.tokens_per_batch=8192"], 2),
         (["train.micro_batch_size=4"], None),
         (["train.global_batch_size=1"], None),
@@ -133,16 +134,26 @@ def test_objects_of_this_process_keep_the_training_in_it(tmp_path: Path) -> None
 )
 def test_half_the_micro_batch_leaves_the_step_as_it_is(overrides: list[str], rows: int | None) -> None:
     config = compose_config(overrides)
-    plan = batch_plan(config.train, 1)
+    ranks = config.cluster.num_processes or 1
+    plan = batch_plan(config.train, ranks)
     smaller = halved(Job(config, [], plan, Claim(RunDir(Path("x"))), CPU))
     assert (smaller and smaller.train.micro_batch_size) == rows
     if smaller:
-        half = batch_plan(smaller.train, 1)
+        half = batch_plan(smaller.train, ranks)
         assert (half.global_batch, half.tokens) == (plan.global_batch, plan.tokens)
-        assert half.micro_batch * half.accumulation >= plan.micro_batch * plan.accumulation
+        assert ranks * half.micro_batch * half.accumulation >= (plan.global_batch or 0)
         changed = {"train.micro_batch_size", "resume"}
         before, after = (dict(flat(one)) for one in (config, smaller))
         assert {key for key in before if before[key] != after[key]} == changed
+
+
+def test_half_is_half_of_what_was_tried_after_the_rows_were_known() -> None:
+    config = compose_config([])
+    job = Job(config, [], batch_plan(config.train, 1), Claim(RunDir(Path("x"))), CPU)
+    config.train.micro_batch_size = 2  # as `fit` writes it
+    smaller = halved(job)
+    assert smaller
+    assert smaller.train.micro_batch_size == 1
 
 
 def flat(config: DictConfig) -> list[tuple[str, object]]:

@@ -146,6 +146,21 @@ def test_what_was_seen_of_the_same_way_counts_and_of_a_like_one_its_share(tmp_pa
     assert known.memory_ratio(replace(way, method="full")) is None
 
 
+def test_ranks_of_a_cpu_share_its_cores(tmp_path: Path) -> None:
+    """What two ranks reached on one core each, one rank reaches on both together."""
+    config, footprint = _single(tmp_path), _footprint()
+    machine = Machine("cpu", "a CPU", 2, 2**40, rate=None, link=1e12, node=2, network=None, here=True)
+    way = way_of(config, machine, LORA, WEIGHTS.trained + WEIGHTS.frozen, recompute=True)
+    flops = footprint.passes[0].flops * 440 / 4096
+    known = Known([Reached(way, [Point(440.0, flops, flops / 4e10)], 1e11)])
+
+    def speed(ranks: int) -> float:
+        plan, found = batch_plan(config.train, ranks), footprint.passes[0]
+        return pace_of(config, footprint, found, plan, machine, rows=ROWS, known=known).tokens_per_second
+
+    assert speed(1) == pytest.approx(speed(2), rel=0.05)
+
+
 def test_a_slower_run_takes_the_place_of_no_faster_one(tmp_path: Path) -> None:
     config = _single(tmp_path)
     way = way_of(config, HERE, LORA, WEIGHTS.trained + WEIGHTS.frozen, recompute=True)

@@ -113,8 +113,12 @@ def _speed(way: Way, machine: Machine, known: Known) -> Speed:
     if kind == "cpu":
         rate, whose = known.rate(way.dtype, machine.count), "measured here"
     nearest = known.nearest(way)
-    if rate is None:
-        rate, whose = (nearest.rate, "of a run here") if nearest and nearest.rate else (GUESSED[kind], "guessed")
+    if rate is None and nearest and nearest.rate:
+        # However many ranks a CPU has, all of them share its cores.
+        share = nearest.way.ranks / way.ranks if kind == "cpu" else 1.0
+        rate, whose = nearest.rate * share, "of a run here"
+    elif rate is None:
+        rate, whose = GUESSED[kind], "guessed"
     told = f"{rate / 1e12:.3g} TFLOP/s a rank ({whose})"
     if nearest and nearest.share:
         run = nearest.way
