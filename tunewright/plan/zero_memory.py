@@ -23,6 +23,7 @@ USUAL = {
     "reduce_bucket_size": 500_000_000,
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_max_reuse_distance": 1_000_000_000,
+    "sub_group_size": 1_000_000_000,
     "zero_hpz_partition_size": 1,
 }
 
@@ -150,10 +151,12 @@ def _stage_3(job: Job, zero: Settings) -> Iterator[Memory]:
         yield _stepping_on_host(job, zero, always)
         return
     yield replace(always, scratch=NORM * math.ceil(job.largest / job.ranks))
-    # `_prepare_fp32_grad_for_sub_group`: flattened, and then float32.
-    yield replace(always, gradients=always.gradients + summed * part + (4 * part if summed == 2 else 0))
-    stepping = while_stepping(name, zero.flat, gpu=job.gpu)
-    yield replace(always, gradients=always.gradients + 4 * part, scratch=stepping)
+    # `_prepare_fp32_grad_for_sub_group`: flattened, and then float32. One group of weights after the other is stepped,
+    # of so many on this rank, or a few more: a tensor is not taken apart (`_create_fp16_sub_groups`).
+    group = min(part, zero.number("sub_group_size") + math.ceil(job.largest / job.ranks))
+    yield replace(always, gradients=always.gradients + summed * group + (4 * group if summed == 2 else 0))
+    stepping = while_stepping(name, [([group], 1)], gpu=job.gpu)
+    yield replace(always, gradients=always.gradients + 4 * group, scratch=stepping)
 
 
 def _stepping_on_host(job: Job, zero: Settings, always: Memory) -> Memory:
