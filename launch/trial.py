@@ -18,10 +18,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tunewright.config.schema import Compat, Mix, Overlong, Resume
-from tunewright.errors import TunewrightError
+from tunewright.errors import Preempted, TunewrightError
 from tunewright.launch.command import write_accelerate_config
 from tunewright.launch.prepare import ensure_prepared
-from tunewright.launch.supervise import run_ranks
+from tunewright.launch.supervise import INTERRUPTED, run_ranks
 from tunewright.launch.train import Job, plan_job, run_job
 from tunewright.metrics import read_metrics
 from tunewright.plan.batch_plan import batch_plan
@@ -103,6 +103,7 @@ def train_quietly(config: DictConfig, devices: Devices) -> tuple[dict[str, Any],
     Raises:
         ConfigError, DataError, StorageError: see `plan_job`.
         TunewrightError: the run failed.
+        KeyboardInterrupt: it was asked to stop.
     """
     told: list[str] = []
 
@@ -113,7 +114,10 @@ def train_quietly(config: DictConfig, devices: Devices) -> tuple[dict[str, Any],
 
     job = plan_job(config, devices)
     run = job.claimed.run
-    if run_job(job, told.append, partial(ensure_prepared, quiet=True), start):
+    code = run_job(job, told.append, partial(ensure_prepared, quiet=True), start)
+    if code in (Preempted.exit_code, INTERRUPTED):  # nobody goes on from there: the folder is not for long
+        raise KeyboardInterrupt
+    if code:
         raise TunewrightError(f"The run in {run.path} failed:\n" + "\n".join(told[-3:]))
     return run.read_manifest(), read_metrics(run.metrics)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 
+from tests.conftest import TIMEOUT
 from tunewright.config.compose import compose_config
 from tunewright.launch.trial import measure
 from tunewright.plan.batch_plan import batch_plan
@@ -24,16 +30,25 @@ FOOTPRINT = Footprint(
 )
 
 
-def test_steps_are_measured_and_kept(
-    tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    overrides = [f"train.micro_batch_size={MICRO}", f"data.cutoff_len={CUTOFF}", f"output_root={tmp_path}/runs"]
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
+def configured(model: Path, folder: Path) -> DictConfig:
+    overrides = [f"train.micro_batch_size={MICRO}", f"data.cutoff_len={CUTOFF}", f"output_root={folder}/runs"]
     overrides += ["strategy=single", "train.gradient_checkpointing=false"]
-    overrides += ["model=folder", f"model.path={tiny_model}", f"data.cache_dir={tmp_path}/cache", "data.eval_size=0.2"]
-    config, devices = compose_config([*overrides, "train.global_batch_size=8"], None), find_devices()
+    overrides += ["model=folder", f"model.path={model}", f"data.cache_dir={folder}/cache", "data.eval_size=0.2"]
+    return compose_config([*overrides, "train.global_batch_size=8"], None)
+
+
+def test_steps_are_measured_and_kept(
+    tiny_model: Path, tmp_path: Path, temporary: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, devices = configured(tiny_model, tmp_path), find_devices()
     machine, found = machine_here(devices, config), FOOTPRINT.passes[0]
     planned = Memory(weights=20_000_000, context=600_000_000)
     before = config.copy()
@@ -55,3 +70,22 @@ def test_steps_are_measured_and_kept(
     assert not (tmp_path / "runs").exists()
     assert list(temporary.iterdir()) == []
     assert capfd.readouterr().out == ""
+
+
+def test_a_measurement_that_is_stopped_leaves_nothing(tiny_model: Path, tmp_path: Path, temporary: Path) -> None:
+    config, devices = configured(tiny_model, tmp_path), find_devices()
+
+    def stop() -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline and not any(temporary.glob("*/runs/measuring/metrics.jsonl")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    machine = machine_here(devices, config)
+    with pytest.raises(KeyboardInterrupt):
+        measure(config, FOOTPRINT, FOOTPRINT.passes[0], Memory(weights=20_000_000), machine, devices, mean=60.0)
+    thread.join()
+    assert list(temporary.iterdir()) == []
+    assert known_here(config, machine).records == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from tunewright.plan.held import Memory
 from tunewright.plan.machine import Machine, parse_machine
 from tunewright.plan.option import Pace
 from tunewright.plan.pace import SHARES, pace_of
-from tunewright.plan.reached import Known, Point, Reached, keep, known_here, way_of, with_ratio
+from tunewright.plan.reached import Known, Point, Reached, Way, keep, known_here, way_of, with_ratio
 from tunewright.plan.traffic import gathered, traffic_of
 
 # Qwen2.5-7B under LoRA r 8 on its seven projections: transformers' numbers of it, and the trained ones as published.
@@ -191,6 +191,8 @@ def test_shares_without_a_run_are_those_of_the_benchmarks() -> None:
 def test_a_file_that_is_broken_is_as_good_as_none(tmp_path: Path) -> None:
     (tmp_path / "reached").mkdir()
     (tmp_path / "reached" / "0.json").write_text('{"way": {"device"')
+    empty = Reached(Way(HERE.name, 1, "lora", "single", "float32", False, False, False, 1, 10), [], 1e9)
+    (tmp_path / "reached" / "1.json").write_text(json.dumps(asdict(empty)))
     (tmp_path / "peaks").mkdir()
     (tmp_path / "peaks" / "0.json").write_text('{"flops_per_second": 1.0}')
     assert known_here(_single(tmp_path), HERE) == Known()

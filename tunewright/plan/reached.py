@@ -206,5 +206,7 @@ def _files(folder: Path) -> Iterable[Path]:
 def _read(file: Path) -> Reached | None:
     with suppress(OSError, ValueError, KeyError, TypeError):  # half of one, or of an older version
         told = json.loads(file.read_text(encoding="utf-8"))
-        return Reached(**{**told, "way": Way(**told["way"]), "points": [Point(**point) for point in told["points"]]})
+        points = [Point(**point) for point in told["points"]]
+        if points and all(point.tokens > 0 and point.seconds > 0 for point in points):
+            return Reached(**{**told, "way": Way(**told["way"]), "points": points})
     return None
