@@ -20,6 +20,7 @@ PCIE = {3: (12 * GB, 6 * GB), 4: (24 * GB, 10 * GB), 5: (48 * GB, 22 * GB)}
 ONE_SOCKET = 4  # cards that usually hang on one processor
 # Words of a driver's name for a device that tell nothing of it.
 SAID_BY_ALL = {"NVIDIA", "AMD", "TESLA", "GEFORCE", "INSTINCT", "RADEON", "GRAPHICS", "GPU"}
+SAID_BY_ALL |= {"SXM", "SXM2", "SXM3", "SXM4", "SXM5", "OAM"}  # as the table has them, where it says nothing else
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ DEVICES = (
     _nvidia("RTX-5080", 15.5, 112.6, 960, None, 5),
     _nvidia("RTX-4090", 23.5, 165.2, 1008, None, 4),
     _nvidia("RTX-4080", 15.7, 97.5, 717, None, 4),
+    _nvidia("RTX-4070", 11.7, 58.3, 504, None, 4),
     _nvidia("RTX-4070-TI", 11.7, 80.2, 504, None, 4),
+    _nvidia("RTX-4060", 7.6, 30.2, 272, None, 4),
     _nvidia("RTX-4060-TI", 15.6, 44.1, 288, None, 4),
     _nvidia("RTX-3090", 23.7, 71.2, 936, None, 4),
     _nvidia("RTX-3080", 9.8, 59.5, 760, None, 4),
