@@ -48,6 +48,7 @@ def plan_html(plan: Plan) -> str:
         refused=[(label(plan, way), way.refusal) for way in shown if way.refusal],
         memory=memory_table(plan, shown),
         bars=_bars(plan, shown),
+        names=list(PARTS.values()),
         time=time_lines(plan.best) if plan.best else [],
         further=plan.further,
     )

@@ -246,6 +246,9 @@ def test_the_reason_names_what_would_be_simpler_and_how_much_slower_the_next_is(
     )
     assert reason([way(), way(strategy="zero2")], way()).endswith("zero2 is as fast and does more than is needed.")
     both = [way(gib=90), way(recompute=True)]
+    beside = replace(way(), memory=Memory(weights=GIB, host=8 * GIB))
+    told = "the only way that fits; each rank needs 8.00 GiB of host memory beside, if the host has that."
+    assert reason([beside, way(gib=90)], beside) == told
     assert reason(both, both[1]) == "the only way that fits; without recomputation it would need 90.00 GiB or more."
 
 

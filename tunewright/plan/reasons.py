@@ -35,6 +35,8 @@ def reason(ways: Sequence[Option], best: Option, *, alone: str = "as configured"
         return f"{alone}{_faster(own, best)}."
     told = [f"the fastest of {len(fitting)} ways that fit" if len(fitting) > 1 else "the only way that fits"]
     told += _too_large(open_ways, best)
+    if best.memory and best.memory.host and best.host_room is None:
+        told.append(f"each rank needs {size(best.memory.host)} of host memory beside, if the host has that")
     others = [way for way in fitting if way.strategy != best.strategy]
     if others:
         other = min(others, key=lambda way: (way.seconds, STRATEGIES.index(way.strategy)))
