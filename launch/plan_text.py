@@ -12,6 +12,7 @@ from tunewright.plan.held import PARTS
 from tunewright.plan.machine import Machine
 from tunewright.plan.option import Option
 from tunewright.plan.reasons import settings
+from tunewright.plan.support import PARTITIONED
 from tunewright.terminal import table
 from tunewright.text import MISSING, clock, count, size
 
@@ -126,10 +127,13 @@ def time_lines(way: Option) -> list[str]:
     pace = way.pace
     if pace is None:
         return ["How fast these devices are is not known."]
+    both = pace.compute_seconds + pace.communication_seconds
+    others = "the optimiser" + (" and what DeepSpeed does at each module" if way.strategy in PARTITIONED else "")
+    rest = f"; the rest is {others}" if pace.seconds > 1.01 * both else ""
     told = [
         f"a step of about {pace.tokens_per_step:,.0f} tokens, {_rounded(pace.flops_per_step / 1e12)} TFLOP: "
         f"{pace.seconds:.3g} s, of which computing {pace.compute_seconds:.3g} s and communication "
-        f"{pace.communication_seconds:.3g} s, which hide each other in part",
+        f"{pace.communication_seconds:.3g} s, which hide each other in part{rest}",
         pace.reason,
     ]
     if pace.hours is not None:

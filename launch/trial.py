@@ -148,7 +148,7 @@ def _trial(config: DictConfig, longest: int, mean: float, ranks: int, folder: Pa
     data.mix, data.weights, data.streaming, data.packing = Mix.concat, [], False, False
     data.cutoff_len, data.overlong, data.max_dropped, data.compat = longest, Overlong.truncate, 1.0, Compat.none
     data.train_on_prompt, data.mask_history, data.allow_outside = True, False, True
-    trial.name, trial.output_root = NAME, str(folder / "runs")
+    trial.name, trial.output_root, trial.automatic = NAME, str(folder / "runs"), []  # what is measured stays as it is
     trial.resume, trial.resume_allow, trial.overwrite = Resume.never, [], False
     return trial
 

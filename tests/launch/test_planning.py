@@ -13,12 +13,13 @@ import pytest
 
 from tunewright.config.compose import compose_config
 from tunewright.launch.plan_page import plan_html
-from tunewright.launch.plan_text import plan_json, plan_text
+from tunewright.launch.plan_text import plan_json, plan_text, time_lines
 from tunewright.launch.planning import Plan, headline, make_plan
 from tunewright.launch.row_counts import Rows
 from tunewright.plan.devices import Devices
 from tunewright.plan.held import PARTS, Memory
 from tunewright.plan.machine import parse_machine
+from tunewright.plan.option import Option, Pace
 from tunewright.plan.ways import batches, devices_of, largest_batch
 from tunewright.trainer.footprint.footprints import make_footprint
 from tunewright.trainer.model.meta_model import find_architecture, make_architecture
@@ -116,6 +117,21 @@ def test_a_plan_is_the_same_as_text_as_json_and_as_a_page() -> None:
     page = Page()
     page.feed(plan_html(plan))
     assert (page.open, page.fetched) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rest"),
+    [
+        ("ddp", ""),
+        ("zero2_offload", "; the rest is the optimiser"),
+        ("zero3", "; the rest is the optimiser and what DeepSpeed does at each module"),
+    ],
+)
+def test_what_takes_the_time_of_a_step_is_said(strategy: str, rest: str) -> None:
+    compute = 1.0 if rest else 3.0
+    pace = Pace(None, 4096.0, 1e12, compute_seconds=compute, communication_seconds=1.0, seconds=3.5, reason="listed")
+    way = Option("full", strategy, 8, 2, False, None, None, 0, pace)
+    assert time_lines(way)[0].endswith(f"which hide each other in part{rest}")
 
 
 def test_every_part_of_memory_has_a_name() -> None:
