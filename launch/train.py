@@ -181,7 +181,10 @@ def run_job(
         f"Once more with train.micro_batch_size={smaller.train.micro_batch_size}, which was auto, and the same "
         f"{again.plan.describe()}, from {checkpoint.name if checkpoint else 'the beginning'}."
     )
-    return _attempt(again, say, lambda config: find_prepared(config) or make_ready(config), start)
+    code = _attempt(again, say, lambda config: find_prepared(config) or make_ready(config), start)
+    if code == MemoryShortage.exit_code:
+        say(planned(again.config, job.devices, find_prepared(again.config) or make_ready(again.config)))
+    return code
 
 
 def halved(job: Job) -> DictConfig | None:

@@ -97,10 +97,13 @@ def test_a_signal_stops_a_training_in_this_process_and_is_its_own_again(
 
 
 class Greedy(TrainerCallback):
-    """Asks for more memory than there is where a micro-batch has more than two rows."""
+    """Asks for more memory than there is where a micro-batch has more rows than fit."""
+
+    def __init__(self, fit: int = 2) -> None:
+        self.fit = fit
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 1 and args.per_device_train_batch_size > 2:
+        if state.global_step == 1 and args.per_device_train_batch_size > self.fit:
             torch.empty(1 << 50)
 
 
@@ -116,6 +119,8 @@ def test_a_micro_batch_that_is_too_large_is_halved_once(quick: list[str]) -> Non
     whole = tunewright.train(*settings, "name=unhalved", dataset=ROWS, say=told.append)
     assert whole.config.train.micro_batch_size == 4
     assert losses(run.path) == pytest.approx(losses(whole.path), rel=1e-5)
+    with pytest.raises(tunewright.MemoryShortage, match=r"(?s)Change one of: .*\nPlanned for rows of up to "):
+        tunewright.train(*settings, "name=once", dataset=ROWS, callbacks=[Greedy(fit=1)], say=told.append)
     settings += ["name=written", "train.micro_batch_size=4"]
     with pytest.raises(tunewright.MemoryShortage, match=r"Change one of: train\.micro_batch_size=2 "):
         tunewright.train(*settings, dataset=ROWS, callbacks=[Greedy()], say=told.append)

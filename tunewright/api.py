@@ -158,7 +158,8 @@ def train(
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code:
-        raise _kind(code)(told[-1])
+        # After a shortage of memory, what was planned is said last.
+        raise _kind(code)("\n".join(told[-2:] if code == MemoryShortage.exit_code else told[-1:]))
     run = Run(job.claimed.run.path)
     if metrics:
         run.evaluate(metrics=metrics, say=say)
