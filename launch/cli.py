@@ -193,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; the user's mistakes end without a traceback."""
     # While it is imported, it reports optional kernels that nobody here asked for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if sys.stdout is None:  # closed by whoever started this
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a terminal whose encoding lacks a sign shows a question mark
     top = parser()

@@ -124,6 +124,12 @@ def test_what_nobody_expected_is_a_bug_of_ours(monkeypatch: pytest.MonkeyPatch, 
     assert "nobody expected this" in capsys.readouterr().err
 
 
+def test_closed_output_is_no_bug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["runs", str(tmp_path)]) == 0
+    sys.stdout.close()
+
+
 def test_no_parser_takes_an_abbreviated_option(capsys: pytest.CaptureFixture[str]) -> None:
     seen = []
 
