@@ -304,3 +304,8 @@ def test_a_hubs_model_is_checked_before_its_weights_are_fetched(
         assert any("config.json" in request for request in hub.requests)
         assert not [request for request in hub.requests if "model.safetensors" in request and "GET" in request]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_number_that_cannot_be_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"cannot use: .*'hidden_size': TypeError: .*'wide'"):
+        hf_config(compose_config(), {**NUMBERS["llama"], "hidden_size": "wide"})

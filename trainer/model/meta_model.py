@@ -67,8 +67,9 @@ def hf_config(config: DictConfig, numbers: dict[str, Any]) -> PreTrainedConfig:
     """Return transformers' configuration for the numbers of a config.json.
 
     Raises:
-        ConfigError: a model type that this transformers does not know.
+        ConfigError: a model type that this transformers does not know, or a number that it cannot be.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if config.model.trust_remote_code:  # the code lies beside the file
@@ -77,10 +78,12 @@ def hf_config(config: DictConfig, numbers: dict[str, Any]) -> PreTrainedConfig:
         )
     try:
         return AutoConfig.for_model(**numbers)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        # Which number it is, is in the first line; what is wrong with it, in the second.
+        told = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         raise ConfigError(
             f"`model.path` is '{config.model.path}', whose config.json transformers {version('transformers')} cannot "
-            f"use: {first_line(error)}"
+            f"use: {told}"
         ) from error
 
 
