@@ -160,6 +160,7 @@ def test_the_command_plans_for_a_machine_that_is_not_here(tunewright: Callable[.
         (("--price", "nan"), 2, "`--price` is nan"),
         (("cluster.num_processes=0",), 2, "`cluster.num_processes` is 0"),
         (("--devices", "4090", "train.micro_batch_size=many"), 2, "write a whole number from 1, or auto"),
+        (("--devices", "4090", "strategy.deepspeed=own.json"), 2, "write strategy.launcher=deepspeed too"),
         (("--devices", "4090", "--measure"), 2, "`--measure` trains on the devices here"),
         (("--devices", "8xH100-80GB", "method=qlora", "strategy=zero3"), 2, "cannot be split"),
         (("--devices", "4090", "model=llama3_1_70b", "strategy=single", *SMALL), 7, "Nothing fits."),

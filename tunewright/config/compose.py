@@ -116,6 +116,11 @@ def compose_config(
         raise ConfigError("`data.names` is empty: name at least one dataset, for example data.names=[demo].")
     if config.strategy.launcher is schema.Launcher.deepspeed:
         follow_file(config)  # before the run is named after its strategy
+    if config.strategy.launcher is schema.Launcher.auto and config.strategy.deepspeed:
+        raise ConfigError(
+            f"`strategy.deepspeed` is '{config.strategy.deepspeed}', and `strategy=auto` may choose without it: write "
+            f"strategy.launcher=deepspeed too, or leave it out."
+        )
     if choose:
         _resolved(config.copy(), parsed)  # `choose` may ask other processes, and they get nothing that is refused
         settle(config, choose)  # before the run is named after what is chosen
