@@ -185,7 +185,7 @@ def test_what_is_reserved_is_what_is_shipped() -> None:
     from tunewright.trainer.data.formats import READERS
 
     assert sorted(SHIPPED["method"]) == choices("method")
-    assert sorted(STRATEGIES) == choices("strategy")
+    assert sorted(["auto", *STRATEGIES]) == choices("strategy")
     assert set(SHIPPED["format"]) == set(READERS)
 
 
