@@ -185,4 +185,4 @@ def _numel(shape: list[int]) -> int:
 def test_the_tables_strategies_are_the_shipped_ones() -> None:
     from tunewright.config.choices import choices
 
-    assert sorted(STRATEGIES) == choices("strategy")
+    assert sorted(["auto", *STRATEGIES]) == choices("strategy")
