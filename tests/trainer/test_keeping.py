@@ -70,6 +70,7 @@ def test_a_cache_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
 def test_plans_list_the_rates_that_a_run_takes_its_mfu_of() -> None:
     """TRL's table, which a run's MFU is a share of, cannot be asked without importing torch."""
     listed = {device.name: get_peak_flops(device.name.replace("-", " "), "bfloat16") for device in DEVICES}
-    known = {name: rate for name, rate in listed.items() if rate is not None}
+    # TRL (1.16) gives the A10G an A10's.
+    known = {name: rate for name, rate in listed.items() if rate is not None and name != "A10G"}
     assert len(known) >= 20
     assert {device.name: device.rate for device in DEVICES if device.name in known} == known
